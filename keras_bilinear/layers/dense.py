@@ -1,0 +1,162 @@
+import keras
+from keras import activations, constraints, initializers, ops, regularizers
+
+from keras_bilinear.factors import Factorization, check_factors, check_positive_int
+from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearDense(BilinearLayer):
+    """A densely connected layer whose kernel is a sum of Kronecker products.
+
+    The input is reshaped into a matrix `X` of shape `(d1, d2)` and multiplied
+    from both sides:
+
+        Y = sum_r L_r^T X R_r        output = activation(flatten(Y) + bias)
+
+    which is `keras.layers.Dense` with the kernel `sum_r kron(L_r, R_r)`. With
+    one term and square factors it stores `2 D` numbers instead of `D^2` and
+    needs `2 D^1.5` multiplications instead of `D^2`.
+
+    Args:
+        units: positive integer, width of the output.
+        activation: activation function; `None` applies none.
+        use_bias: whether to add a bias vector.
+        kernel_initializer: initializer of the full kernel. The factors start
+            such that the materialized kernel has the variance that it gives;
+            see `keras_bilinear.initializers`.
+        bias_initializer: initializer of the bias.
+        kernel_regularizer: regularizer of each stored factor.
+        bias_regularizer: regularizer of the bias.
+        activity_regularizer: regularizer of the output.
+        kernel_constraint: constraint of each stored factor.
+        bias_constraint: constraint of the bias.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(d1, d2)` with a product of at least the input width;
+            the input is padded with zeros where it is more. `None` chooses them
+            near-square.
+        output_factors: `(u1, u2)`, likewise for `units`; the output is cut
+            where their product is more.
+        implementation: `"factorized"` multiplies by one factor after the other,
+            `"materialized"` forms the kernel first; `"auto"` takes the one with
+            fewer multiplications for each input row.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Input shape:
+        `(batch_size, ..., input_dim)`, of rank 2 or more.
+
+    Output shape:
+        `(batch_size, ..., units)`.
+
+    Raises:
+        ValueError: if `units`, `rank`, the factors or `implementation` are not
+            valid, or the last dimension of the input is not known.
+
+    Example:
+
+    >>> layer = BilinearDense(1024, activation="relu", rank=2)
+    >>> layer(np.ones((8, 784), "float32")).shape == (8, 1024)
+    True
+    >>> layer.count_params()  # a Dense layer has 803,840
+    4608
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.Dense
+
+    def __init__(
+        self,
+        units,
+        activation=None,
+        use_bias=True,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        rank=1,
+        input_factors=None,
+        output_factors=None,
+        implementation="auto",
+        **kwargs,
+    ):
+        units = check_positive_int("units", units)
+        super().__init__(
+            rank=rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+            activity_regularizer=activity_regularizer,
+            **kwargs,
+        )
+        check_factors("output_factors", output_factors, units)
+        self.units = units
+        self.activation = activations.get(activation)
+        self.use_bias = use_bias
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.bias_constraint = constraints.get(bias_constraint)
+        self.bias = None
+        self.input_spec = keras.layers.InputSpec(min_ndim=2)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        if input_shape[-1] is None:
+            raise ValueError(
+                "The last dimension of the input of `BilinearDense` must be known. "
+                f"Received: input_shape={input_shape}"
+            )
+        self._kernel = KroneckerKernel(
+            self,
+            Factorization.create(
+                input_shape[-1], self.units, self.input_factors, self.output_factors, self.rank
+            ),
+            self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+            implementation=self.implementation,
+        )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(self.units,),
+                initializer=self.bias_initializer,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: input_shape[-1]})
+        self.built = True
+
+    def call(self, inputs, training=None):
+        x = self._kernel.project(inputs, training)
+        if self.bias is not None:
+            x = ops.add(x, self.bias)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.units)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "activation": activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
+        }

@@ -1,0 +1,190 @@
+import keras
+import numpy as np
+from keras import constraints, initializers, ops, regularizers
+
+from keras_bilinear.factors import Factorization, check_positive_int
+from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearEmbedding(BilinearLayer):
+    """An embedding whose table is a sum of Kronecker products.
+
+    Row `i` of the table is `sum_r kron(L_r[i // v2], R_r[i % v2])`: two gathers
+    from small tables and an outer product. The table itself is never formed, in
+    training neither; one of 10^9 rows of 256 numbers takes 4 million parameters
+    at rank 4.
+
+    Args:
+        input_dim: positive integer, size of the vocabulary.
+        output_dim: positive integer, width of the embedding.
+        embeddings_initializer: initializer of the full table. The factors start
+            such that the table has the variance that it gives; see
+            `keras_bilinear.initializers`.
+        embeddings_regularizer: regularizer of each stored factor.
+        embeddings_constraint: constraint of each stored factor.
+        mask_zero: whether index 0 is padding that later layers must mask.
+        weights: full table of shape `(input_dim, output_dim)` to start from;
+            the nearest sum of Kronecker products is stored.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(v1, v2)` with a product of at least `input_dim`. `None`
+            chooses them near-square.
+        output_factors: `(u1, u2)`, likewise for `output_dim`.
+        implementation: `"auto"` and `"factorized"` form no table;
+            `"materialized"` forms it at each call and gathers from it.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: integers of any dtype, `0 <= inputs < input_dim`; a negative
+            index counts from the end, as in Keras. What an index outside the
+            vocabulary gives depends on the backend. With `reverse=True`,
+            floats.
+        reverse: whether to project from the embedding to the vocabulary
+            instead, `inputs @ table^T`, with the same weights: the tied output
+            logits of a language model, computed factorized.
+
+    Input shape:
+        Any shape of integers; `(..., output_dim)` with `reverse=True`.
+
+    Output shape:
+        `(*input_shape, output_dim)`; `(..., input_dim)` with `reverse=True`.
+
+    Raises:
+        ValueError: if an argument is not valid, or if the inputs are no
+            integers. Begin a model with `keras.Input(shape, dtype="int32")`:
+            the default dtype of `keras.Input` is float32, which holds no
+            integers above 2^24.
+
+    Example:
+
+    >>> layer = BilinearEmbedding(20_000, 128, rank=2)
+    >>> layer(np.array([[1, 2, 3]])).shape == (1, 3, 128)
+    True
+    >>> layer.count_params()  # an Embedding layer has 2,560,000
+    7120
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.Embedding
+    _full_kernel_name = "embeddings"
+
+    def __init__(
+        self,
+        input_dim,
+        output_dim,
+        embeddings_initializer="uniform",
+        embeddings_regularizer=None,
+        embeddings_constraint=None,
+        mask_zero=False,
+        weights=None,
+        rank=1,
+        input_factors=None,
+        output_factors=None,
+        implementation="auto",
+        **kwargs,
+    ):
+        super().__init__(
+            rank=rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+            **kwargs,
+        )
+        self._factorization = Factorization.create(
+            check_positive_int("input_dim", input_dim),
+            check_positive_int("output_dim", output_dim),
+            self.input_factors,
+            self.output_factors,
+            self.rank,
+        )
+        self.input_dim = self._factorization.input_dim
+        self.output_dim = self._factorization.output_dim
+        self.embeddings_initializer = initializers.get(embeddings_initializer)
+        self.embeddings_regularizer = regularizers.get(embeddings_regularizer)
+        self.embeddings_constraint = constraints.get(embeddings_constraint)
+        self.mask_zero = mask_zero
+        self.supports_masking = mask_zero
+        if weights is not None:
+            table = np.asarray(weights[0] if isinstance(weights, list) else weights)
+            if table.shape != (self.input_dim, self.output_dim):
+                raise ValueError(
+                    "`weights` must be a table of shape `(input_dim, output_dim)`. Received: "
+                    f"weights of shape {table.shape}, input_dim={input_dim}, "
+                    f"output_dim={output_dim}"
+                )
+            self.build()
+            self._kernel.assign(table)
+
+    def build(self, input_shape=None):
+        if self.built:
+            return
+        self._kernel = KroneckerKernel(
+            self,
+            self._factorization,
+            self.embeddings_initializer,
+            regularizer=self.embeddings_regularizer,
+            constraint=self.embeddings_constraint,
+            # A row needs a fraction of the work of the table at any rank.
+            implementation="factorized" if self.implementation == "auto" else self.implementation,
+        )
+        self.built = True
+
+    @property
+    def embeddings(self):
+        """The table that the factors stand for, a new tensor of full size."""
+        return self.kernel
+
+    def call(self, inputs, reverse=False, training=None):
+        dtype = self._check_inputs(inputs, reverse)
+        if reverse:
+            return self._kernel.project(inputs, training, transposed=True)
+        # Narrow integers do not hold the divisor, and few ops take unsigned ones.
+        inputs = ops.cast(inputs, "int64" if dtype in ("int64", "uint64", "uint32") else "int32")
+        inputs = ops.where(inputs < 0, inputs + self.input_dim, inputs)
+        return self._kernel.rows(inputs, training)
+
+    def _check_inputs(self, inputs, reverse):
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if reverse and inputs.shape[-1] != self.output_dim:
+            raise ValueError(
+                "With `reverse=True` the last dimension of the inputs must be "
+                f"output_dim={self.output_dim}. Received: inputs.shape={inputs.shape}"
+            )
+        if not reverse and "int" not in dtype:
+            raise ValueError(
+                f"`BilinearEmbedding` takes integer indices. Received: inputs.dtype={dtype}. "
+                "If this comes from a model's input, begin the model with "
+                '`keras.Input(shape, dtype="int32")`.'
+            )
+        return dtype
+
+    def compute_mask(self, inputs, mask=None):
+        if not self.mask_zero or "int" not in keras.backend.standardize_dtype(inputs.dtype):
+            return mask
+        return ops.not_equal(inputs, 0)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape, self.output_dim)
+
+    def compute_output_spec(self, inputs, reverse=False, training=None):
+        self._check_inputs(inputs, reverse)
+        if reverse:
+            shape = (*inputs.shape[:-1], self.input_dim)
+        else:
+            shape = self.compute_output_shape(inputs.shape)
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "input_dim": self.input_dim,
+            "output_dim": self.output_dim,
+            "embeddings_initializer": initializers.serialize(self.embeddings_initializer),
+            "embeddings_regularizer": regularizers.serialize(self.embeddings_regularizer),
+            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
+            "embeddings_constraint": constraints.serialize(self.embeddings_constraint),
+            "mask_zero": self.mask_zero,
+        }

@@ -1,0 +1,285 @@
+"""What every bilinear layer shares: its factors, its arguments, the way from and to full."""
+
+import inspect
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bilinear import kronecker
+from keras_bilinear.decompose import nearest_kronecker_sum
+from keras_bilinear.factors import check_factors, check_positive_int
+from keras_bilinear.initializers import FactorInitializers
+
+IMPLEMENTATIONS = ("auto", "factorized", "materialized")
+SHARED = ("rank", "input_factors", "output_factors", "implementation")
+
+
+class KroneckerKernel:
+    """Two trainable factors of a layer that stand for one kernel.
+
+    The kernel is `W = gain * sum_r kron(L_r, R_r)`, cut to its true size.
+
+    The gain (see `keras_bilinear.initializers`) serves the optimizers whose
+    steps do not depend on the size of the gradient. It would enter the steps of
+    those that do (SGD) squared, and they would diverge. So the gradients of the
+    stored factors are divided by the gain: SGD moves the kernel as if there
+    were none, and Adam and its kin do not see the difference.
+
+    Args:
+        layer: the layer that owns the variables.
+        factorization: the shapes.
+        initializer: initializer of the full kernel, see `FactorInitializers`.
+        regularizer: applied to each stored factor.
+        constraint: applied to each stored factor.
+        implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"`
+            materializes only where that needs fewer MACs per input row.
+    """
+
+    def __init__(
+        self,
+        layer,
+        factorization,
+        initializer,
+        regularizer=None,
+        constraint=None,
+        implementation="auto",
+    ):
+        initializers = FactorInitializers(
+            initializer,
+            factorization.left_shape,
+            factorization.right_shape,
+            fan_in=factorization.input_dim,
+            fan_out=factorization.output_dim,
+        )
+        self.factorization = factorization
+        self.gain = initializers.gain
+        self.materialized = implementation == "materialized" or (
+            implementation == "auto" and factorization.macs > factorization.full_macs
+        )
+        shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
+        self.left = layer.add_weight(
+            name="left_kernel",
+            shape=factorization.left_shape,
+            initializer=initializers.left,
+            **shared,
+        )
+        self.right = layer.add_weight(
+            name="right_kernel",
+            shape=factorization.right_shape,
+            initializer=initializers.right,
+            **shared,
+        )
+
+    def factors(self, training=None):
+        """`(left, right)` tensors whose Kronecker sum is the (padded) kernel, gain included."""
+        left, right = ops.convert_to_tensor(self.left), ops.convert_to_tensor(self.right)
+        if training is not False:
+            left = _scale_gradient(left, 1 / self.gain)
+            right = _scale_gradient(right, 1 / self.gain)
+        # The smaller factor takes the gain.
+        if math.prod(left.shape) <= math.prod(right.shape):
+            return ops.multiply(left, self.gain), right
+        return left, ops.multiply(right, self.gain)
+
+    def materialize(self, training=None):
+        """The kernel, `(input_dim, output_dim)`."""
+        kernel = kronecker.materialize(*self.factors(training))
+        return kernel[: self.factorization.input_dim, : self.factorization.output_dim]
+
+    def project(self, x, training=None, transposed=False):
+        """`x @ W`, or `x @ W^T`, over the last axis of an `x` of any rank."""
+        factorization = self.factorization
+        if self.materialized:
+            kernel = self.materialize(training)
+            return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
+        left, right = self.factors(training)
+        if transposed:
+            factorization = factorization.transposed
+            left, right = kronecker.transpose(left, right)
+        leading = _leading_shape(x)
+        x = ops.reshape(x, (-1, factorization.input_dim))
+        padding = factorization.padded_input_dim - factorization.input_dim
+        if padding:
+            x = ops.pad(x, ((0, 0), (0, padding)))
+        y = kronecker.project(x, left, right, factorization.order)
+        return ops.reshape(y[:, : factorization.output_dim], (*leading, factorization.output_dim))
+
+    def rows(self, indices, training=None):
+        """Rows of the kernel: `indices.shape + (output_dim,)`."""
+        if self.materialized:
+            return ops.take(self.materialize(training), indices, axis=0)
+        rows = kronecker.rows(indices, *self.factors(training))
+        output_dim = self.factorization.output_dim
+        leading = indices.shape if None not in indices.shape else ops.shape(indices)
+        return ops.reshape(rows[:, :output_dim], (*leading, output_dim))
+
+    def assign(self, kernel):
+        """Stores the Kronecker sum that is nearest to a full kernel."""
+        for variable, values in zip(
+            (self.left, self.right), nearest_kronecker_sum(kernel, self.factorization), strict=True
+        ):
+            variable.assign((values / math.sqrt(self.gain)).astype("float32"))
+
+
+def _scale_gradient(x, scale):
+    """`x` itself, bit for bit, but with its gradient multiplied by `scale`."""
+    constant = ops.stop_gradient(x)
+    return ops.add(constant, ops.multiply(ops.subtract(x, constant), scale))
+
+
+def _leading_shape(x):
+    """All but the last dimension of `x`, with `-1` for one that is not known."""
+    static = x.shape[:-1]
+    if sum(size is None for size in static) > 1:
+        return ops.shape(x)[:-1]
+    return tuple(-1 if size is None else size for size in static)
+
+
+class BilinearLayer(keras.layers.Layer):
+    """Base of the bilinear layers: the arguments they share and the way from and to full ones.
+
+    Subclasses set `full_class`, the stock Keras layer they stand for, and
+    `_full_kernel_name`, the name of its kernel there; their `build` sets
+    `self._kernel` to a `KroneckerKernel`.
+    """
+
+    full_class = None
+    _full_kernel_name = "kernel"
+
+    def __init__(self, *, rank, input_factors, output_factors, implementation, **kwargs):
+        rank = check_positive_int("rank", rank)
+        input_factors = check_factors("input_factors", input_factors)
+        output_factors = check_factors("output_factors", output_factors)
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"`implementation` must be one of {IMPLEMENTATIONS}. "
+                f"Received: implementation={implementation!r}"
+            )
+        super().__init__(**kwargs)
+        self.rank = rank
+        self.input_factors = input_factors
+        self.output_factors = output_factors
+        self.implementation = implementation
+        self._kernel = None
+
+    @property
+    def factorization(self):
+        """The `Factorization` that was chosen when the layer was built."""
+        return self._built_kernel().factorization
+
+    @property
+    def left_kernel(self):
+        """The stored left factor, a variable of shape `(rank, d1, u1)`."""
+        return self._built_kernel().left
+
+    @property
+    def right_kernel(self):
+        """The stored right factor, a variable of shape `(rank, d2, u2)`."""
+        return self._built_kernel().right
+
+    @property
+    def kernel(self):
+        """The kernel that the factors stand for, a new tensor of full size."""
+        return self._built_kernel().materialize()
+
+    def _built_kernel(self):
+        if self._kernel is None:
+            raise AttributeError(f"You must build the layer '{self.name}' before using its kernel.")
+        return self._kernel
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in SHARED},
+        }
+
+    @classmethod
+    def from_full(
+        cls, layer, rank=1, input_factors=None, output_factors=None, implementation="auto"
+    ):
+        """Makes a bilinear layer from a built full one.
+
+        The factors are the Kronecker sum nearest to the full kernel (singular
+        value decomposition of the rearranged kernel; Van Loan and Pitsianis,
+        1993). It is exact when the rank reaches
+        `layer.factorization.sufficient_rank`.
+
+        Args:
+            layer: a built layer of exactly the stock class that this one stands
+                for. It is left untouched.
+            rank: number of Kronecker terms.
+            input_factors: `(d1, d2)`; `None` chooses them.
+            output_factors: `(u1, u2)`; `None` chooses them.
+            implementation: `"auto"`, `"factorized"` or `"materialized"`.
+
+        Returns:
+            A built layer with the same name, options and bias.
+
+        Raises:
+            TypeError: if `layer` is not of the stock class.
+            ValueError: if `layer` is not built, is quantized or holds NaN or
+                infinite weights, or if another argument is not valid.
+        """
+        full_class = cls.full_class
+        if type(layer) is not full_class:
+            raise TypeError(
+                f"`{cls.__name__}.from_full` takes a `keras.layers.{full_class.__name__}`. "
+                f"Received: layer={layer!r} (of type {type(layer).__name__})"
+            )
+        if not layer.built:
+            raise ValueError(
+                f"`{cls.__name__}.from_full` takes a built layer: call it on data, or its "
+                f"`build` method, first. Received: layer={layer!r}"
+            )
+        if layer.dtype_policy.quantization_mode is not None:
+            raise ValueError(
+                f"`{cls.__name__}.from_full` takes a layer that is not quantized. "
+                f"Received: layer={layer!r} with dtype policy {layer.dtype_policy.name!r}"
+            )
+        weights = {
+            name: ops.convert_to_numpy(getattr(layer, name))
+            for name in (cls._full_kernel_name, "bias")
+            if getattr(layer, name, None) is not None
+        }
+        for name, value in weights.items():
+            if not np.isfinite(value.astype("float64")).all():
+                raise ValueError(
+                    f"`{cls.__name__}.from_full` takes finite weights. "
+                    f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
+                )
+        accepted = {*inspect.signature(cls.__init__).parameters, "name", "trainable", "dtype"}
+        config = {key: value for key, value in layer.get_config().items() if key in accepted}
+        bilinear = cls.from_config(
+            {
+                **config,
+                "rank": rank,
+                "input_factors": input_factors,
+                "output_factors": output_factors,
+                "implementation": implementation,
+            }
+        )
+        kernel = weights.pop(cls._full_kernel_name)
+        bilinear.build((None, kernel.shape[0]))
+        bilinear._kernel.assign(kernel)
+        for name, value in weights.items():
+            getattr(bilinear, name).assign(value)
+        return bilinear
+
+    def expand(self):
+        """Makes the stock Keras layer that computes the same.
+
+        Returns:
+            A built layer of the stock class with the same name, options and
+            bias, and the materialized kernel.
+
+        Raises:
+            AttributeError: if the layer is not built.
+        """
+        kernel = self.kernel
+        config = {key: value for key, value in self.get_config().items() if key not in SHARED}
+        full = self.full_class.from_config(config)
+        full.build((None, kernel.shape[0]))
+        full.set_weights([kernel, *self.get_weights()[2:]])
+        return full
