@@ -84,7 +84,9 @@ def choose_factors(size):
     root = math.isqrt(size)
     # The sum of the factors grows as they move away from the root, so none
     # below `root / 2` can win against the near-square split, exact or not.
-    candidates = ((a, -(-size // a)) for a in range(max(1, root // 2), root + 2))
+    # Only 1 and 2 have no split but `1 x size`.
+    smallest = max(1 if size <= 2 else 2, root // 2)
+    candidates = ((a, -(-size // a)) for a in range(smallest, root + 2))
     return min((c for c in candidates if c[0] <= c[1]), key=cost)
 
 

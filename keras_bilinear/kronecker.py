@@ -18,36 +18,36 @@ def project(x, left, right, order):
     in the first and summed over in the second.
 
     Args:
-        x: `(n, d1 * d2)`.
+        x: `(..., d1 * d2)`.
         left: `(rank, d1, u1)`.
         right: `(rank, d2, u2)`.
         order: the side to contract first, `"left"` or `"right"`.
 
     Returns:
-        `(n, u1 * u2)`.
+        `(n, u1 * u2)`, where `n` is the product of the leading dimensions of `x`.
     """
     rank, d1, u1 = left.shape
     _, d2, u2 = right.shape
     if order == "left":
-        matrix = ops.reshape(ops.transpose(left, (1, 2, 0)), (d1, u1 * rank))
-        x = _multiply_from_left(matrix, ops.reshape(x, (-1, d1, d2)))
-        y = ops.matmul(ops.reshape(x, (-1, rank * d2)), ops.reshape(right, (rank * d2, u2)))
+        left = ops.reshape(ops.transpose(left, (2, 0, 1)), (u1 * rank, d1))
+        x = _multiply_each(left, ops.reshape(x, (-1, d1, d2)))
+        right = ops.reshape(right, (rank * d2, u2))
+        y = ops.matmul(ops.reshape(x, (-1, rank * d2)), right)
     else:
-        matrix = ops.reshape(ops.transpose(right, (1, 0, 2)), (d2, rank * u2))
-        x = ops.matmul(ops.reshape(x, (-1, d2)), matrix)
-        matrix = ops.reshape(ops.transpose(left, (1, 0, 2)), (d1 * rank, u1))
-        y = _multiply_from_left(matrix, ops.reshape(x, (-1, d1 * rank, u2)))
+        right = ops.reshape(ops.transpose(right, (1, 0, 2)), (d2, rank * u2))
+        x = ops.matmul(ops.reshape(x, (-1, d2)), right)
+        left = ops.reshape(ops.transpose(left, (2, 1, 0)), (u1, d1 * rank))
+        y = _multiply_each(left, ops.reshape(x, (-1, d1 * rank, u2)))
     return ops.reshape(y, (-1, u1 * u2))
 
 
-def _multiply_from_left(matrix, x):
-    """`matrix^T x` for each of the matrices in `x`: `(p, m), (n, p, q) -> (n, m, q)`."""
+def _multiply_each(matrix, x):
+    """`matrix @ x[i]` for each of the matrices in `x`: `(m, p), (n, p, q) -> (n, m, q)`."""
     if not _COMPILES_WITH_XLA:
-        return ops.matmul(ops.expand_dims(ops.transpose(matrix), 0), x)
-    p, m = matrix.shape
-    q = x.shape[2]
-    y = ops.matmul(ops.reshape(ops.transpose(x, (0, 2, 1)), (-1, p)), matrix)
-    return ops.transpose(ops.reshape(y, (-1, q, m)), (0, 2, 1))
+        return ops.matmul(matrix, x)
+    m, p = matrix.shape
+    y = ops.matmul(ops.reshape(ops.transpose(x, (0, 2, 1)), (-1, p)), ops.transpose(matrix))
+    return ops.transpose(ops.reshape(y, (-1, x.shape[2], m)), (0, 2, 1))
 
 
 def rows(indices, left, right):
@@ -61,7 +61,7 @@ def rows(indices, left, right):
     Returns:
         `(n, u1 * u2)`, where `n` is the number of indices.
     """
-    rank, _, u1 = left.shape
+    u1 = left.shape[2]
     _, d2, u2 = right.shape
     indices = ops.reshape(indices, (-1,))
     quotient = ops.floor_divide(indices, d2)

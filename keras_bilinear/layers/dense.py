@@ -1,3 +1,5 @@
+from collections.abc import Callable, Sequence
+
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
@@ -69,20 +71,20 @@ class BilinearDense(BilinearLayer):
 
     def __init__(
         self,
-        units,
-        activation=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        rank=1,
-        input_factors=None,
-        output_factors=None,
-        implementation="auto",
+        units: int,
+        activation: str | Callable | None = None,
+        use_bias: bool = True,
+        kernel_initializer: str | dict | Callable = "glorot_uniform",
+        bias_initializer: str | dict | Callable = "zeros",
+        kernel_regularizer: str | dict | Callable | None = None,
+        bias_regularizer: str | dict | Callable | None = None,
+        activity_regularizer: str | dict | Callable | None = None,
+        kernel_constraint: str | dict | Callable | None = None,
+        bias_constraint: str | dict | Callable | None = None,
+        rank: int = 1,
+        input_factors: Sequence[int] | None = None,
+        output_factors: Sequence[int] | None = None,
+        implementation: str = "auto",
         **kwargs,
     ):
         units = check_positive_int("units", units)
@@ -108,7 +110,7 @@ class BilinearDense(BilinearLayer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple):
         if input_shape[-1] is None:
             raise ValueError(
                 "The last dimension of the input of `BilinearDense` must be known. "
@@ -135,7 +137,7 @@ class BilinearDense(BilinearLayer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: input_shape[-1]})
         self.built = True
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training: bool | None = None):
         x = self._kernel.project(inputs, training)
         if self.bias is not None:
             x = ops.add(x, self.bias)
@@ -143,10 +145,10 @@ class BilinearDense(BilinearLayer):
             x = self.activation(x)
         return x
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
         return (*input_shape[:-1], self.units)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "units": self.units,

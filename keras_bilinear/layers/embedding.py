@@ -1,3 +1,5 @@
+from collections.abc import Callable, Sequence
+
 import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
@@ -73,17 +75,17 @@ class BilinearEmbedding(BilinearLayer):
 
     def __init__(
         self,
-        input_dim,
-        output_dim,
-        embeddings_initializer="uniform",
-        embeddings_regularizer=None,
-        embeddings_constraint=None,
-        mask_zero=False,
-        weights=None,
-        rank=1,
-        input_factors=None,
-        output_factors=None,
-        implementation="auto",
+        input_dim: int,
+        output_dim: int,
+        embeddings_initializer: str | dict | Callable = "uniform",
+        embeddings_regularizer: str | dict | Callable | None = None,
+        embeddings_constraint: str | dict | Callable | None = None,
+        mask_zero: bool = False,
+        weights: np.ndarray | list[np.ndarray] | None = None,
+        rank: int = 1,
+        input_factors: Sequence[int] | None = None,
+        output_factors: Sequence[int] | None = None,
+        implementation: str = "auto",
         **kwargs,
     ):
         super().__init__(
@@ -118,7 +120,7 @@ class BilinearEmbedding(BilinearLayer):
             self.build()
             self._kernel.assign(table)
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: tuple | None = None):
         if self.built:
             return
         self._kernel = KroneckerKernel(
@@ -137,13 +139,15 @@ class BilinearEmbedding(BilinearLayer):
         """The table that the factors stand for, a new tensor of full size."""
         return self.kernel
 
-    def call(self, inputs, reverse=False, training=None):
+    def call(self, inputs, reverse: bool = False, training: bool | None = None):
         dtype = self._check_inputs(inputs, reverse)
         if reverse:
             return self._kernel.project(inputs, training, transposed=True)
         # Narrow integers do not hold the divisor, and few ops take unsigned ones.
         inputs = ops.cast(inputs, "int64" if dtype in ("int64", "uint64", "uint32") else "int32")
-        inputs = ops.where(inputs < 0, inputs + self.input_dim, inputs)
+        if self._factorization.padded_input_dim != self.input_dim:
+            # Without padding, a negative index counts from the end by itself.
+            inputs = ops.where(inputs < 0, inputs + self.input_dim, inputs)
         return self._kernel.rows(inputs, training)
 
     def _check_inputs(self, inputs, reverse):
@@ -162,14 +166,16 @@ class BilinearEmbedding(BilinearLayer):
         return dtype
 
     def compute_mask(self, inputs, mask=None):
-        if not self.mask_zero or "int" not in keras.backend.standardize_dtype(inputs.dtype):
+        if "int" not in keras.backend.standardize_dtype(inputs.dtype):
             return mask
-        return ops.not_equal(inputs, 0)
+        return ops.not_equal(inputs, 0) if self.mask_zero else None
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
         return (*input_shape, self.output_dim)
 
-    def compute_output_spec(self, inputs, reverse=False, training=None):
+    def compute_output_spec(
+        self, inputs, reverse: bool = False, training: bool | None = None
+    ) -> keras.KerasTensor:
         self._check_inputs(inputs, reverse)
         if reverse:
             shape = (*inputs.shape[:-1], self.input_dim)
@@ -177,7 +183,7 @@ class BilinearEmbedding(BilinearLayer):
             shape = self.compute_output_shape(inputs.shape)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "input_dim": self.input_dim,

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from collections.abc import Sequence
+from typing import Self
 
 import keras
 import numpy as np
@@ -9,7 +11,7 @@ from keras import ops
 
 from keras_bilinear import kronecker
 from keras_bilinear.decompose import nearest_kronecker_sum
-from keras_bilinear.factors import check_factors, check_positive_int
+from keras_bilinear.factors import Factorization, check_factors, check_positive_int
 from keras_bilinear.initializers import FactorInitializers
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
@@ -98,22 +100,19 @@ class KroneckerKernel:
         if transposed:
             factorization = factorization.transposed
             left, right = kronecker.transpose(left, right)
-        leading = _leading_shape(x)
-        x = ops.reshape(x, (-1, factorization.input_dim))
+        leading = _known_shape(x, axes=-1)
         padding = factorization.padded_input_dim - factorization.input_dim
         if padding:
-            x = ops.pad(x, ((0, 0), (0, padding)))
+            x = ops.pad(x, ((0, 0),) * len(leading) + ((0, padding),))
         y = kronecker.project(x, left, right, factorization.order)
-        return ops.reshape(y[:, : factorization.output_dim], (*leading, factorization.output_dim))
+        return _restore(y, leading, factorization)
 
     def rows(self, indices, training=None):
         """Rows of the kernel: `indices.shape + (output_dim,)`."""
         if self.materialized:
             return ops.take(self.materialize(training), indices, axis=0)
         rows = kronecker.rows(indices, *self.factors(training))
-        output_dim = self.factorization.output_dim
-        leading = indices.shape if None not in indices.shape else ops.shape(indices)
-        return ops.reshape(rows[:, :output_dim], (*leading, output_dim))
+        return _restore(rows, _known_shape(indices), self.factorization)
 
     def assign(self, kernel):
         """Stores the Kronecker sum that is nearest to a full kernel."""
@@ -129,12 +128,19 @@ def _scale_gradient(x, scale):
     return ops.add(constant, ops.multiply(ops.subtract(x, constant), scale))
 
 
-def _leading_shape(x):
-    """All but the last dimension of `x`, with `-1` for one that is not known."""
-    static = x.shape[:-1]
+def _known_shape(x, axes=None):
+    """Leading dimensions of `x`, with `-1` for one that is not known."""
+    static = x.shape[:axes]
     if sum(size is None for size in static) > 1:
-        return ops.shape(x)[:-1]
+        return ops.shape(x)[:axes]
     return tuple(-1 if size is None else size for size in static)
+
+
+def _restore(y, leading, factorization):
+    """Cuts the padding off `(n, padded_output_dim)` and gives it its leading dimensions back."""
+    if factorization.padded_output_dim != factorization.output_dim:
+        y = y[:, : factorization.output_dim]
+    return y if len(leading) == 1 else ops.reshape(y, (*leading, factorization.output_dim))
 
 
 class BilinearLayer(keras.layers.Layer):
@@ -165,17 +171,17 @@ class BilinearLayer(keras.layers.Layer):
         self._kernel = None
 
     @property
-    def factorization(self):
+    def factorization(self) -> Factorization:
         """The `Factorization` that was chosen when the layer was built."""
         return self._built_kernel().factorization
 
     @property
-    def left_kernel(self):
+    def left_kernel(self) -> keras.Variable:
         """The stored left factor, a variable of shape `(rank, d1, u1)`."""
         return self._built_kernel().left
 
     @property
-    def right_kernel(self):
+    def right_kernel(self) -> keras.Variable:
         """The stored right factor, a variable of shape `(rank, d2, u2)`."""
         return self._built_kernel().right
 
@@ -189,7 +195,7 @@ class BilinearLayer(keras.layers.Layer):
             raise AttributeError(f"You must build the layer '{self.name}' before using its kernel.")
         return self._kernel
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             **{name: getattr(self, name) for name in SHARED},
@@ -197,8 +203,13 @@ class BilinearLayer(keras.layers.Layer):
 
     @classmethod
     def from_full(
-        cls, layer, rank=1, input_factors=None, output_factors=None, implementation="auto"
-    ):
+        cls,
+        layer: keras.layers.Layer,
+        rank: int = 1,
+        input_factors: Sequence[int] | None = None,
+        output_factors: Sequence[int] | None = None,
+        implementation: str = "auto",
+    ) -> Self:
         """Makes a bilinear layer from a built full one.
 
         The factors are the Kronecker sum nearest to the full kernel (singular
@@ -267,7 +278,7 @@ class BilinearLayer(keras.layers.Layer):
             getattr(bilinear, name).assign(value)
         return bilinear
 
-    def expand(self):
+    def expand(self) -> keras.layers.Layer:
         """Makes the stock Keras layer that computes the same.
 
         Returns:

@@ -1,0 +1,417 @@
+"""Speed of the bilinear layers beside the full ones, and beside what the hardware allows.
+
+Each backend runs in a process of its own, one after the other. There every full
+layer and its bilinear counterpart are called in turn, so that a machine whose
+speed drifts slows both down; the figures are medians, to be read as ratios. The
+floor is what no implementation of the same mathematics can beat on this
+machine: the larger of the MACs over the measured matmul rate and the bytes that
+must move over the measured copy rate.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+# Column: the Keras backend, and whether it compiles with XLA.
+COLUMNS = {
+    "tensorflow": ("tensorflow", False),
+    "xla": ("tensorflow", True),
+    "jax": ("jax", True),
+    "torch": ("torch", False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer shape to time.
+
+    Attributes:
+        kind: `"dense"` or `"embedding"`.
+        batch: shape of the batch, without the width.
+        input_dim: width of the input, or size of the vocabulary.
+        output_dim: width of the output.
+        rank: rank of the bilinear layer.
+    """
+
+    kind: str
+    batch: tuple
+    input_dim: int
+    output_dim: int
+    rank: int
+
+    def __str__(self):
+        batch = "x".join(map(str, self.batch))
+        return f"{self.kind} B={batch}, {self.input_dim:,} -> {self.output_dim}, rank {self.rank}"
+
+    def layers(self):
+        """A full and a bilinear layer of this shape."""
+        import keras
+
+        import keras_bilinear
+
+        if self.kind == "dense":
+            return (
+                keras.layers.Dense(self.output_dim),
+                keras_bilinear.BilinearDense(self.output_dim, rank=self.rank),
+            )
+        return (
+            keras.layers.Embedding(self.input_dim, self.output_dim),
+            keras_bilinear.BilinearEmbedding(self.input_dim, self.output_dim, rank=self.rank),
+        )
+
+    def inputs(self):
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        if self.kind == "dense":
+            return rng.normal(size=(*self.batch, self.input_dim)).astype("float32")
+        return rng.integers(0, self.input_dim, self.batch).astype("int32")
+
+    def floors(self, layer, rates):
+        """Least seconds for a forward pass and for a training step of `layer`."""
+        factorization = getattr(layer, "factorization", None)
+        positions = math.prod(self.batch)
+        outputs = positions * self.output_dim
+        parameters = layer.count_params()
+        if self.kind == "dense":
+            macs = positions * (
+                factorization.macs if factorization else self.input_dim * self.output_dim
+            )
+            inputs, read = positions * self.input_dim, parameters
+        else:
+            macs = (
+                positions * factorization.rank * factorization.padded_output_dim
+                if factorization
+                else 0
+            )
+            inputs, read = positions, min(parameters, outputs)
+        # Adam reads and writes each parameter and its two moments.
+        step = 2 * inputs + 2 * outputs + 6 * parameters
+        return (
+            max(macs / rates["macs"], 4 * (inputs + outputs + read) / rates["bytes"]),
+            max(3 * macs / rates["macs"], 4 * step / rates["bytes"]),
+        )
+
+
+CASES = {
+    "dense": [
+        Case("dense", (batch,), width, width, rank)
+        for batch, width in ((128, 1024), (128, 4096), (1, 4096))
+        for rank in (1, 4)
+    ],
+    "embedding": [
+        Case("embedding", (64, 100), vocabulary, width, rank)
+        for vocabulary, width in ((20_000, 128), (100_000, 256), (1_000_000, 256))
+        for rank in (1, 4)
+    ],
+}
+HUGE = Case("embedding", (64, 100), 10**9, 256, 4)
+
+
+class _Steps:
+    """A forward pass and a training step (Adam, mean squared error) of one layer.
+
+    The step of a dense layer includes the gradient of its inputs, which every
+    layer but a network's first has to pass on.
+    """
+
+    def __init__(self, layer, inputs, xla):
+        import keras
+        import numpy as np
+        from keras import ops
+
+        layer(inputs[:1])
+        self.optimizer = keras.optimizers.Adam(1e-3)
+        self.optimizer.build(layer.trainable_variables)
+        self.layer, self.xla = layer, xla
+        self.inputs = ops.convert_to_tensor(inputs)
+        target = np.random.default_rng(1).normal(size=layer.compute_output_shape(inputs.shape))
+        self.target = ops.convert_to_tensor(target.astype("float32"))
+        self.differentiate_inputs = inputs.dtype == np.float32
+        make = getattr(self, f"_{keras.config.backend()}")
+        self.forward, self.step = make()
+
+    def _loss(self, outputs):
+        from keras import ops
+
+        return ops.mean(ops.square(outputs - self.target))
+
+    def _tensorflow(self):
+        import tensorflow as tf
+
+        def forward():
+            return self.layer(self.inputs, training=False)
+
+        def step():
+            with tf.GradientTape() as tape:
+                if self.differentiate_inputs:
+                    tape.watch(self.inputs)
+                loss = self._loss(self.layer(self.inputs, training=True))
+            variables = [variable.value for variable in self.layer.trainable_variables]
+            sources = [*variables, self.inputs] if self.differentiate_inputs else variables
+            gradients = tape.gradient(loss, sources)
+            self.optimizer.apply(gradients[: len(variables)], self.layer.trainable_variables)
+            return gradients[len(variables) :]
+
+        function = dict(jit_compile=self.xla, autograph=False)
+        return tf.function(forward, **function), tf.function(step, **function)
+
+    def _jax(self):
+        import jax
+
+        layer, optimizer = self.layer, self.optimizer
+
+        def loss(variables, inputs):
+            outputs, _ = layer.stateless_call(variables, [], inputs, training=True)
+            return self._loss(outputs)
+
+        @jax.jit
+        def forward(variables, inputs):
+            return layer.stateless_call(variables, [], inputs, training=False)[0]
+
+        def update(variables, state, inputs):
+            which = (0, 1) if self.differentiate_inputs else 0
+            gradients = jax.grad(loss, argnums=which)(variables, inputs)
+            gradients, rest = gradients if self.differentiate_inputs else (gradients, ())
+            return *optimizer.stateless_apply(state, gradients, variables), rest
+
+        update = jax.jit(update, donate_argnums=(0, 1))
+        # Copies, as the buffers are donated and the variables keep theirs.
+        copy = lambda variables: [variable.value.copy() for variable in variables]  # noqa: E731
+        weights = copy(layer.trainable_variables)
+        state = [copy(layer.trainable_variables), copy(optimizer.variables)]
+
+        def step():
+            *state[:], rest = update(*state, self.inputs)
+            jax.block_until_ready((state, rest))
+
+        return lambda: forward(weights, self.inputs).block_until_ready(), step
+
+    def _torch(self):
+        import torch
+
+        if self.differentiate_inputs:
+            self.inputs = self.inputs.clone().requires_grad_()
+
+        def forward():
+            with torch.no_grad():
+                return self.layer(self.inputs, training=False)
+
+        def step():
+            self.layer.zero_grad()
+            self.inputs.grad = None
+            self._loss(self.layer(self.inputs, training=True)).backward()
+            variables = self.layer.trainable_variables
+            with torch.no_grad():
+                self.optimizer.apply([v.value.grad for v in variables], variables)
+
+        return forward, step
+
+
+def _seconds(functions, least_seconds=1.0, least_calls=5):
+    """Median seconds of each function, all of them called in turn."""
+    for function in functions:
+        function()
+        function()
+    times = [[] for _ in functions]
+    end = time.perf_counter() + least_seconds * len(functions)
+    while time.perf_counter() < end or len(times[0]) < least_calls:
+        for function, record in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            record.append(time.perf_counter() - start)
+    return [statistics.median(record) for record in times]
+
+
+def measure_rates():
+    """Matmul rate (MACs per second) and copy rate (bytes moved per second) of this machine.
+
+    Of the matmuls of NumPy and of the backend the faster one counts.
+    """
+    import numpy as np
+    from keras import ops
+
+    size = 2048
+    a, b = np.ones((2, size, size), "float32")
+    x, y = ops.convert_to_tensor(a), ops.convert_to_tensor(b)
+    source, target = np.ones((2, 1 << 26), "float32")
+
+    def matmul():
+        # Reading one number waits for the product on every backend.
+        return float(ops.convert_to_numpy(ops.matmul(x, y)[0, 0]))
+
+    *matmuls, copy = _seconds([lambda: a @ b, matmul, lambda: np.copyto(target, source)])
+    return {"macs": size**3 / min(matmuls), "bytes": 2 * source.nbytes / copy}
+
+
+def measure(case, xla, rates):
+    """Times one case on the backend of this process; returns a JSON-ready record."""
+    full, bilinear = (_Steps(layer, case.inputs(), xla) for layer in case.layers())
+    forward = _seconds([full.forward, bilinear.forward])
+    step = _seconds([full.step, bilinear.step])
+    floors = [case.floors(steps.layer, rates) for steps in (full, bilinear)]
+    return {
+        "case": str(case),
+        "parameters": [full.layer.count_params(), bilinear.layer.count_params()],
+        "forward": forward,
+        "step": step,
+        "forward_floor": [floor for floor, _ in floors],
+        "step_floor": [floor for _, floor in floors],
+    }
+
+
+def measure_huge():
+    """Trains `HUGE` for a few steps; returns its step time and this process's peak memory."""
+    import resource
+
+    _, layer = HUGE.layers()
+    steps = _Steps(layer, HUGE.inputs(), xla=False)
+    (seconds,) = _seconds([steps.step])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"case": str(HUGE), "parameters": layer.count_params(), "step": seconds, "peak": peak}
+
+
+def _work(column, suites):
+    """What a worker process does: prints one JSON record a line."""
+    xla = COLUMNS[column][1]
+    rates = measure_rates()
+    print(json.dumps({"rates": rates}), flush=True)
+    for suite in suites:
+        for case in CASES[suite]:
+            print(json.dumps(measure(case, xla, rates)), flush=True)
+    if "embedding" in suites and not xla:
+        print(json.dumps(measure_huge()), flush=True)
+
+
+def _run_worker(column, suites):
+    """Records of one column, from a fresh process on its backend."""
+    backend, _ = COLUMNS[column]
+    process = subprocess.run(
+        [sys.executable, "-m", __spec__.name, column, *suites],
+        env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def machine():
+    """The kind of this machine and the versions that were measured."""
+    from importlib import metadata
+
+    packages = ("keras", "tensorflow", "jax", "torch", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _rows(records):
+    """Cells of the table: one row a case and kind of call, from `{column: records}`."""
+    cases = {}
+    for column, of_column in records.items():
+        for record in of_column:
+            if "forward" in record:
+                cases.setdefault(record["case"], {})[column] = record
+    for case, by_column in cases.items():
+        for call, label in (("forward", "forward"), ("step", "training step")):
+            cells = [case, label]
+            for column in records:
+                record = by_column[column]
+                full, bilinear = record[call]
+                floor = record[f"{call}_floor"][1]
+                cells.append(
+                    f"{full / bilinear:.2f}x ({full * 1e3:.2f} / {bilinear * 1e3:.2f} / "
+                    f"{floor * 1e3:.3f})"
+                )
+            yield cells
+
+
+def _markdown(records, command):
+    facts = ", ".join(f"{name} {value}" for name, value in machine().items())
+    header = ["layer", "call", *records]
+    lines = [
+        "# Speed of bilinear layers",
+        "",
+        f"`{command}`; {facts}.",
+        "",
+        "Each cell: how many times as fast as the full layer (milliseconds of the full layer / of "
+        "the bilinear one / floor of the hardware for the bilinear one). float32, medians; read "
+        "the ratios, as the machine is shared.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in _rows(records)),
+        "",
+    ]
+    for column, of_column in records.items():
+        rates = of_column[0]["rates"]
+        matmul, copy = rates["macs"] / 1e9, rates["bytes"] / 1e9
+        lines.append(f"- {column}: {matmul:.1f} GMAC/s matmul, {copy:.1f} GB/s copy.")
+        lines += [
+            f"- {column}: {record['case']} ({record['parameters']:,} parameters): training step "
+            f"{record['step'] * 1e3:.1f} ms, peak memory of the process "
+            f"{record['peak'] / 1e6:,.0f} MB."
+            for record in of_column
+            if "peak" in record
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def define_flags():
+    flags.DEFINE_multi_enum("suite", list(CASES), list(CASES), "layers to time")
+    flags.DEFINE_multi_enum(
+        "backend", ["tensorflow"], list(COLUMNS), "backends to time, each in a process of its own"
+    )
+    flags.DEFINE_string("output", None, "write PATH.json and PATH.md as well")
+
+
+def main(argv):
+    del argv
+    import rich.console
+    import rich.table
+
+    suites, columns = flags.FLAGS.suite, flags.FLAGS.backend
+    console = rich.console.Console()
+    records = {}
+    for column in columns:
+        with console.status(f"timing {', '.join(suites)} on {column}"):
+            records[column] = _run_worker(column, suites)
+    table = rich.table.Table(
+        "layer", "call", *columns, title="speedup (full / bilinear / floor, ms)"
+    )
+    for row in _rows(records):
+        table.add_row(*row)
+    console.print(table)
+    if flags.FLAGS.output:
+        arguments = [f"--suite={suite}" for suite in suites] + [f"--backend={c}" for c in columns]
+        command = " ".join(["keras-bilinear benchmark", *arguments])
+        results = {"command": command, **machine(), "records": records}
+        for suffix, text in (
+            (".json", json.dumps(results, indent=1) + "\n"),
+            (".md", _markdown(records, command)),
+        ):
+            path = pathlib.Path(flags.FLAGS.output + suffix)
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(text)
+            temporary.replace(path)
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,133 @@
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_bilinear.decompose import nearest_kronecker_sum
+from keras_bilinear.factors import Factorization
+
+DIMS = st.integers(1, 40)
+
+
+def random_kernel(plan, seed=0):
+    return np.random.default_rng(seed).normal(size=(plan.input_dim, plan.output_dim))
+
+
+def residual(kernel, plan):
+    """Of the padded kernel: what the decomposition puts into the padding counts."""
+    left, right = nearest_kronecker_sum(kernel, plan)
+    assert left.shape == plan.left_shape
+    assert right.shape == plan.right_shape
+    assert left.dtype == right.dtype == "float64"
+    return np.linalg.norm(oracle.kronecker_sum(left, right) - oracle.pad_like(kernel, plan))
+
+
+def singular_values(kernel, plan):
+    """Of the kernel rearranged entry by entry: one row for each entry of the left factor."""
+    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
+    padded = oracle.pad_like(kernel, plan)
+    rows = [
+        padded[a * d2 : (a + 1) * d2, b * u2 : (b + 1) * u2].ravel()
+        for a in range(d1)
+        for b in range(u1)
+    ]
+    return np.linalg.svd(np.array(rows), compute_uv=False)
+
+
+@given(DIMS, DIMS, st.integers(1, 6), st.integers(0, 99))
+def test_residual_is_that_of_the_truncated_svd(input_dim, output_dim, rank, seed):
+    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    kernel = random_kernel(plan, seed)
+    best = np.linalg.norm(singular_values(kernel, plan)[rank:])
+    np.testing.assert_allclose(residual(kernel, plan), best, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
+def test_residual_of_a_kernel_of_very_different_singular_values(rank):
+    plan = Factorization.create(36, 36, rank=rank)
+    random = np.random.default_rng(0)
+    left, _ = np.linalg.qr(random.normal(size=(36, 6)))
+    right, _ = np.linalg.qr(random.normal(size=(36, 6)))
+    scale = 10.0 ** -np.arange(0, 12, 2)  # down to what float32 cannot tell from zero
+    terms = (left * scale).T.reshape(6, 6, 6), right.T.reshape(6, 6, 6)
+    kernel = oracle.kronecker_sum(*terms)
+    best = np.linalg.norm(scale[rank:])
+    np.testing.assert_allclose(residual(kernel, plan), best, rtol=1e-6, atol=2e-8)
+
+
+@given(DIMS, DIMS, st.integers(0, 3))
+def test_exact_at_the_sufficient_rank_and_beyond(input_dim, output_dim, more):
+    plan = Factorization.create(input_dim, output_dim)
+    rank = plan.sufficient_rank + more
+    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    kernel = random_kernel(plan)
+    assert residual(kernel, plan) < 1e-12 * np.linalg.norm(kernel)
+
+
+@pytest.mark.parametrize(
+    ("input_factors", "output_factors"), [((2, 30), (3, 4)), ((30, 2), (4, 3)), ((1, 60), (12, 1))]
+)
+def test_exact_with_one_side_larger(input_factors, output_factors):
+    rank = Factorization.create(60, 12, input_factors, output_factors).sufficient_rank
+    plan = Factorization.create(60, 12, input_factors, output_factors, rank)
+    assert residual(random_kernel(plan), plan) < 1e-11
+
+
+def test_exact_for_a_sum_of_as_many_terms():
+    plan = Factorization.create(30, 42, rank=3)
+    random = np.random.default_rng(0)
+    kernel = oracle.kronecker_sum(
+        random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
+    )
+    assert residual(kernel, plan) < 1e-12 * np.linalg.norm(kernel)
+
+
+@pytest.mark.parametrize("dims", [(36, 49), (17, 13), (3, 50), (101, 7)])
+def test_error_falls_with_the_rank(dims):
+    ranks = range(1, Factorization.create(*dims).sufficient_rank)
+    plans = [Factorization.create(*dims, rank=rank) for rank in ranks]
+    errors = [residual(random_kernel(plan), plan) for plan in plans]
+    assert (np.diff(errors) < 0).all()
+
+
+@given(DIMS, DIMS, st.integers(1, 5))
+def test_never_worse_than_random_factors_at_their_best_scale(input_dim, output_dim, rank):
+    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    kernel = random_kernel(plan)
+    random = np.random.default_rng(1)
+    guess = oracle.kronecker_sum(
+        random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
+    )
+    padded = oracle.pad_like(kernel, plan)
+    guess *= np.sum(guess * padded) / np.sum(guess**2)
+    assert residual(kernel, plan) <= np.linalg.norm(padded - guess) + 1e-9
+
+
+@given(DIMS, DIMS, st.integers(1, 5))
+def test_both_factors_of_a_term_have_the_same_norm(input_dim, output_dim, rank):
+    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    left, right = nearest_kronecker_sum(random_kernel(plan), plan)
+    norms = [np.linalg.norm(factor, axis=(1, 2)) for factor in (left, right)]
+    np.testing.assert_allclose(*norms, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 200])
+def test_zero_kernel_gives_zero_factors(rank):
+    plan = Factorization.create(12, 10, rank=rank)
+    for factor in nearest_kronecker_sum(np.zeros((12, 10)), plan):
+        np.testing.assert_array_equal(factor, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int32"])
+def test_any_real_dtype(dtype):
+    plan = Factorization.create(12, 10, rank=10)
+    kernel = (10 * random_kernel(plan)).astype(dtype)
+    assert residual(kernel, plan) < 1e-10
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_any_scale(scale):
+    plan = Factorization.create(13, 10, rank=10)
+    kernel = scale * random_kernel(plan)
+    assert residual(kernel, plan) < 1e-11 * scale

@@ -1,0 +1,179 @@
+import itertools
+import math
+import re
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from keras_bilinear.factors import (
+    Factorization,
+    check_factors,
+    check_positive_int,
+    choose_factors,
+)
+
+PRIMES = [3, 5, 7, 11, 13, 17, 101, 509, 997, 10007, 1_000_003]
+NOT_POSITIVE_INTEGERS = [0, -3, 2.0, 2.5, True, "8", None, [4], math.nan]
+SMALL = st.integers(1, 12)
+
+
+def is_tight(first, second, size):
+    return (first - 1) * second < size <= first * second and first * (second - 1) < size
+
+
+@given(st.integers(1, 10**9))
+@example(3)
+@example(5)
+def test_chosen_factors_are_tight_and_near_square(size):
+    first, second = choose_factors(size)
+    assert first <= second
+    assert is_tight(first, second, size)
+    assert first + second <= 1.25 * 2 * math.ceil(math.sqrt(size))
+
+
+def test_chosen_factors_of_every_small_size():
+    for size in range(1, 5000):
+        first, second = choose_factors(size)
+        assert first <= second
+        assert is_tight(first, second, size), size
+        assert first > 1 or size <= 2, size
+
+
+@pytest.mark.parametrize("prime", PRIMES)
+def test_a_prime_is_padded(prime):
+    first, second = choose_factors(prime)
+    assert first > 1
+    assert prime < first * second < prime + second
+
+
+@pytest.mark.parametrize("root", [1, 2, 7, 32, 1000])
+def test_a_square_is_split_into_its_root(root):
+    assert choose_factors(root**2) == (root, root)
+
+
+@given(SMALL, SMALL, st.integers(1, 4))
+def test_parameters_count_the_numbers_in_both_factors(input_dim, output_dim, rank):
+    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    left, right = np.zeros(plan.left_shape), np.zeros(plan.right_shape)
+    assert left.shape[0] == right.shape[0] == rank
+    assert plan.parameters == left.size + right.size
+    assert plan.full_parameters == input_dim * output_dim
+    padded = np.kron(left[0], right[0]).shape
+    assert padded == (plan.padded_input_dim, plan.padded_output_dim)
+    assert padded >= (input_dim, output_dim)
+
+
+def count_macs(plan, order):
+    """Counts one multiplication for each pair of numbers that meet in `sum_r L_r^T X R_r`."""
+    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
+    first, second = (
+        ((u1, d2, d1), (u1, u2, d2)) if order == "left" else ((d1, u2, d2), (u1, u2, d1))
+    )
+    return sum(1 for shape in (first, second) for _ in np.ndindex(plan.rank, *shape))
+
+
+@given(SMALL, SMALL, st.integers(1, 3))
+def test_macs_are_those_of_the_cheaper_order(input_dim, output_dim, rank):
+    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    macs = {order: count_macs(plan, order) for order in ("left", "right")}
+    assert plan.macs == macs[plan.order] == min(macs.values())
+    assert plan.full_macs == input_dim * output_dim
+
+
+def test_order_follows_the_factors():
+    assert Factorization.create(64, 8, (32, 2), (2, 4)).order == "left"
+    assert Factorization.create(64, 8, (2, 32), (4, 2)).order == "right"
+
+
+@pytest.mark.parametrize(
+    ("input_factors", "output_factors", "rank"),
+    [((3, 4), (2, 5), 1), ((3, 4), (2, 5), 2), ((1, 3), (4, 8), 1), ((3, 1), (4, 8), 1)]
+    + [((6, 2), (2, 6), 1), ((6, 2), (2, 6), 2), ((6, 2), (2, 6), 3), ((5, 5), (5, 5), 1)],
+)
+def test_attainable_rank_is_that_of_a_random_kernel(input_factors, output_factors, rank):
+    sizes = math.prod(input_factors), math.prod(output_factors)
+    plan = Factorization.create(*sizes, input_factors, output_factors, rank)
+    random = np.random.default_rng(0)
+    kernel = oracle.kronecker_sum(random.normal(size=plan.left_shape), random.normal(size=plan.right_shape))
+    assert np.linalg.matrix_rank(kernel) == plan.attainable_rank
+
+
+@given(SMALL, SMALL)
+def test_sufficient_rank_is_that_of_the_rearranged_kernel(input_dim, output_dim):
+    plan = Factorization.create(input_dim, output_dim)
+    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
+    assert plan.sufficient_rank == np.linalg.matrix_rank(
+        np.random.default_rng(0).normal(size=(d1 * u1, d2 * u2))
+    )
+
+
+@given(SMALL, SMALL, st.integers(1, 3))
+def test_transposed_swaps_input_and_output(input_dim, output_dim, rank):
+    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    other = Factorization.create(output_dim, input_dim, rank=rank)
+    assert plan.transposed == other
+    assert plan.transposed.transposed == plan
+    assert plan.transposed.parameters == plan.parameters
+
+
+def test_given_factors_are_kept():
+    plan = Factorization.create(12, 10, (4, 3), np.array([5, 2]), np.int64(2))
+    assert (plan.input_factors, plan.output_factors, plan.rank) == ((4, 3), (5, 2), 2)
+    assert all(type(n) is int for n in (*plan.output_factors, plan.rank))
+
+
+@pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS)
+def test_check_positive_int_refuses(value):
+    message = f"`width` must be a positive integer. Received: width={value!r} (of type"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_positive_int("width", value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [*itertools.product(["input_dim", "output_dim", "rank"], NOT_POSITIVE_INTEGERS)],
+)
+def test_factorization_refuses_sizes(argument, value):
+    message = f"`{argument}` must be a positive integer. Received: {argument}={value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Factorization.create(**{"input_dim": 12, "output_dim": 12, argument: value})
+
+
+@pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS)
+def test_choose_factors_refuses(value):
+    with pytest.raises(ValueError, match=r"`size` must be a positive integer. Received: size="):
+        choose_factors(value)
+
+
+@pytest.mark.parametrize("argument", ["input_factors", "output_factors"])
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (12, "must be a pair of positive integers"),
+        ("34", "must be a pair of positive integers"),
+        ((12,), "must be a pair of positive integers"),
+        ((3, 2, 2), "must be a pair of positive integers"),
+        ((), "must be a pair of positive integers"),
+        ((0, 12), "[0]` must be a positive integer"),
+        ((4, -3), "[1]` must be a positive integer"),
+        ((4, 3.0), "[1]` must be a positive integer"),
+        ((True, 12), "[0]` must be a positive integer"),
+        ((4, "3"), "[1]` must be a positive integer"),
+        ((3, 3), "must be at least 12, the size they factor"),
+        ((1, 11), "must be at least 12, the size they factor"),
+        ((5, 3), "must fit the size 12 tightly"),
+        ((1, 13), "must fit the size 12 tightly"),
+        ((7, 7), "must fit the size 12 tightly"),
+    ],
+)
+def test_factorization_refuses_factors(argument, value, rule):
+    with pytest.raises(ValueError, match=f"`{argument}.*{re.escape(rule)}.*Received: {argument}"):
+        Factorization.create(12, 12, **{argument: value})
+
+
+def test_check_factors_without_a_size_accepts_any_pair():
+    assert check_factors("input_factors", [7, 9]) == (7, 9)
+    assert check_factors("input_factors", None, 12) is None
