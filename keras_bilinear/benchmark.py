@@ -19,7 +19,12 @@ import subprocess
 import sys
 import time
 
+import rich.console
+import rich.table
 from absl import flags
+
+from keras_bilinear.errors import CommandError, require
+from keras_bilinear.files import check_writable, staged
 
 # Column: the Keras backend, and whether it compiles with XLA.
 COLUMNS = {
@@ -114,6 +119,7 @@ CASES = {
         for rank in (1, 4)
     ],
 }
+# Trained alone in a process of its own, for its peak memory; no full layer fits.
 HUGE = Case("embedding", (64, 100), 10**9, 256, 4)
 
 
@@ -269,34 +275,34 @@ def measure(case, xla, rates):
     }
 
 
-def measure_huge():
+def measure_huge(xla):
     """Trains `HUGE` for a few steps; returns its step time and this process's peak memory."""
     import resource
 
     _, layer = HUGE.layers()
-    steps = _Steps(layer, HUGE.inputs(), xla=False)
+    steps = _Steps(layer, HUGE.inputs(), xla)
     (seconds,) = _seconds([steps.step])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"case": str(HUGE), "parameters": layer.count_params(), "step": seconds, "peak": peak}
 
 
-def _work(column, suites):
+def _work(column, suite):
     """What a worker process does: prints one JSON record a line."""
     xla = COLUMNS[column][1]
+    if suite == "huge":
+        print(json.dumps(measure_huge(xla)), flush=True)
+        return
     rates = measure_rates()
     print(json.dumps({"rates": rates}), flush=True)
-    for suite in suites:
-        for case in CASES[suite]:
-            print(json.dumps(measure(case, xla, rates)), flush=True)
-    if "embedding" in suites and not xla:
-        print(json.dumps(measure_huge()), flush=True)
+    for case in CASES[suite]:
+        print(json.dumps(measure(case, xla, rates)), flush=True)
 
 
-def _run_worker(column, suites):
-    """Records of one column, from a fresh process on its backend."""
+def _run_worker(column, suite):
+    """Records of one suite and column, from a fresh process on its backend."""
     backend, _ = COLUMNS[column]
     process = subprocess.run(
-        [sys.executable, "-m", __spec__.name, column, *suites],
+        [sys.executable, "-m", __spec__.name, column, suite],
         env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
         stdout=subprocess.PIPE,
         check=True,
@@ -361,57 +367,66 @@ def _markdown(records, command):
         "",
     ]
     for column, of_column in records.items():
-        rates = of_column[0]["rates"]
-        matmul, copy = rates["macs"] / 1e9, rates["bytes"] / 1e9
-        lines.append(f"- {column}: {matmul:.1f} GMAC/s matmul, {copy:.1f} GB/s copy.")
-        lines += [
-            f"- {column}: {record['case']} ({record['parameters']:,} parameters): training step "
-            f"{record['step'] * 1e3:.1f} ms, peak memory of the process "
-            f"{record['peak'] / 1e6:,.0f} MB."
-            for record in of_column
-            if "peak" in record
-        ]
+        for record in of_column:
+            if "rates" in record:
+                matmul, copy = record["rates"]["macs"] / 1e9, record["rates"]["bytes"] / 1e9
+                lines.append(f"- {column}: {matmul:.1f} GMAC/s matmul, {copy:.1f} GB/s copy.")
+            if "peak" in record:
+                lines.append(
+                    f"- {column}: {record['case']} ({record['parameters']:,} parameters): training "
+                    f"step {record['step'] * 1e3:.1f} ms, peak memory of the process "
+                    f"{record['peak'] / 1e6:,.0f} MB."
+                )
     return "\n".join(lines) + "\n"
 
 
-def define_flags():
-    flags.DEFINE_multi_enum("suite", list(CASES), list(CASES), "layers to time")
+def define_flags() -> None:
+    """Defines the flags of `keras-bilinear benchmark`."""
+    suites = [*CASES, "huge"]
+    flags.DEFINE_multi_enum("suite", suites, suites, "Layers to time; may be repeated.")
     flags.DEFINE_multi_enum(
-        "backend", ["tensorflow"], list(COLUMNS), "backends to time, each in a process of its own"
+        "backend",
+        ["tensorflow"],
+        list(COLUMNS),
+        "Backends to time, each in a process of its own; may be repeated.",
     )
-    flags.DEFINE_string("output", None, "write PATH.json and PATH.md as well")
+    flags.DEFINE_string("output", None, "Write PATH.json and PATH.md as well.")
 
 
-def main(argv):
-    del argv
-    import rich.console
-    import rich.table
+def main(argv: list[str]) -> None:
+    """Runs the benchmark with the flags as they are.
 
+    Raises:
+        CommandError: if there are arguments that are no flags, a backend is not
+            installed or the output cannot be written.
+    """
+    if len(argv) > 1:
+        raise CommandError(f"benchmark takes flags only, not {argv[1]!r}")
     suites, columns = flags.FLAGS.suite, flags.FLAGS.backend
+    require(*{COLUMNS[column][0] for column in columns})
+    output = pathlib.Path(flags.FLAGS.output) if flags.FLAGS.output else None
+    if output:
+        check_writable(output.parent)
     console = rich.console.Console()
     records = {}
     for column in columns:
         with console.status(f"timing {', '.join(suites)} on {column}"):
-            records[column] = _run_worker(column, suites)
+            records[column] = [record for suite in suites for record in _run_worker(column, suite)]
     table = rich.table.Table(
         "layer", "call", *columns, title="speedup (full / bilinear / floor, ms)"
     )
     for row in _rows(records):
         table.add_row(*row)
     console.print(table)
-    if flags.FLAGS.output:
-        arguments = [f"--suite={suite}" for suite in suites] + [f"--backend={c}" for c in columns]
+    if output:
+        arguments = [f"--suite={suite}" for suite in suites]
+        arguments += [f"--backend={column}" for column in columns]
         command = " ".join(["keras-bilinear benchmark", *arguments])
         results = {"command": command, **machine(), "records": records}
-        for suffix, text in (
-            (".json", json.dumps(results, indent=1) + "\n"),
-            (".md", _markdown(records, command)),
-        ):
-            path = pathlib.Path(flags.FLAGS.output + suffix)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(text)
-            temporary.replace(path)
+        with staged(output.parent) as folder:
+            (folder / f"{output.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+            (folder / f"{output.name}.md").write_text(_markdown(records, command))
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], sys.argv[2:])
+    _work(*sys.argv[1:])

@@ -71,7 +71,7 @@ def choose_factors(size):
     one; a prime is therefore padded and never becomes `1 x size`.
 
     >>> choose_factors(784), choose_factors(10), choose_factors(10007)
-    ((28, 28), (2, 5), (100, 101))
+    ((28, 28), (2, 5), (91, 110))
     """
     size = check_positive_int("size", size)
 

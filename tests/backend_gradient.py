@@ -13,6 +13,15 @@ def gradients(function, *arrays):
     return [ops.convert_to_numpy(g) for g in _gradients(function, tensors)]
 
 
+def evaluate(function, *arrays):
+    """The value of a function of arrays, as a NumPy array."""
+    if BACKEND == "jax":
+        import jax
+
+        function = jax.jit(function)
+    return ops.convert_to_numpy(function(*[ops.convert_to_tensor(array) for array in arrays]))
+
+
 def weighted_output(layer, x, weights, **call_arguments):
     """`(values of the trainable variables, x) -> sum(layer(x) * weights)`, for `gradients`.
 
@@ -31,9 +40,7 @@ def layer_gradients(layer, x, weights, **call_arguments):
     """Gradients of `sum(layer(x) * weights)`: of each trainable variable, then of a float `x`."""
     values = layer.get_weights()
     if np.issubdtype(x.dtype, np.floating):
-        return gradients(
-            weighted_output(layer, None, weights, **call_arguments), *values, x
-        )
+        return gradients(weighted_output(layer, None, weights, **call_arguments), *values, x)
     return gradients(weighted_output(layer, x, weights, **call_arguments), *values)
 
 
@@ -56,7 +63,8 @@ def _gradients(function, tensors):
     if BACKEND == "jax":
         import jax
 
-        return jax.grad(function, argnums=tuple(range(len(tensors))))(*tensors)
+        # Uncompiled, JAX compiles each operation by itself for each new shape.
+        return jax.jit(jax.grad(function, argnums=tuple(range(len(tensors)))))(*tensors)
     import torch
 
     tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
@@ -66,10 +74,14 @@ def _gradients(function, tensors):
 def _largest_tf(function, tensors):
     import tensorflow as tf
 
-    traced = tf.function(lambda *x: _gradients(function, x)).get_concrete_function(*tensors)
-    graphs = [traced.graph, *(f.graph for f in traced.graph._functions.values())]
-    sizes = [o.shape.num_elements() for g in graphs for op in g.get_operations() for o in op.outputs]
-    return max(sizes)
+    traced = tf.compat.v1.wrap_function(
+        lambda *x: _gradients(function, x), [tf.TensorSpec(t.shape, t.dtype) for t in tensors]
+    )
+    outputs = [o for operation in traced.graph.get_operations() for o in operation.outputs]
+    sizes = [o.shape.num_elements() for o in outputs]
+    unknown = [o for o, size in zip(outputs, sizes, strict=True) if size is None]
+    values = traced.prune(traced.inputs, unknown)(*tensors)
+    return max(filter(None, [*sizes, *(value.shape.num_elements() for value in values)]))
 
 
 def _largest_jax(function, tensors):
@@ -78,10 +90,11 @@ def _largest_jax(function, tensors):
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (variable.aval.size for variable in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
-                yield from sizes(inner)
+            for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+                if hasattr(parameter, "eqns"):
+                    yield from sizes(parameter)
 
-    return max(sizes(jax.make_jaxpr(lambda *x: _gradients(function, x))(*tensors).jaxpr))
+    return max(sizes(jax.make_jaxpr(lambda *x: _gradients(function, x))(*tensors)))
 
 
 def _largest_torch(function, tensors):

@@ -12,10 +12,16 @@ hypothesis.settings.register_profile(
     "suite",
     derandomize=True,
     deadline=None,
-    max_examples=20,
+    # JAX compiles anew for each shape that is drawn.
+    max_examples=5 if keras.backend.backend() == "jax" else 20,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config):
+    # Keras' own tensors, thousands of times.
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation doesn't accept")
 
 
 @pytest.fixture(autouse=True)

@@ -357,9 +357,7 @@ class LayerChecks:
             "output_factors": plan.output_factors,
         }
         for x in spec.inputs:
-            np.testing.assert_allclose(
-                to_numpy(again(x)), to_numpy(layer(x)), rtol=1e-4, atol=1e-5
-            )
+            np.testing.assert_allclose(to_numpy(again(x)), to_numpy(layer(x)), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("implementation", ["factorized", "materialized", "auto"])
     def test_implementations_agree(self, spec, implementation):
@@ -373,12 +371,12 @@ class LayerChecks:
 
     @pytest.mark.parametrize("rank", [0, -1, 1.0, True, "2", None])
     def test_refuses_rank(self, spec, rank):
-        with pytest.raises(ValueError, match=f"`rank` must be a positive integer. Received: rank="):
+        with pytest.raises(ValueError, match=r"`rank` must be a positive integer. Received: rank="):
             spec.make(rank=rank)
 
     @pytest.mark.parametrize("implementation", ["fast", None, 1, ["auto"]])
     def test_refuses_implementation(self, spec, implementation):
-        with pytest.raises(ValueError, match="`implementation` must be one of .* Received: imple"):
+        with pytest.raises(ValueError, match=r"`implementation` must be one of .* Received: impl"):
             spec.make(implementation=implementation)
 
     @pytest.mark.parametrize("argument", ["input_factors", "output_factors"])
@@ -389,11 +387,9 @@ class LayerChecks:
 
     def test_kernel_of_an_unbuilt_layer(self, spec):
         for attribute in ("kernel", "factorization", "left_kernel", "right_kernel", "expand"):
-            with pytest.raises(AttributeError, match="You must build the layer"):
-                use(getattr(self.unbuilt(spec), attribute))
-
-    def unbuilt(self, spec):
-        return spec.make()
+            # PyTorch's own modules replace the text when a property raises.
+            with pytest.raises(AttributeError, match=r"You must build the layer|has no attribute"):
+                use(getattr(spec.make(), attribute))
 
     def test_from_full_refuses(self, spec):
         full_class = spec.layer_class.full_class

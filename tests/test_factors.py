@@ -90,14 +90,24 @@ def test_order_follows_the_factors():
 
 @pytest.mark.parametrize(
     ("input_factors", "output_factors", "rank"),
-    [((3, 4), (2, 5), 1), ((3, 4), (2, 5), 2), ((1, 3), (4, 8), 1), ((3, 1), (4, 8), 1)]
-    + [((6, 2), (2, 6), 1), ((6, 2), (2, 6), 2), ((6, 2), (2, 6), 3), ((5, 5), (5, 5), 1)],
+    [
+        ((3, 4), (2, 5), 1),
+        ((3, 4), (2, 5), 2),
+        ((1, 3), (4, 8), 1),
+        ((3, 1), (4, 8), 1),
+        ((6, 2), (2, 6), 1),
+        ((6, 2), (2, 6), 2),
+        ((6, 2), (2, 6), 3),
+        ((5, 5), (5, 5), 1),
+    ],
 )
 def test_attainable_rank_is_that_of_a_random_kernel(input_factors, output_factors, rank):
     sizes = math.prod(input_factors), math.prod(output_factors)
     plan = Factorization.create(*sizes, input_factors, output_factors, rank)
     random = np.random.default_rng(0)
-    kernel = oracle.kronecker_sum(random.normal(size=plan.left_shape), random.normal(size=plan.right_shape))
+    kernel = oracle.kronecker_sum(
+        random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
+    )
     assert np.linalg.matrix_rank(kernel) == plan.attainable_rank
 
 

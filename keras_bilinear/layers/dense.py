@@ -138,6 +138,7 @@ class BilinearDense(BilinearLayer):
         self.built = True
 
     def call(self, inputs, training: bool | None = None):
+        inputs = ops.convert_to_tensor(inputs, sparse=False)
         x = self._kernel.project(inputs, training)
         if self.bias is not None:
             x = ops.add(x, self.bias)

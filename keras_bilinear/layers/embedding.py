@@ -110,7 +110,8 @@ class BilinearEmbedding(BilinearLayer):
         self.mask_zero = mask_zero
         self.supports_masking = mask_zero
         if weights is not None:
-            table = np.asarray(weights[0] if isinstance(weights, list) else weights)
+            wrapped = isinstance(weights, list) and len(weights) == 1
+            table = np.asarray(weights[0] if wrapped else weights)
             if table.shape != (self.input_dim, self.output_dim):
                 raise ValueError(
                     "`weights` must be a table of shape `(input_dim, output_dim)`. Received: "

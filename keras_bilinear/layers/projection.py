@@ -16,6 +16,7 @@ from keras_bilinear.initializers import FactorInitializers
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
 SHARED = ("rank", "input_factors", "output_factors", "implementation")
+OF_EVERY_LAYER = ("name", "trainable", "dtype", "activity_regularizer")
 
 
 class KroneckerKernel:
@@ -119,7 +120,9 @@ class KroneckerKernel:
         for variable, values in zip(
             (self.left, self.right), nearest_kronecker_sum(kernel, self.factorization), strict=True
         ):
-            variable.assign((values / math.sqrt(self.gain)).astype("float32"))
+            # NumPy has no bfloat16, and not every backend rounds float64 to it.
+            dtype = "float64" if variable.dtype == "float64" else "float32"
+            variable.assign((values / math.sqrt(self.gain)).astype(dtype))
 
 
 def _scale_gradient(x, scale):
@@ -260,7 +263,7 @@ class BilinearLayer(keras.layers.Layer):
                     f"`{cls.__name__}.from_full` takes finite weights. "
                     f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
                 )
-        accepted = {*inspect.signature(cls.__init__).parameters, "name", "trainable", "dtype"}
+        accepted = {*inspect.signature(cls.__init__).parameters, *OF_EVERY_LAYER}
         config = {key: value for key, value in layer.get_config().items() if key in accepted}
         bilinear = cls.from_config(
             {

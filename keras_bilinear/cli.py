@@ -1,0 +1,84 @@
+"""The command line: finds the command, parses its flags and turns errors into one line."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import flags
+
+from keras_bilinear.errors import CommandError
+
+# Each command is the module of the same name. It has a docstring, a
+# `define_flags()` and a `main(argv)` that reads `absl.flags.FLAGS`.
+COMMANDS = {
+    "demo": "train a full and a bilinear network the same way and compare them",
+    "benchmark": "time bilinear layers against the full ones",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command in `argv[1]` and exits.
+
+    Args:
+        argv: program name, command and its arguments; `None` takes `sys.argv`.
+
+    Raises:
+        SystemExit: always, with status 0; with 2 after one line on stderr if
+            the command cannot be run as asked; with 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv if argv is None else argv)[1:]
+    try:
+        run(arguments)
+    except CommandError as error:
+        _fail(" ".join(str(error).split()), status=2)
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
+    sys.exit(0)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs one command.
+
+    Raises:
+        CommandError: if the command or a flag is not known, or if the command fails.
+    """
+    if not arguments:
+        raise CommandError(f"no command given, choose one of: {', '.join(COMMANDS)}")
+    command, *rest = arguments
+    if command in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if command not in COMMANDS:
+        raise CommandError(f"unknown command {command!r}, choose one of: {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"keras_bilinear.{command}")
+    module.define_flags()
+    if {"-h", "--help"} & set(rest):
+        print(f"usage: keras-bilinear {command} [--flag=value ...]\n\n{module.__doc__}")
+        print(flags.FLAGS.module_help(module.__name__))
+        return
+    try:
+        positional = flags.FLAGS([command, *rest])
+    except flags.Error as error:
+        raise CommandError(f"{error} (see keras-bilinear {command} --help)") from error
+    module.main(positional)
+
+
+def usage() -> str:
+    """One line for each command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: keras-bilinear COMMAND [--flag=value ...]",
+            "",
+            *lines,
+            "",
+            "keras-bilinear COMMAND --help lists the flags of a command.",
+        ]
+    )
+
+
+def _fail(message, status):
+    print(f"keras-bilinear: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,169 @@
+"""Classification data as NumPy arrays, ready for a network."""
+
+import contextlib
+import dataclasses
+import difflib
+import logging
+import tempfile
+
+import keras
+import numpy as np
+
+from keras_bilinear.errors import CommandError, require
+
+VOCABULARY = 20_000
+TOKENS = 200
+# Images of differing sizes are brought to this one.
+IMAGE_SIZE = (64, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A classification data set.
+
+    Attributes:
+        name: as the user gave it.
+        kind: `"image"`, floats in [0, 1] of shape `(n, height, width, ...)`, or
+            `"text"`, int32 ids of shape `(n, TOKENS)` below `VOCABULARY`, where 0
+            is padding.
+        classes: number of classes.
+        x_train, y_train, x_test, y_test: inputs and integer labels.
+    """
+
+    name: str
+    kind: str
+    classes: int
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+    def head(self, count: int) -> "Dataset":
+        """The first `count` examples of both splits."""
+        arrays = ("x_train", "y_train", "x_test", "y_test")
+        return dataclasses.replace(self, **{name: getattr(self, name)[:count] for name in arrays})
+
+
+def load(name: str, data_dir: str | None = None) -> Dataset:
+    """Loads `"digits"` from scikit-learn, and any other name from TensorFlow Datasets.
+
+    A set without a test split is tested on its validation split or, without
+    one, on the last fifth of its training split.
+
+    Args:
+        name: `"digits"`, or the name of an image or text classification set.
+        data_dir: folder of the prepared TensorFlow Datasets; one that is not
+            there yet is downloaded into it. `None` is their default folder.
+
+    Raises:
+        CommandError: if the package that has the data is not installed; if the
+            name is not known; if the data cannot be downloaded; or if it is
+            not for image or text classification.
+    """
+    return _load_digits() if name == "digits" else _load_tfds(name, data_dir)
+
+
+def _load_digits():
+    require("sklearn")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    x = (digits.images / 16).astype("float32")
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, digits.target, test_size=0.2, random_state=0, stratify=digits.target
+    )
+    return Dataset("digits", "image", 10, x_train, y_train, x_test, y_test)
+
+
+def _load_tfds(name, data_dir):
+    require("tensorflow", "tensorflow_datasets", "importlib_resources")
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        close = ", ".join(difflib.get_close_matches(name, known)) or "digits, mnist, imdb_reviews"
+        raise CommandError(f"unknown data set {name!r}; did you mean {close}?") from error
+    except Exception as error:  # a malformed name, version or configuration
+        raise CommandError(f"no data set {name!r}: {_first_line(error)}") from error
+    kind, label = _kind(builder)
+    _prepare(builder, name)
+    if "train" not in builder.info.splits:
+        raise CommandError(f"data set {name!r} has no train split")
+    train, test = _splits(builder.info.splits)
+    x_train, y_train = _read(builder, train, kind)
+    x_test, y_test = _read(builder, test, kind)
+    if min(y_train.min(), y_test.min()) < 0:
+        raise CommandError(f"data set {name!r} keeps labels of its {train} or {test} split secret")
+    if kind == "text":
+        x_train, x_test = _token_ids(x_train, x_test)
+    return Dataset(name, kind, label.num_classes, x_train, y_train, x_test, y_test)
+
+
+def _kind(builder):
+    """`("image" or "text", the label feature)` of a classification set."""
+    import tensorflow_datasets as tfds
+
+    keys = builder.info.supervised_keys or ()
+    features = [builder.info.features[key] for key in keys if isinstance(key, str)]
+    if len(features) == 2 and isinstance(features[1], tfds.features.ClassLabel):
+        for kind, feature in (("image", tfds.features.Image), ("text", tfds.features.Text)):
+            if isinstance(features[0], feature):
+                return kind, features[1]
+    raise CommandError(f"data set {builder.name!r} is not for image or text classification")
+
+
+def _prepare(builder, name):
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    # Without a network the ten tries of tfds take minutes and a page of warnings.
+    downloader.MAX_RETRIES = 2
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        # Archives go once they are read, and with them what an error leaves behind.
+        with tempfile.TemporaryDirectory() as archives, contextlib.redirect_stdout(None):
+            builder.download_and_prepare(download_dir=archives)
+    except Exception as error:  # whatever a server, a disk or one of many builders comes up with
+        raise CommandError(
+            f"cannot download data set {name!r} into {builder.data_dir} (--data_dir); is "
+            f"there a network? {_first_line(error)}"
+        ) from error
+
+
+def _splits(splits):
+    for test in ("test", "validation"):
+        if test in splits:
+            return "train", test
+    return "train[:80%]", "train[80%:]"
+
+
+def _read(builder, split, kind):
+    import tensorflow as tf
+
+    data = builder.as_dataset(split=split, as_supervised=True)
+    if kind == "image" and None in data.element_spec[0].shape:
+        data = data.map(lambda x, y: (tf.cast(tf.image.resize(x, IMAGE_SIZE), tf.uint8), y))
+    batches = list(data.batch(1024).as_numpy_iterator())
+    x = np.concatenate([x for x, _ in batches])
+    y = np.concatenate([y for _, y in batches])
+    return (x.astype("float32") / 255 if kind == "image" else x), y
+
+
+def _token_ids(train, test):
+    """Ids of the words of both splits, by the frequency that they have in the train split."""
+    tokenizer = keras.layers.TextVectorization(VOCABULARY, output_sequence_length=TOKENS)
+    tokenizer.adapt(train)
+    return tuple(
+        np.concatenate(
+            [np.asarray(tokenizer(texts[i : i + 1024])) for i in range(0, len(texts), 1024)]
+        ).astype("int32")
+        for texts in (train, test)
+    )
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,270 @@
+"""Trains a full and a bilinear network the same way and compares them.
+
+Both networks have the same layers, optimizer, learning rate, batches and seed;
+the bilinear one stores each kernel and embedding table as two small factors.
+The run prints a table and writes into --output_dir: full.keras, bilinear.keras,
+full.tflite, bilinear.tflite, results.json and results.png.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import pathlib
+import statistics
+import time
+
+import keras
+import rich.console
+import rich.progress
+from absl import flags
+
+from keras_bilinear import datasets
+from keras_bilinear.comparison import Comparison, Result
+from keras_bilinear.errors import CommandError, require
+from keras_bilinear.export import export_litert, measure_litert
+from keras_bilinear.factors import choose_factors
+from keras_bilinear.files import check_writable, staged
+from keras_bilinear.layers import BilinearDense, BilinearEmbedding
+from keras_bilinear.report import count_macs
+
+FLAGS = flags.FLAGS
+EMBEDDING_WIDTH = 128
+QUICK_EXAMPLES = 512
+# The flags that decide the result.
+SETTINGS = ("width", "depth", "rank", "scale", "batch_size", "learning_rate", "seed")
+# Examples on which the LiteRT file is compared with the Keras model.
+COMPARED_EXAMPLES = 64
+# The first steps compile and warm up.
+UNTIMED_STEPS = 3
+
+
+def define_flags() -> None:
+    """Defines the flags of `keras-bilinear demo`."""
+    flags.DEFINE_string(
+        "dataset",
+        "digits",
+        "Handwritten digits from scikit-learn, or the name of any image or text classification "
+        "set of TensorFlow Datasets, such as fashion_mnist or imdb_reviews.",
+    )
+    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
+    flags.DEFINE_string("output_dir", "demo_output", "Folder to write the results into.")
+    flags.DEFINE_integer("width", 512, "Units of each hidden layer.", lower_bound=1)
+    flags.DEFINE_integer("depth", 2, "Number of hidden layers.", lower_bound=1)
+    flags.DEFINE_integer("rank", 4, "Kronecker terms of each bilinear layer.", lower_bound=1)
+    flags.DEFINE_integer(
+        "scale",
+        1,
+        "Multiplies both output factors of every hidden layer of the bilinear network, which "
+        "then has scale**2 times as many channels.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "epochs", None, "Passes over the data; 40 for digits and 5 for others.", lower_bound=1
+    )
+    flags.DEFINE_integer("batch_size", 64, "Examples of each training step.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 1e-3, "Learning rate of Adam, for both networks.")
+    flags.register_validator(
+        "learning_rate", lambda value: 0 < value < math.inf, "must be above zero and finite"
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "Same seed, same accuracy.", lower_bound=0, upper_bound=2**32 - 1
+    )
+    flags.DEFINE_bool("mixed_precision", False, "Compute in bfloat16, keep weights in float32.")
+    flags.DEFINE_bool("quick", False, "One epoch on few examples, to see that everything runs.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the demo with the flags as they are.
+
+    Raises:
+        CommandError: if there are arguments that are no flags, a package is
+            missing, the output folder cannot be written or the data cannot be had.
+    """
+    if len(argv) > 1:
+        raise CommandError(f"demo takes flags only, not {argv[1]!r}")
+    output_dir = pathlib.Path(FLAGS.output_dir)
+    require("ai_edge_litert", "matplotlib", "tensorflow")
+    check_writable(output_dir)
+    console = rich.console.Console(stderr=True)
+    with console.status(f"Loading {FLAGS.dataset}"):
+        dataset = datasets.load(FLAGS.dataset, FLAGS.data_dir)
+    epochs = FLAGS.epochs or (40 if dataset.name == "digits" else 5)
+    if FLAGS.quick:
+        dataset, epochs = dataset.head(QUICK_EXAMPLES), 1
+
+    results = {}
+    for name, rank in (("full", None), ("bilinear", FLAGS.rank)):
+        # The same seed before each: both see the same batches in the same order.
+        keras.utils.set_random_seed(FLAGS.seed)
+        model = build(
+            dataset,
+            width=FLAGS.width,
+            depth=FLAGS.depth,
+            rank=rank,
+            scale=FLAGS.scale,
+            dtype="mixed_bfloat16" if FLAGS.mixed_precision else "float32",
+        )
+        steps = -(-len(dataset.x_train) // FLAGS.batch_size)
+        with Progress(name, epochs, steps, console) as progress:
+            accuracy = train(
+                model, dataset, epochs, FLAGS.batch_size, FLAGS.learning_rate, progress
+            )
+        seconds = progress.step_seconds
+        keras_bytes, litert = write(model, dataset, output_dir, name)
+        results[name] = Result(
+            parameters=model.count_params(),
+            macs=count_macs(model),
+            test_accuracy=accuracy[-1],
+            keras_bytes=keras_bytes,
+            litert_bytes=litert.bytes,
+            litert_latency_us=litert.latency_us,
+            litert_difference=litert.difference,
+            step_ms=1e3 * statistics.median(seconds[UNTIMED_STEPS:] or seconds),
+            accuracy_by_epoch=tuple(accuracy),
+        )
+
+    comparison = Comparison(
+        dataset=dataset.name,
+        settings={
+            **{name: FLAGS[name].value for name in SETTINGS},
+            "mixed_precision": FLAGS.mixed_precision,
+            "epochs": epochs,
+            "backend": keras.backend.backend(),
+            "keras": keras.version(),
+        },
+        **results,
+    )
+    with staged(output_dir) as folder:
+        comparison.write_json(folder / "results.json")
+        comparison.write_plot(folder / "results.png")
+    rich.console.Console().print(comparison.table(), f"Files are in {output_dir}.")
+
+
+def build(
+    dataset: datasets.Dataset, width: int, depth: int, rank: int | None, scale: int, dtype: str
+) -> keras.Model:
+    """Makes a classifier: a multilayer perceptron on pixels or on the mean of word embeddings.
+
+    Args:
+        dataset: what it is for.
+        width: units of each hidden layer.
+        depth: number of hidden layers.
+        rank: Kronecker terms of each layer; `None` makes the full network.
+        scale: see the flag; the full network has none.
+        dtype: dtype policy of all layers but the last.
+    """
+    dense, embedding = keras.layers.Dense, keras.layers.Embedding
+    if rank is not None:
+        dense = functools.partial(BilinearDense, rank=rank)
+        embedding = functools.partial(BilinearEmbedding, rank=rank)
+
+    def hidden(size):
+        if rank is None:
+            return size, {"dtype": dtype}
+        # A size that does not split exactly is rounded up to one that does.
+        factors = tuple(scale * factor for factor in choose_factors(size))
+        return math.prod(factors), {"dtype": dtype, "output_factors": factors}
+
+    if dataset.kind == "text":
+        size, options = hidden(EMBEDDING_WIDTH)
+        layers = [
+            keras.Input(dataset.x_train.shape[1:], dtype="int32"),
+            embedding(datasets.VOCABULARY, size, mask_zero=True, **options),
+            keras.layers.GlobalAveragePooling1D(dtype=dtype),
+        ]
+    else:
+        layers = [keras.Input(dataset.x_train.shape[1:]), keras.layers.Flatten(dtype=dtype)]
+    size, options = hidden(width)
+    layers += [dense(size, activation="relu", **options) for _ in range(depth)]
+    layers.append(dense(dataset.classes, dtype="float32"))
+    return keras.Sequential(layers)
+
+
+class Progress(keras.callbacks.Callback):
+    """Shows a progress bar for a whole training and times its steps."""
+
+    def __init__(self, name, epochs, steps, console):
+        super().__init__()
+        self.step_seconds = []
+        self._title = f"{name:8} network"
+        self._bar = rich.progress.Progress(
+            "{task.description}",
+            rich.progress.BarColumn(),
+            "{task.completed}/{task.total} steps",
+            rich.progress.TimeElapsedColumn(),
+            "{task.fields[accuracy]}",
+            console=console,
+        )
+        self._task = self._bar.add_task(self._title, total=epochs * steps, accuracy="")
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step_seconds.append(time.perf_counter() - self._begin)
+        self._bar.advance(self._task)
+
+    def on_epoch_end(self, epoch, logs=None):
+        accuracy = f"test accuracy {logs['val_accuracy']:.2%}"
+        self._bar.update(self._task, accuracy=accuracy)
+
+
+def train(
+    model: keras.Model,
+    dataset: datasets.Dataset,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    progress: Progress,
+) -> list[float]:
+    """Trains with Adam and returns the test accuracy after each epoch."""
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    history = model.fit(
+        dataset.x_train,
+        dataset.y_train,
+        batch_size=batch_size,
+        epochs=epochs,
+        validation_data=(dataset.x_test, dataset.y_test),
+        callbacks=[progress],
+        verbose=0,
+    )
+    return history.history["val_accuracy"]
+
+
+def write(model: keras.Model, dataset: datasets.Dataset, output_dir: pathlib.Path, name: str):
+    """Writes a trained network as `.keras` and `.tflite` and measures both files.
+
+    Returns:
+        The size of the `.keras` file and the `LiteRTMeasurement`.
+    """
+    with staged(output_dir) as folder, _quiet():
+        keras_file, litert_file = folder / f"{name}.keras", folder / f"{name}.tflite"
+        model.save(keras_file)
+        export_litert(model, litert_file)
+        litert = measure_litert(litert_file, model, dataset.x_test[:COMPARED_EXAMPLES])
+        return keras_file.stat().st_size, litert
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Hides what C++ code writes to stderr; errors come as exceptions."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

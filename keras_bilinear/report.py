@@ -1,0 +1,105 @@
+"""What a model costs, layer by layer."""
+
+import dataclasses
+import math
+
+import keras
+
+from keras_bilinear.keras_private import calls
+from keras_bilinear.layers import BilinearDense, BilinearEmbedding
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """The cost of one layer.
+
+    Attributes:
+        name: the layer's name; in a nested model, behind that model's name.
+        type: name of its class.
+        parameters: numbers stored in its weights.
+        macs: multiply-accumulate operations of its projections for one example,
+            over all calls of the layer in the model.
+    """
+
+    name: str
+    type: str
+    parameters: int
+    macs: int
+
+
+def report_layers(model: keras.Model) -> list[LayerReport]:
+    """The cost of each layer of a model, in the order of the model.
+
+    Raises:
+        ValueError: if the model is subclassed or not built, if it has a layer
+            with weights whose operations cannot be counted, or if a size that
+            the count depends on is not known.
+    """
+    reports = {}
+    for layer, macs, prefix in _costs(model, ""):
+        name = f"{prefix}{layer.name}"
+        if name in reports:
+            macs += reports[name].macs
+        reports[name] = LayerReport(name, type(layer).__name__, layer.count_params(), macs)
+    return list(reports.values())
+
+
+def count_macs(model: keras.Model) -> int:
+    """Multiply-accumulate operations of a model's projections for one example.
+
+    Raises:
+        ValueError: see `report_layers`.
+    """
+    return sum(layer.macs for layer in report_layers(model))
+
+
+def _costs(model, prefix):
+    for layer, shapes in calls(model):
+        if isinstance(layer, keras.Model):
+            yield from _costs(layer, f"{prefix}{layer.name}/")
+        else:
+            yield layer, _macs(layer, shapes), prefix
+
+
+def _macs(layer, shapes):
+    count = _COUNTERS.get(type(layer))
+    if count is not None:
+        return count(layer, *shapes)
+    if layer.weights:
+        raise ValueError(
+            "The operations of this type of layer cannot be counted. "
+            f"Received: layer={layer!r} (of type {type(layer).__name__})"
+        )
+    return 0
+
+
+def _dense(layer, shape):
+    return _positions(layer, shape[1:-1]) * shape[-1] * layer.units
+
+
+def _bilinear_dense(layer, shape):
+    factorization = layer.factorization
+    macs = factorization.full_macs if layer._kernel.materialized else factorization.macs
+    return _positions(layer, shape[1:-1]) * macs
+
+
+def _bilinear_embedding(layer, shape):
+    factorization = layer.factorization
+    return _positions(layer, shape[1:]) * factorization.rank * factorization.padded_output_dim
+
+
+def _positions(layer, sizes):
+    if None in sizes:
+        raise ValueError(
+            "The operations for one example can only be counted if its shape is known. "
+            f"Received: layer={layer!r} called on an example of shape {tuple(sizes)}"
+        )
+    return math.prod(sizes)
+
+
+_COUNTERS = {
+    keras.layers.Dense: _dense,
+    keras.layers.Embedding: lambda layer, shape: 0,
+    BilinearDense: _bilinear_dense,
+    BilinearEmbedding: _bilinear_embedding,
+}

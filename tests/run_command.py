@@ -1,0 +1,17 @@
+"""Runs the command line inside the test process."""
+
+import pytest
+from absl import flags
+
+from keras_bilinear import cli
+
+
+def run_command(*arguments):
+    """Returns the exit status; the flags that the command defined are gone afterwards."""
+    before = set(flags.FLAGS)
+    try:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["keras-bilinear", *arguments])
+        return exit.value.code
+    finally:
+        flags.FLAGS.remove_flag_values(set(flags.FLAGS) - before)

@@ -1,0 +1,162 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from run_command import run_command
+
+from keras_bilinear import cli, datasets, files
+from keras_bilinear.errors import CommandError, require
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line in this process: `(status, stdout, stderr)`."""
+
+    def run(*arguments):
+        return run_command(*arguments), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(run, tmp_path):
+    """Runs a command line that must fail in one line without writing; returns that line."""
+
+    def fails(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        status, output, error = run(*arguments)
+        assert status == 2
+        assert output == ""
+        assert error.count("\n") == 1
+        assert error.startswith("keras-bilinear: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return fails
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "help"])
+def test_help_lists_the_commands(run, flag):
+    status, output, error = run(flag)
+    assert (status, error) == (0, "")
+    assert output.startswith("usage: keras-bilinear COMMAND")
+    assert all(command in output for command in cli.COMMANDS)
+
+
+def test_help_of_a_command_lists_its_flags(run):
+    status, output, error = run("demo", "--help")
+    assert (status, error) == (0, "")
+    assert all(flag in output for flag in ("--output_dir", "--rank", "--[no]mixed_precision"))
+
+
+def test_every_command_is_a_module():
+    for command in cli.COMMANDS:
+        assert importlib.util.find_spec(f"keras_bilinear.{command}")
+
+
+def test_no_or_an_unknown_command(fails):
+    assert "no command given, choose one of: demo" in fails()
+    assert "unknown command 'dmeo', choose one of: demo" in fails("dmeo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank=0"], "rank"),
+        (["--epochs=many"], "epochs"),
+        (["--learning_rate=0"], "learning_rate"),
+        (["--learning_rate=nan"], "learning_rate"),
+        (["--seed=-1"], "seed"),
+        (["--rnak=2"], "rnak"),
+        (["fashion_mnist"], "fashion_mnist"),
+    ],
+)
+def test_bad_flags(fails, tmp_path, arguments, message):
+    assert message in fails("demo", f"--output_dir={tmp_path}/out", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("module", "dataset"),
+    [
+        ("matplotlib", "digits"),
+        ("ai_edge_litert", "digits"),
+        ("sklearn", "digits"),
+        ("tensorflow_datasets", "mnist"),
+    ],
+)
+def test_a_missing_package_is_named(fails, tmp_path, monkeypatch, module, dataset):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = fails("demo", f"--output_dir={tmp_path}/out", f"--dataset={dataset}")
+    assert f'needs {module}: run `pip install "keras-bilinear[demo]"`' in line
+
+
+def test_require_accepts_what_is_installed():
+    require("json", "numpy")
+
+
+def test_an_output_folder_that_cannot_be_written(fails, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in ("file", "file/below/it"):
+        assert "cannot write into" in fails("demo", f"--output_dir={tmp_path}/{folder}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_unknown_data_set(fails, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    line = fails("demo", f"--output_dir={tmp_path}/out", "--dataset=fashion_mnst")
+    assert "unknown data set 'fashion_mnst'; did you mean fashion_mnist" in line
+
+
+@pytest.mark.parametrize("name", ["coco/2017", "squad", "mnist:9.9.9", "../digits"])
+def test_a_data_set_of_another_kind(tmp_path, name):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(CommandError, match="data set"):
+        datasets.load(name, str(tmp_path))
+
+
+def test_without_a_network_a_data_set_is_not_downloaded(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    with pytest.raises(CommandError, match=r"cannot download data set 'mnist'.*--data_dir.*Error"):
+        datasets.load("mnist", str(tmp_path))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_ctrl_c_is_one_line(run, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupt)
+    assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
+
+
+def test_python_m_runs_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_bilinear", "nothing"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("keras-bilinear: unknown command 'nothing'")
+
+
+def write_and_raise(target, error):
+    with files.staged(target) as folder:
+        (folder / "a").write_text("half")
+        raise error
+
+
+def test_staged_files_appear_together_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with files.staged(target) as folder:
+        (folder / "a").write_text("a")
+        assert os.listdir(target) == [folder.name]
+    assert os.listdir(target) == ["a"]
+    for error in (KeyboardInterrupt(), ValueError()):
+        with pytest.raises(type(error)):
+            write_and_raise(target, error)
+    with pytest.raises(CommandError, match="No space left"):
+        write_and_raise(target, OSError(28, "No space left on device"))
+    assert os.listdir(target) == ["a"]
+    assert (target / "a").read_text() == "a"

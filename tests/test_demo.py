@@ -1,0 +1,123 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from run_command import run_command
+
+from keras_bilinear import datasets, demo
+from keras_bilinear.export import LiteRTMeasurement, measure_litert
+from keras_bilinear.report import count_macs
+
+for package in ("ai_edge_litert", "matplotlib", "sklearn", "tensorflow"):
+    pytest.importorskip(package)
+
+FILES = {f"{name}.{kind}" for name in ("full", "bilinear") for kind in ("keras", "tflite")}
+FILES |= {"results.json", "results.png"}
+
+
+def run(folder, *arguments):
+    """Runs the demo quickly and returns what it wrote as JSON."""
+    assert run_command("demo", "--quick", "--width=48", f"--output_dir={folder}", *arguments) == 0
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_files_are_what_the_table_says(tmp_path, capsys):
+    results = run(tmp_path, "--rank=2")
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    dataset = datasets.load("digits").head(demo.QUICK_EXAMPLES)
+    for name in ("full", "bilinear"):
+        result = results[name]
+        model = keras.models.load_model(tmp_path / f"{name}.keras")
+        litert_file = tmp_path / f"{name}.tflite"
+        litert = measure_litert(litert_file, model, dataset.x_test[:8])
+        assert result["parameters"] == model.count_params()
+        assert result["macs"] == count_macs(model)
+        assert result["keras_bytes"] == os.path.getsize(tmp_path / f"{name}.keras")
+        assert result["litert_bytes"] == litert.bytes == os.path.getsize(litert_file)
+        assert litert.difference < 1e-5
+        assert result["litert_difference"] < 1e-5
+        _, accuracy = model.evaluate(dataset.x_test, dataset.y_test, verbose=0)
+        assert result["test_accuracy"] == pytest.approx(accuracy)
+        assert result["accuracy_by_epoch"] == [result["test_accuracy"]]
+        assert result["step_ms"] > 0
+        assert f"{result['parameters']:,}" in output
+        assert f"{result['test_accuracy']:.2%}" in output
+    assert results["full"]["parameters"] > 2 * results["bilinear"]["parameters"]
+    assert results["settings"]["rank"] == 2
+
+
+def test_same_seed_same_accuracy(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "write", lambda *_: (1, LiteRTMeasurement(1, 1.0, 0.0)))
+    first, again, other = (
+        [
+            run(tmp_path, f"--seed={seed}")[name]["accuracy_by_epoch"]
+            for name in ("full", "bilinear")
+        ]
+        for seed in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+def test_mixed_precision_and_scale(tmp_path):
+    results = run(tmp_path, "--mixed_precision", "--scale=2", "--rank=1", "--batch_size=1000")
+    model = keras.models.load_model(tmp_path / "bilinear.keras")
+    assert {layer.dtype_policy.name for layer in model.layers} == {"mixed_bfloat16", "float32"}
+    assert results["bilinear"]["litert_difference"] < 1e-5
+
+
+def text_dataset():
+    x = np.random.default_rng(0).integers(0, datasets.VOCABULARY, (8, datasets.TOKENS), "int32")
+    y = np.arange(8) % 2
+    return datasets.Dataset("words", "text", 2, x, y, x, y)
+
+
+def test_scale_multiplies_both_output_factors_of_every_hidden_layer():
+    options = {"width": 36, "depth": 2, "dtype": "float32"}
+    narrow = demo.build(text_dataset(), rank=1, scale=1, **options)
+    wide = demo.build(text_dataset(), rank=1, scale=3, **options)
+    full = demo.build(text_dataset(), rank=None, scale=3, **options)
+    for one, three in zip(narrow.layers[:-1], wide.layers[:-1], strict=True):
+        if hasattr(one, "rank"):
+            factors = one.factorization.output_factors
+            assert three.factorization.output_factors == tuple(3 * factor for factor in factors)
+    assert wide.layers[-1].units == narrow.layers[-1].units == 2
+    assert full.layers[2].units == narrow.layers[2].units == 36
+
+
+def test_a_text_network_trains_and_is_written(tmp_path):
+    dataset = text_dataset()
+    model = demo.build(dataset, width=16, depth=1, rank=2, scale=1, dtype="float32")
+    with demo.Progress("text", 1, 2, console=None) as progress:
+        accuracy = demo.train(model, dataset, 1, 4, 1e-3, progress)
+    assert len(accuracy) == 1
+    assert len(progress.step_seconds) == 2
+    keras_bytes, litert = demo.write(model, dataset, tmp_path, "text")
+    assert keras_bytes == os.path.getsize(tmp_path / "text.keras")
+    assert litert.difference < 1e-5
+
+
+def test_ctrl_c_leaves_finished_files_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "keras_bilinear", "demo", f"--output_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [*command, "--width=16", "--epochs=10", "--batch_size=8"], stderr=subprocess.PIPE, text=True
+    )
+    finished = {"full.keras", "full.tflite"}
+    deadline = time.monotonic() + 120
+    while {path.name for path in tmp_path.iterdir()} != finished and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "keras-bilinear: interrupted"
+    assert {path.name for path in tmp_path.iterdir()} == finished
+    model = keras.models.load_model(tmp_path / "full.keras")
+    assert measure_litert(tmp_path / "full.tflite", model, np.ones((2, 8, 8), "float32")).bytes

@@ -1,0 +1,36 @@
+import doctest
+import importlib
+import pkgutil
+
+import keras
+import numpy as np
+import pytest
+
+import keras_bilinear
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(keras_bilinear.__path__, "keras_bilinear.")
+    if not module.name.endswith("__main__")
+]
+
+
+def examples(module):
+    names = {"keras": keras, "np": np, "keras_bilinear": keras_bilinear, **vars(keras_bilinear)}
+    found = doctest.DocTestFinder().find(module, extraglobs={**names, **vars(module)})
+    return [test for test in found if test.examples]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    failures = []
+    for test in examples(importlib.import_module(name)):
+        runner.run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+@pytest.mark.parametrize("name", ["BilinearDense", "BilinearEmbedding"])
+def test_every_layer_has_an_example(name):
+    module = importlib.import_module(getattr(keras_bilinear, name).__module__)
+    assert any(test.name.endswith(f".{name}") for test in examples(module))

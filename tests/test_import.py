@@ -1,0 +1,80 @@
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import keras_bilinear
+
+SCRIPT = """
+import json
+import sys
+
+import keras
+import numpy
+
+before = {*sys.modules}
+import keras_bilinear
+
+print(json.dumps([sorted(before), sorted({*sys.modules} - before)]))
+"""
+OPTIONAL = {
+    "absl",
+    "ai_edge_litert",
+    "hypothesis",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "tensorflow_datasets",
+}
+BACKENDS = {"tensorflow", "jax", "torch"}
+
+
+def roots(modules):
+    return {module.partition(".")[0] for module in modules}
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """Modules that Keras imports, and those that the package adds, in a fresh process."""
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    return [{*modules} for modules in json.loads(result.stdout.splitlines()[-1])]
+
+
+def test_import_adds_only_the_package_itself(imported):
+    _, added = imported
+    assert "keras_bilinear.layers.dense" in added
+    allowed = {"keras_bilinear", "keras", "numpy", *sys.stdlib_module_names}
+    assert roots(added) <= allowed
+
+
+def test_import_adds_no_optional_dependency_and_no_backend(imported):
+    assert not roots(imported[1]) & (OPTIONAL | BACKENDS)
+
+
+def test_command_line_is_not_imported(imported):
+    assert not {m for m in imported[1] if m.endswith((".cli", ".__main__"))}
+
+
+def test_public_names():
+    assert len({*keras_bilinear.__all__}) == len(keras_bilinear.__all__)
+    for name in keras_bilinear.__all__:
+        assert getattr(keras_bilinear, name) is not None
+    layers = [v for v in vars(keras_bilinear).values() if isinstance(v, type)]
+    for layer in layers:
+        if issubclass(layer, keras.Layer):
+            assert layer.__name__ in keras_bilinear.__all__
+            assert keras.saving.get_registered_name(layer) == f"keras_bilinear>{layer.__name__}"
+
+
+def test_version():
+    assert keras_bilinear.__version__ == importlib.metadata.version("keras-bilinear")
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="Keras itself imports it")
+def test_other_backends_import_no_tensorflow(imported):
+    assert "tensorflow" not in roots(imported[0] | imported[1])

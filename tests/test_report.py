@@ -1,0 +1,96 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_bilinear import BilinearDense, BilinearEmbedding, kronecker
+from keras_bilinear.report import count_macs, report_layers
+
+
+class CountingOps:
+    """Stands in for `keras.ops` and counts the multiplications of every `matmul`."""
+
+    def __init__(self):
+        self.macs = 0
+
+    def __getattr__(self, name):
+        return getattr(keras.ops, name)
+
+    def matmul(self, a, b):
+        product = keras.ops.matmul(a, b)
+        self.macs += int(np.prod(product.shape)) * a.shape[-1]
+        return product
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    counter = CountingOps()
+    monkeypatch.setattr(kronecker, "ops", counter)
+    return counter
+
+
+def macs(*layers):
+    return count_macs(keras.Sequential(layers))
+
+
+@pytest.mark.parametrize(("inputs", "units", "rank"), [(64, 48, 1), (12, 100, 3), (37, 10, 2)])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+def test_macs_of_bilinear_dense_are_the_multiplications_it_does(
+    inputs, units, rank, leading, counted
+):
+    layer = BilinearDense(units, rank=rank, implementation="factorized")
+    model = keras.Sequential([keras.Input((*leading, inputs)), layer])
+    counted.macs = 0
+    layer(np.zeros((1, *leading, inputs), "float32"), training=False)
+    assert count_macs(model) == counted.macs > 0
+
+
+def test_macs_of_bilinear_embedding_are_one_product_for_each_rank_and_number():
+    layer = BilinearEmbedding(100, 12, rank=3, output_factors=(3, 4))
+    assert macs(keras.Input((7,), dtype="int32"), layer) == 7 * 3 * 12
+
+
+def test_macs_of_a_materialized_layer_are_those_of_the_full_one():
+    full = keras.layers.Dense(20)
+    bilinear = BilinearDense(20, implementation="materialized")
+    assert macs(keras.Input((4, 30)), full) == macs(keras.Input((4, 30)), bilinear) == 4 * 600
+
+
+def test_layers_without_a_projection_have_no_macs():
+    assert (
+        macs(
+            keras.Input((4,), dtype="int32"),
+            keras.layers.Embedding(10, 6),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5),
+            keras.layers.ReLU(),
+        )
+        == 0
+    )
+
+
+def test_report_lists_nested_layers_and_adds_up_to_the_model():
+    inner = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="a")], name="inner")
+    inputs = keras.Input((8,))
+    outputs = BilinearDense(3, name="b")(inner(inner(inputs)))
+    model = keras.Model(inputs, outputs)
+    first, second = report_layers(model)
+    assert (first.name, first.type, first.parameters, first.macs) == ("inner/a", "Dense", 72, 128)
+    assert (second.name, second.type) == ("b", "BilinearDense")
+    assert first.parameters + second.parameters == model.count_params()
+    assert first.macs + second.macs == count_macs(model)
+
+
+def test_a_shared_layer_is_stored_once_and_computed_twice():
+    inputs = keras.Input((8,))
+    shared = keras.layers.Dense(8)
+    (report,) = report_layers(keras.Model(inputs, shared(shared(inputs))))
+    assert (report.parameters, report.macs) == (72, 128)
+
+
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match=r"cannot be counted. Received: layer=.*LSTM"):
+        macs(keras.Input((4, 3)), keras.layers.LSTM(2))
+    with pytest.raises(ValueError, match=r"if its shape is known. Received: .*\(None,\)"):
+        macs(keras.Input((None, 3)), keras.layers.Dense(2))
+    with pytest.raises(ValueError, match="must be a built Sequential or a Functional one"):
+        macs(keras.layers.Dense(2))
