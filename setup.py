@@ -32,7 +32,7 @@ setup(
         "keras>=3.13",
         "numpy>=1.26",
         "rich>=13",
-        "tensorflow>=2.18",
+        "tensorflow>=2.20",
     ],
     extras_require={
         "demo": DEMO,

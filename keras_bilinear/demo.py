@@ -95,7 +95,6 @@ def main(argv: list[str]) -> None:
 
     results = {}
     for name, rank in (("full", None), ("bilinear", FLAGS.rank)):
-        # The same seed before each: both see the same batches in the same order.
         keras.utils.set_random_seed(FLAGS.seed)
         model = build(
             dataset,
@@ -129,6 +128,7 @@ def main(argv: list[str]) -> None:
         settings={
             **{name: FLAGS[name].value for name in SETTINGS},
             "mixed_precision": FLAGS.mixed_precision,
+            "quick": FLAGS.quick,
             "epochs": epochs,
             "backend": keras.backend.backend(),
             "keras": keras.version(),
@@ -160,9 +160,8 @@ def build(
         embedding = functools.partial(BilinearEmbedding, rank=rank)
 
     def hidden(size):
-        if rank is None:
+        if rank is None or scale == 1:
             return size, {"dtype": dtype}
-        # A size that does not split exactly is rounded up to one that does.
         factors = tuple(scale * factor for factor in choose_factors(size))
         return math.prod(factors), {"dtype": dtype, "output_factors": factors}
 

@@ -183,9 +183,8 @@ def test_regularizers_add_a_loss_for_each_factor():
     )
     weights = layer.get_weights()
     expected = [0.1 * np.sum(w**2) for w in weights[:2]] + [0.2 * np.abs(weights[2]).sum()]
-    np.testing.assert_allclose(
-        [ops.convert_to_numpy(loss) for loss in layer.losses], expected, rtol=1e-5
-    )
+    losses = [ops.convert_to_numpy(loss) for loss in layer.losses]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
     layer(draw(2, 12))
     assert len(layer.losses) == 4
 

@@ -121,6 +121,7 @@ def test_gradients_in_reverse(dims):
 @pytest.mark.parametrize("dims", SHAPES)
 def test_reverse_multiplies_by_the_transposed_table(dims, implementation):
     layer = BilinearEmbedding(*dims, rank=2, implementation=implementation)
+    layer(draw(3, dims[1]), reverse=True)
     for leading in [(3,), (2, 3), (2, 1, 3), (0,)]:
         hidden = draw(*leading, dims[1])
         logits = evaluate(functools.partial(layer, reverse=True), hidden)
@@ -265,9 +266,8 @@ def test_a_table_of_a_billion_rows():
 def test_regularizer_adds_a_loss_for_each_factor():
     layer = make((50, 10), embeddings_regularizer=keras.regularizers.L2(0.1))
     expected = [0.1 * np.sum(weight**2) for weight in layer.get_weights()]
-    np.testing.assert_allclose(
-        [ops.convert_to_numpy(loss) for loss in layer.losses], expected, rtol=1e-5
-    )
+    losses = [ops.convert_to_numpy(loss) for loss in layer.losses]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_constraint_holds_for_each_factor_after_a_step():
