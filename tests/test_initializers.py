@@ -136,16 +136,31 @@ def test_orthogonal_of_a_higher_rank_keeps_the_norm():
     np.testing.assert_allclose(np.mean(squares), 36, rtol=0.1)
 
 
-def test_identity():
-    np.testing.assert_allclose(
-        oracle.full_kernel(make("identity", (36, 36))), np.eye(36), atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_ones(rank):
-    kernel = oracle.full_kernel(make("ones", (12, 10), rank=rank))
-    np.testing.assert_allclose(kernel, np.sqrt(rank), rtol=1e-5)
+@pytest.mark.parametrize(
+    ("initializer", "shape", "expected"),
+    [
+        ("ones", (12, 10), np.ones((12, 10))),
+        (keras.initializers.Constant(0.3), (12, 10), np.full((12, 10), 0.3)),
+        ("identity", (36, 36), np.eye(36)),
+        (keras.initializers.Identity(2.0), (36, 36), 2 * np.eye(36)),
+    ],
+)
+def test_fixed_values_at_any_rank(initializer, shape, expected, rank):
+    layer = make(initializer, shape, rank=rank)
+    np.testing.assert_allclose(oracle.full_kernel(layer), expected, atol=1e-6)
+
+
+def test_terms_of_a_fixed_kernel_train_apart():
+    layer = make("ones", (12, 10), rank=3)
+    model = keras.Sequential([keras.Input((12,)), layer])
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    model.fit(np.ones((4, 12)), np.ones((4, 10)), epochs=2, verbose=0)
+    left, right = oracle.factors(layer)
+    for i in range(3):
+        assert np.any(right[i] != 0)
+        for j in range(i):
+            assert not np.allclose(left[i], left[j])
 
 
 def test_asymmetric_uniform_is_called_for_each_matrix():
