@@ -298,6 +298,13 @@ def test_refuses_weights_of_another_shape(weights):
         BilinearEmbedding(50, 10, weights=weights)
 
 
+def test_refuses_weights_that_are_not_finite():
+    table = draw(50, 10)
+    table[3, 4] = np.nan
+    with pytest.raises(ValueError, match=r"`weights` must be finite. Received: .*NaN"):
+        BilinearEmbedding(50, 10, weights=table)
+
+
 def full_layer(dims=(50, 10), **arguments):
     layer = keras.layers.Embedding(*dims, **arguments)
     layer.build()

@@ -118,6 +118,10 @@ class BilinearEmbedding(BilinearLayer):
                     f"weights of shape {table.shape}, input_dim={input_dim}, "
                     f"output_dim={output_dim}"
                 )
+            if not np.isfinite(table).all():
+                raise ValueError(
+                    "`weights` must be finite. Received: weights with NaN or infinite values"
+                )
             self.build()
             self._kernel.assign(table)
 
