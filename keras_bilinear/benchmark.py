@@ -1,14 +1,15 @@
 """Speed of the bilinear layers beside the full ones, and beside what the hardware allows.
 
 Each backend runs in a process of its own, one after the other. There every full
-layer and its bilinear counterpart are called in turn, so that a machine whose
-speed drifts slows both down; the figures are medians, to be read as ratios. The
+layer and its bilinear counterpart take turns, so that a machine whose speed
+drifts slows both down; the figures are medians, to be read as ratios. The
 floor is what no implementation of the same mathematics can beat on this
 machine: the larger of the MACs over the measured matmul rate and the bytes that
 must move over the measured copy rate.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -175,14 +176,18 @@ class _Steps:
         import jax
 
         layer, optimizer = self.layer, self.optimizer
+        knows_training = "training" in inspect.signature(layer.call).parameters
+
+        def call(variables, inputs, training):
+            options = {"training": training} if knows_training else {}
+            return layer.stateless_call(variables, [], inputs, **options)[0]
 
         def loss(variables, inputs):
-            outputs, _ = layer.stateless_call(variables, [], inputs, training=True)
-            return self._loss(outputs)
+            return self._loss(call(variables, inputs, training=True))
 
         @jax.jit
         def forward(variables, inputs):
-            return layer.stateless_call(variables, [], inputs, training=False)[0]
+            return call(variables, inputs, training=False)
 
         def update(variables, state, inputs):
             which = (0, 1) if self.differentiate_inputs else 0
@@ -223,18 +228,27 @@ class _Steps:
         return forward, step
 
 
-def _seconds(functions, least_seconds=1.0, least_calls=5):
-    """Median seconds of each function, all of them called in turn."""
+def _seconds(functions, rounds=8, burst=0.1):
+    """Median seconds of each function; all of them take turns, a burst of calls each.
+
+    The first call of a burst is not counted: it finds the caches as the other
+    functions left them.
+    """
     for function in functions:
         function()
         function()
     times = [[] for _ in functions]
-    end = time.perf_counter() + least_seconds * len(functions)
-    while time.perf_counter() < end or len(times[0]) < least_calls:
+    for _ in range(rounds):
         for function, record in zip(functions, times, strict=True):
-            start = time.perf_counter()
             function()
-            record.append(time.perf_counter() - start)
+            end = time.perf_counter() + burst
+            while True:
+                start = time.perf_counter()
+                function()
+                stop = time.perf_counter()
+                record.append(stop - start)
+                if stop > end:
+                    break
     return [statistics.median(record) for record in times]
 
 
