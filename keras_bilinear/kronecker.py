@@ -6,8 +6,8 @@ knows of layers, padding or dtypes.
 
 from keras import backend, ops
 
-# XLA fuses elementwise work and likes one large matrix product; the other
-# backends call one library kernel per op and like it batched and unfused.
+# XLA likes one large matrix product and fuses the transposes around it; the
+# other backends call one library kernel per op and like it batched.
 _COMPILES_WITH_XLA = backend.backend() == "jax"
 
 
@@ -61,19 +61,17 @@ def rows(indices, left, right):
     Returns:
         `(n, u1 * u2)`, where `n` is the number of indices.
     """
-    u1 = left.shape[2]
+    rank, d1, u1 = left.shape
     _, d2, u2 = right.shape
     indices = ops.reshape(indices, (-1,))
     quotient = ops.floor_divide(indices, d2)
     remainder = ops.subtract(indices, ops.multiply(quotient, d2))
-    left = ops.take(ops.transpose(left, (1, 2, 0)), quotient, axis=0)  # (n, u1, rank)
-    right = ops.take(ops.transpose(right, (1, 0, 2)), remainder, axis=0)  # (n, rank, u2)
-    if _COMPILES_WITH_XLA:
-        left = ops.expand_dims(ops.transpose(left, (0, 2, 1)), 3)
-        product = ops.sum(ops.multiply(left, ops.expand_dims(right, 2)), axis=1)
-    else:
-        product = ops.matmul(left, right)
-    return ops.reshape(product, (-1, u1 * u2))
+    # Backends have their fastest gather, and its gradient, for matrices.
+    left = ops.reshape(ops.transpose(left, (1, 2, 0)), (d1, u1 * rank))
+    right = ops.reshape(ops.transpose(right, (1, 0, 2)), (d2, rank * u2))
+    left = ops.reshape(ops.take(left, quotient, axis=0), (-1, u1, rank))
+    right = ops.reshape(ops.take(right, remainder, axis=0), (-1, rank, u2))
+    return ops.reshape(ops.matmul(left, right), (-1, u1 * u2))
 
 
 def materialize(left, right):
