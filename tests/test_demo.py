@@ -107,7 +107,11 @@ def test_a_text_network_trains_and_is_written(tmp_path):
 def test_ctrl_c_leaves_finished_files_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "keras_bilinear", "demo", f"--output_dir={tmp_path}"]
     process = subprocess.Popen(
-        [*command, "--width=16", "--epochs=2", "--batch_size=8"], stderr=subprocess.PIPE, text=True
+        [*command, "--width=16", "--epochs=2", "--batch_size=8"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background may have inherited that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     finished = {"full.keras", "full.tflite"}
     deadline = time.monotonic() + 240
