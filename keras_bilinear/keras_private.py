@@ -1,4 +1,4 @@
-"""The one place that reaches below the public interface of Keras; tested on Keras 3.13 to 3.15."""
+"""The one place that reaches below the public interface of Keras; tested on Keras 3.13 and 3.15."""
 
 from collections.abc import Iterator
 
