@@ -9,7 +9,8 @@ continued. The table of means over the rows so far is written beside it, as
 Markdown.
 
 The last tenth of the training set is held out. Learning rates are compared by
-the accuracy on it; the test accuracy is only reported.
+the accuracy on it. The weight decay and dropout of the fashion_mnist study were
+chosen on earlier single runs that showed the test accuracy.
 """
 
 import csv
