@@ -8,13 +8,14 @@ run that stands there already is not done again, so a study can be stopped and
 continued. The table of means over the rows so far is written beside it, as
 Markdown.
 
-The last tenth of the training set is held out. Learning rates are compared by
-the accuracy on it. The weight decay and dropout of the fashion_mnist study were
-chosen on earlier single runs that showed the test accuracy.
+Where a study chooses anything, it does so by the accuracy on the last tenth of
+the training set, held out. The test set is looked at once, by the chosen
+networks, trained again on the whole training set.
 """
 
 import csv
 import dataclasses
+import functools
 import itertools
 import pathlib
 import platform
@@ -35,60 +36,86 @@ class Run:
     `kernels` says how the bilinear layers store their factors: `"gain"` is what
     the package does; `"plain"` stores the factors themselves; `"undivided"`
     keeps the gain in the gradients. Full networks have `"full"`.
+
+    With `tuning`, the last tenth of the training set is held out and gives the
+    accuracy; without, all of it is trained on and the test set gives it.
     """
 
     dataset: str
     network: str
     hidden: tuple
-    rank: int
-    kernels: str
-    optimizer: str
-    learning_rate: float
-    weight_decay: float
-    dropout: float
-    epochs: int
-    seed: int
+    rank: int = 0
+    kernels: str = "full"
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    epochs: int = 1
+    seed: int = 0
+    tuning: bool = False
 
     @property
     def key(self):
         return tuple(str(value) for value in dataclasses.astuple(self))
 
 
-def fashion_mnist():
+REGIMES = (
+    {"optimizer": "adam"},
+    {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1},
+    {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1, "label_smoothing": 0.1},
+)
+TUNING_SEEDS = 2
+
+
+def tune(run, accuracy):
+    """The regime and learning rate of `run` that are best on held-out data.
+
+    In each regime the learning rate is doubled or halved, from where `run` has
+    it, for as long as that helps. Every network is tuned by the same steps.
+    """
+
+    def mean(candidate):
+        seeds = range(TUNING_SEEDS)
+        runs = (dataclasses.replace(candidate, seed=seed, tuning=True) for seed in seeds)
+        return sum(map(accuracy, runs)) / TUNING_SEEDS
+
+    best = []
+    for regime in REGIMES:
+        start = dataclasses.replace(run, **regime)
+        best.append((mean(start), start))
+        for factor in (2.0, 0.5):
+            rate = start.learning_rate * factor
+            while mean(moved := dataclasses.replace(start, learning_rate=rate)) > best[-1][0]:
+                best[-1] = mean(moved), moved
+                rate *= factor
+    return max(best, key=lambda pair: pair[0])[1]
+
+
+def fashion_mnist(accuracy):
     """The MLP 784-1024-1024-10 against bilinear ones of at most 2.5% of its size.
 
-    All networks with and without weight decay and dropout; each at the learning
-    rate that is best for the full one and at twice that, and at lower or higher
-    ones where that could be better.
+    Every network is tuned; the chosen setting, and the one that is best for the
+    full network, are then tested.
     """
-    regularized = {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1}
-    plain = {"optimizer": "adam", "weight_decay": 0.0, "dropout": 0.0}
-    full = (1024, 1024)
-    for network, hidden, rank, kernels, regime, learning_rates in (
-        ("full", full, 0, "full", plain, (5e-4, 1e-3, 2e-3)),
-        ("full", full, 0, "full", regularized, (5e-4, 1e-3, 2e-3)),
-        ("bilinear, rank 10", full, 10, "gain", regularized, (1e-3, 2e-3)),
-        ("narrower full", (54, 54), 0, "full", plain, (1e-3, 2e-3, 4e-3)),
-        ("narrower full", (54, 54), 0, "full", regularized, (1e-3, 2e-3)),
-        ("bilinear, rank 10", full, 10, "gain", plain, (1e-3,)),
-        ("bilinear, scale 2, rank 3", (4096, 4096), 3, "gain", regularized, (1e-3,)),
-        ("bilinear, rank 10", full, 10, "gain", regularized, (4e-3,)),
-    ):
-        for learning_rate, seed in itertools.product(learning_rates, range(SEEDS.value)):
-            yield Run(
-                dataset="fashion_mnist",
-                network=network,
-                hidden=hidden,
-                rank=rank,
-                kernels=kernels,
-                learning_rate=learning_rate,
-                epochs=12,
-                seed=seed,
-                **regime,
-            )
+    base = Run("fashion_mnist", "full", (1024, 1024), epochs=12)
+    bilinear = {"rank": 10, "kernels": "gain"}
+    networks = (
+        base,
+        dataclasses.replace(base, network="bilinear, rank 10", **bilinear),
+        dataclasses.replace(base, network="narrower full", hidden=(54, 54)),
+    )
+    names = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
+    of_full = None
+    for network in networks:
+        own = tune(network, accuracy)
+        of_full = of_full or {name: getattr(own, name) for name in names}
+        for chosen in dict.fromkeys((own, dataclasses.replace(own, **of_full))):
+            for seed in range(SEEDS.value):
+                accuracy(dataclasses.replace(chosen, seed=seed))
 
 
-def initialization():
+def initialization(accuracy):
     """The ways to store factors, on three data sets, at the full network's learning rates."""
     tasks = (
         ("digits", (256, 256, 256), 30, {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.03}),
@@ -101,20 +128,19 @@ def initialization():
             ways = ("gain", "plain", "undivided") if optimizer == "sgd" else ("gain", "plain")
             networks = [("full", 0), *itertools.product(ways, (1, 4))]
             for (kernels, rank), seed in itertools.product(networks, range(SEEDS.value)):
-                network = f"bilinear, rank {rank}" if rank else "full"
-                yield Run(
+                run = Run(
                     dataset=dataset,
-                    network=network,
+                    network=f"bilinear, rank {rank}" if rank else "full",
                     hidden=hidden,
                     rank=rank,
                     kernels=kernels,
                     optimizer=optimizer,
                     learning_rate=learning_rate,
                     weight_decay=0.004 if optimizer == "adamw" else 0.0,
-                    dropout=0.0,
                     epochs=epochs,
                     seed=seed,
                 )
+                accuracy(run)
 
 
 def build(run, dataset):
@@ -168,9 +194,13 @@ def train(run, dataset):
     model = build(run, dataset)
     if run.kernels == "plain":
         store_plainly(model)
-    held_out = len(dataset.x_train) // 10
-    held_out_set = dataset.x_train[-held_out:], dataset.y_train[-held_out:]
-    x, y = dataset.x_train[:-held_out], dataset.y_train[:-held_out]
+    x, y = dataset.x_train, keras.utils.to_categorical(dataset.y_train, dataset.classes)
+    if run.tuning:
+        held_out = len(x) // 10
+        unseen = x[-held_out:], y[-held_out:]
+        x, y = x[:-held_out], y[:-held_out]
+    else:
+        unseen = dataset.x_test, keras.utils.to_categorical(dataset.y_test, dataset.classes)
     batch_size = 32 if len(x) < 10_000 else 128
     schedule = keras.optimizers.schedules.CosineDecay(
         run.learning_rate, run.epochs * -(-len(x) // batch_size)
@@ -182,7 +212,7 @@ def train(run, dataset):
     }[run.optimizer](schedule)
     model.compile(
         optimizer,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        keras.losses.CategoricalCrossentropy(True, label_smoothing=run.label_smoothing),
         metrics=["accuracy"],
     )
     scale_gradient = projection._scale_gradient
@@ -194,12 +224,10 @@ def train(run, dataset):
         seconds = time.perf_counter() - start
     finally:
         projection._scale_gradient = scale_gradient
-    evaluate = lambda x, y: model.evaluate(x, y, batch_size=1000, verbose=0)[1]  # noqa: E731
     return {
         "parameters": model.count_params(),
         "train_loss": f"{history.history['loss'][-1]:.4f}",
-        "held_out_accuracy": f"{evaluate(*held_out_set):.4f}",
-        "test_accuracy": f"{evaluate(dataset.x_test, dataset.y_test):.4f}",
+        "accuracy": f"{model.evaluate(*unseen, batch_size=1000, verbose=0)[1]:.4f}",
         "seconds": f"{seconds:.0f}",
     }
 
@@ -212,37 +240,42 @@ def machine():
 
 
 def tabulate(rows, path, command):
-    """Writes the means and deviations over the seeds as a Markdown table."""
+    """Writes the means and deviations over the seeds as Markdown, beside the rows."""
     import numpy as np
 
-    group = ("dataset", "optimizer", "dropout", "network", "kernels", "learning_rate", "epochs")
-    header = (*group, "seeds", "parameters", "share", "train loss", "held-out accuracy")
-    header += ("test accuracy",)
+    group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
+    group += ("network", "kernels", "learning_rate", "epochs")
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in group), []).append(row)
+    full_size = {r["dataset"]: int(r["parameters"]) for r in rows if r["network"] == "full"}
     lines = [
         f"# {path.stem.replace('_', ' ')}",
         "",
         f"`{command}`; {machine()}. Mean ± deviation over seeds.",
-        "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
     ]
-    rows = sorted(rows, key=lambda row: (row["dataset"], row["optimizer"], row["dropout"]))
-    full_size = {r["dataset"]: int(r["parameters"]) for r in rows if r["network"] == "full"}
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in group), []).append(row)
-    for key, members in groups.items():
-        size = int(members[0]["parameters"])
-        spread = []
-        for column in ("train_loss", "held_out_accuracy", "test_accuracy"):
-            values = np.array([float(row[column]) for row in members])
-            spread.append(f"{values.mean():.4f} ± {values.std():.4f}")
-        share = size / full_size[members[0]["dataset"]]
-        cells = (*key, len(members), f"{size:,}", f"{share:.2%}", *spread)
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    for tuning, title in (("False", "Test set"), ("True", "Tuning, on held-out data")):
+        members_of = {key[1:]: rows for key, rows in groups.items() if key[0] == tuning}
+        if not members_of:
+            continue
+        header = (*group[1:], "seeds", "parameters", "share", "train loss", "accuracy")
+        lines += ["", f"## {title}", "", "| " + " | ".join(header) + " |"]
+        lines.append("|" + "---|" * len(header))
+        for key, members in members_of.items():
+            size = int(members[0]["parameters"])
+            spread = []
+            for column in ("train_loss", "accuracy"):
+                values = np.array([float(row[column]) for row in members])
+                spread.append(f"{values.mean():.4f} ± {values.std():.4f}")
+            share = size / full_size[members[0]["dataset"]]
+            cells = (*key, len(members), f"{size:,}", f"{share:.2%}", *spread)
+            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     temporary = path.with_suffix(".md.tmp")
     temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
+    temporary.replace(path.with_suffix(".md"))
+
+
+STUDIES = {"fashion_mnist": fashion_mnist, "initialization": initialization}
 
 
 def main(argv):
@@ -252,23 +285,27 @@ def main(argv):
     fields = [field.name for field in dataclasses.fields(Run)]
     path = RESULTS / f"accuracy_{STUDY.value}.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
-    finished = {tuple(row[name] for name in fields) for row in rows}
+    finished = {tuple(row[name] for name in fields): row for row in rows}
     command = f"python benchmarks/accuracy.py --study={STUDY.value}"
-    loaded = {}
-    for run in {"fashion_mnist": fashion_mnist, "initialization": initialization}[STUDY.value]():
-        if run.key in finished:
-            continue
-        if run.dataset not in loaded:
-            loaded[run.dataset] = datasets.load(run.dataset, DATA_DIR.value)
-        row = dict(zip(fields, run.key, strict=True)) | train(run, loaded[run.dataset])
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not rows:
-                writer.writeheader()
-            writer.writerow(row)
-        rows.append({name: str(value) for name, value in row.items()})
-        logging.info("%s", row)
-        tabulate(rows, path.with_suffix(".md"), command)
+    load = functools.cache(lambda name: datasets.load(name, DATA_DIR.value))
+
+    def accuracy(run):
+        """The accuracy of a run, from its row or, without one, by training."""
+        if run.key not in finished:
+            row = dict(zip(fields, run.key, strict=True)) | train(run, load(run.dataset))
+            row = {name: str(value) for name, value in row.items()}
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if not finished:
+                    writer.writeheader()
+                writer.writerow(row)
+            rows.append(row)
+            finished[run.key] = row
+            logging.info("%s", row)
+            tabulate(rows, path, command)
+        return float(finished[run.key]["accuracy"])
+
+    STUDIES[STUDY.value](accuracy)
 
 
 if __name__ == "__main__":

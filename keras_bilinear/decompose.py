@@ -1,5 +1,8 @@
 """The best Kronecker sum for a given kernel, in NumPy."""
 
+import itertools
+import math
+
 import numpy as np
 
 
@@ -14,31 +17,35 @@ def nearest_kronecker_sum(kernel, factorization):
     the kernel, it is padded with zeros.
 
     Args:
-        kernel: `(input_dim, output_dim)`, any real dtype.
+        kernel: of `factorization.full_shape`, any real dtype.
         factorization: a `Factorization` of that shape.
 
     Returns:
         `(left, right)`, float64, of `factorization.left_shape` and
         `right_shape`. Both factors of a term have the same norm.
     """
-    (d1, d2), (u1, u2) = factorization.input_factors, factorization.output_factors
-    rank = factorization.rank
-    kernel = np.asarray(kernel, "float64")
-    padding = (
-        (0, factorization.padded_input_dim - kernel.shape[0]),
-        (0, factorization.padded_output_dim - kernel.shape[1]),
+    plan = factorization
+    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
+    half = len(plan.window) + 2
+    kernel = np.asarray(kernel, "float64").reshape(
+        *plan.window, plan.input_dim, plan.groups, plan.output_dim
     )
-    kernel = np.pad(kernel, padding).reshape(d1, d2, u1, u2)
-    kernel = kernel.transpose(0, 2, 1, 3).reshape(d1 * u1, d2 * u2)
+    missing = (plan.padded_input_dim - plan.input_dim, 0, plan.padded_output_dim - plan.output_dim)
+    kernel = np.pad(kernel, [(0, 0)] * len(plan.window) + [(0, size) for size in missing])
+    # Rows hold what belongs to the left factor, columns what belongs to the right one.
+    window = itertools.chain.from_iterable(zip(plan.left_window, plan.right_window, strict=True))
+    kernel = kernel.reshape(*window, d1, d2, plan.groups * u1, u2)
+    kernel = kernel.transpose(*range(0, 2 * half, 2), *range(1, 2 * half, 2))
+    kernel = kernel.reshape(math.prod(plan.left_shape[1:]), math.prod(plan.right_shape[1:]))
 
     # The eigenvectors of the smaller Gram matrix are the singular vectors of
     # that side, several times as fast; projecting onto them gives the other
     # side without a division, and to full precision.
-    if d1 * u1 <= d2 * u2:
-        left = _leading_eigenvectors(kernel @ kernel.T, rank)
+    if len(kernel) <= len(kernel.T):
+        left = _leading_eigenvectors(kernel @ kernel.T, plan.rank)
         right = left.T @ kernel
     else:
-        right = _leading_eigenvectors(kernel.T @ kernel, rank).T
+        right = _leading_eigenvectors(kernel.T @ kernel, plan.rank).T
         left = kernel @ right.T
     left, right = left.T, right
     left_norm = np.linalg.norm(left, axis=1, keepdims=True)
@@ -48,10 +55,10 @@ def nearest_kronecker_sum(kernel, factorization):
     right = right * np.divide(size, right_norm, out=np.zeros_like(size), where=right_norm > 0)
 
     # Terms beyond the smaller side are not needed and stay zero.
-    missing = ((0, rank - len(left)), (0, 0))
+    missing = ((0, plan.rank - len(left)), (0, 0))
     return (
-        np.pad(left, missing).reshape(factorization.left_shape),
-        np.pad(right, missing).reshape(factorization.right_shape),
+        np.pad(left, missing).reshape(plan.left_shape),
+        np.pad(right, missing).reshape(plan.right_shape),
     )
 
 

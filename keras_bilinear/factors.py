@@ -1,6 +1,7 @@
 """Integers first: the shapes of a bilinear projection, before any tensor exists."""
 
 import dataclasses
+import itertools
 import math
 import operator
 
@@ -90,16 +91,54 @@ def choose_factors(size):
     return min((c for c in candidates if c[0] <= c[1]), key=cost)
 
 
+def choose_aligned_factors(input_dim, output_dim, left_window, right_window):
+    """Splits the channels of a convolution, both sides together.
+
+    Which side the window belongs to decides how many distinct filters a term
+    can hold, so the order of the factors matters: where a term of rank 1 maps 3
+    channels `(1, 3)` to 32 filters `(4, 8)` by 3x3 windows on the right, only 8
+    of the filters are linearly independent; from `(3, 1)` it is 24, and `(2, 2)`
+    to `(2, 16)` has all the 27 that there can be. Taken is the pair of splits
+    whose kernel can have the highest matrix rank; among those the most square;
+    among those the cheapest to compute.
+
+    >>> choose_aligned_factors(3, 32, (1, 1), (3, 3))
+    ((2, 2), (2, 16))
+    >>> choose_aligned_factors(128, 128, (1, 1), (3, 3))
+    ((16, 8), (8, 16))
+    """
+
+    def cost(pair):
+        plan = Factorization(input_dim, output_dim, *pair, 1, left_window, right_window)
+        return -plan.attainable_rank, sum(map(sum, pair)), plan.macs
+
+    return min(itertools.product(_splits(input_dim), _splits(output_dim)), key=cost)
+
+
+def _splits(size):
+    """The exact splits of `size`, and the near-square one, each in both orders."""
+    exact = [(a, size // a) for a in range(1, math.isqrt(size) + 1) if size % a == 0]
+    return sorted({split[::order] for split in [*exact, choose_factors(size)] for order in (1, -1)})
+
+
 @dataclasses.dataclass(frozen=True)
 class Factorization:
     """The shapes of `Y = sum_r L_r^T X R_r`, and all that follows from them.
 
+    In a convolution each factor is one as well, with a window of its own; along
+    each axis at least one of both windows has the size 1. The groups of a
+    grouped convolution share the right factor and have their own left ones,
+    side by side. Without windows, it is a dense projection.
+
     Attributes:
-        input_dim: true input width, `D_in`.
-        output_dim: true output width, `D_out`.
+        input_dim: true input width, `D_in`; the channels of one group.
+        output_dim: true output width, `D_out`; the filters of one group.
         input_factors: `(d1, d2)` with `d1 * d2 >= D_in`.
         output_factors: `(u1, u2)` with `u1 * u2 >= D_out`.
         rank: number of Kronecker terms.
+        left_window: window of the left factor along each spatial axis.
+        right_window: window of the right factor, likewise.
+        groups: number of groups of a convolution.
     """
 
     input_dim: int
@@ -107,9 +146,22 @@ class Factorization:
     input_factors: tuple
     output_factors: tuple
     rank: int = 1
+    left_window: tuple = ()
+    right_window: tuple = ()
+    groups: int = 1
 
     @classmethod
-    def create(cls, input_dim, output_dim, input_factors=None, output_factors=None, rank=1):
+    def create(
+        cls,
+        input_dim,
+        output_dim,
+        input_factors=None,
+        output_factors=None,
+        rank=1,
+        left_window=(),
+        right_window=(),
+        groups=1,
+    ):
         """Checks the arguments and chooses the factors that are `None`.
 
         Raises:
@@ -117,23 +169,39 @@ class Factorization:
         """
         input_dim = check_positive_int("input_dim", input_dim)
         output_dim = check_positive_int("output_dim", output_dim)
+        if left_window:
+            chosen = choose_aligned_factors(input_dim, output_dim, left_window, right_window)
+        else:
+            chosen = choose_factors(input_dim), choose_factors(output_dim)
         return cls(
             input_dim=input_dim,
             output_dim=output_dim,
-            input_factors=check_factors("input_factors", input_factors, input_dim)
-            or choose_factors(input_dim),
-            output_factors=check_factors("output_factors", output_factors, output_dim)
-            or choose_factors(output_dim),
+            input_factors=check_factors("input_factors", input_factors, input_dim) or chosen[0],
+            output_factors=check_factors("output_factors", output_factors, output_dim) or chosen[1],
             rank=check_positive_int("rank", rank),
+            left_window=left_window,
+            right_window=right_window,
+            groups=groups,
         )
 
     @property
     def left_shape(self):
-        return (self.rank, self.input_factors[0], self.output_factors[0])
+        d1, u1 = self.input_factors[0], self.output_factors[0]
+        return (self.rank, *self.left_window, d1, self.groups * u1)
 
     @property
     def right_shape(self):
-        return (self.rank, self.input_factors[1], self.output_factors[1])
+        return (self.rank, *self.right_window, self.input_factors[1], self.output_factors[1])
+
+    @property
+    def window(self):
+        """The window of the kernel, `()` for a dense projection."""
+        return tuple(map(math.prod, zip(self.left_window, self.right_window, strict=True)))
+
+    @property
+    def full_shape(self):
+        """The shape of the full kernel."""
+        return (*self.window, self.input_dim, self.groups * self.output_dim)
 
     @property
     def padded_input_dim(self):
@@ -151,25 +219,30 @@ class Factorization:
     @property
     def full_parameters(self):
         """Numbers stored in the full kernel."""
-        return self.input_dim * self.output_dim
+        return math.prod(self.full_shape)
 
     @property
     def attainable_rank(self):
-        """The highest matrix rank that the materialized kernel can have."""
+        """The highest matrix rank that the materialized kernel of a group can have."""
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
-        return min(self.rank * min(d1, u1) * min(d2, u2), min(self.input_dim, self.output_dim))
+        left = min(math.prod(self.left_window) * d1, u1)
+        right = min(math.prod(self.right_window) * d2, u2)
+        full = min(math.prod(self.window) * self.input_dim, self.output_dim)
+        return min(self.rank * left * right, full)
 
     @property
     def sufficient_rank(self):
         """The rank at which every full kernel is stored exactly."""
-        (d1, d2), (u1, u2) = self.input_factors, self.output_factors
-        return min(d1 * u1, d2 * u2)
+        return min(math.prod(self.left_shape[1:]), math.prod(self.right_shape[1:]))
 
     def _macs(self, order):
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
+        left, right = math.prod(self.left_window) * d1, math.prod(self.right_window) * d2
         if order == "left":
-            return self.rank * u1 * d2 * (d1 + u2)
-        return self.rank * d1 * u2 * (d2 + u1)
+            each = u1 * (d2 * left + u2 * right)
+        else:
+            each = u2 * (d1 * right + u1 * left)
+        return self.groups * self.rank * each
 
     @property
     def order(self):
@@ -178,17 +251,17 @@ class Factorization:
 
     @property
     def macs(self):
-        """Multiply-accumulate operations to project one vector, factorized."""
+        """Multiply-accumulate operations for one vector, or one position, factorized."""
         return self._macs(self.order)
 
     @property
     def full_macs(self):
-        """Multiply-accumulate operations to project one vector with the full kernel."""
-        return self.input_dim * self.output_dim
+        """Multiply-accumulate operations for one vector, or position, with the full kernel."""
+        return self.full_parameters
 
     @property
     def transposed(self):
-        """The factorization of the transposed kernel."""
+        """The factorization of the transposed kernel of a dense projection."""
         return dataclasses.replace(
             self,
             input_dim=self.output_dim,

@@ -1,8 +1,11 @@
 """Pure functions of a Kronecker sum `W = sum_r kron(L_r, R_r)`, over `keras.ops`.
 
-`left` has the shape `(rank, d1, u1)` and `right` `(rank, d2, u2)`. Nothing here
-knows of layers, padding or dtypes.
+`left` has the shape `(rank, d1, u1)` and `right` `(rank, d2, u2)`; those of a
+convolution have a window before the channels. Nothing here knows of layers,
+padding or dtypes.
 """
+
+import math
 
 from keras import backend, ops
 
@@ -74,14 +77,143 @@ def rows(indices, left, right):
     return ops.reshape(ops.matmul(left, right), (-1, u1 * u2))
 
 
+def convolve(x, left, right, order, groups=1, **options):
+    """Convolves by the Kronecker sum without forming it.
+
+    Each factor is a convolution of its own share of the channels, with the other
+    share folded into the batch; no patches are extracted. A factor whose window
+    is 1 along each axis is a matrix product.
+
+    Args:
+        x: `(n, *positions, groups, d1, d2)`.
+        left: `(rank, *left_window, d1, groups * u1)`.
+        right: `(rank, *right_window, d2, u2)`.
+        order: the factor to apply first, `"left"` or `"right"`.
+        groups: number of groups of channels.
+        **options: `strides`, `dilation_rate` (one number an axis) and `padding`
+            of the whole convolution.
+
+    Returns:
+        `(n, *new_positions, groups, u1, u2)`.
+    """
+    rank, *left_window, d1, u1 = left.shape
+    d2, u2 = right.shape[-2:]
+    sizes = {"rank": rank, "group": groups, "d1": d1, "d2": d2, "u1": u1 // groups, "u2": u2}
+    axes = tuple(range(len(left_window)))
+    x = _Named(x, ("n", *axes, "group", "d1", "d2"), sizes)
+    left = _Named(left, ("rank", *axes, "d1", ("group", "u1")), sizes)
+    right = _Named(right, ("rank", *axes, "d2", "u2"), sizes)
+    # The stride along an axis is the business of the factor with the window there.
+    of_left = [size > 1 for size in left_window]
+    of_right = [not mine for mine in of_left]
+    left_options, right_options = _on_axes(of_left, **options), _on_axes(of_right, **options)
+    apply_left = _convolve_groups if any(of_left) else _multiply
+    if order == "left":
+        x = apply_left(x, left, ("d1",), ("u1", "rank"), axes, "d2", left_options)
+        x = _convolve(x, right, ("rank", "d2"), ("u2",), axes, ("n", "group", "u1"), right_options)
+    else:
+        x = _convolve(x, right, ("d2",), ("rank", "u2"), axes, ("n", "group", "d1"), right_options)
+        x = apply_left(x, left, ("d1", "rank"), ("u1",), axes, "u2", left_options)
+    return x.merge("n", *axes, "group", "u1", "u2")
+
+
+class _Named:
+    """A tensor that goes by the names of its axes, whatever their order in memory."""
+
+    def __init__(self, tensor, axes, sizes):
+        """Names the axes of `tensor`; one of several names is split, by their `sizes`."""
+        self.sizes = dict(sizes)
+        names, shape = [], []
+        for axis, size in zip(axes, ops.shape(tensor), strict=True):
+            if isinstance(axis, tuple):
+                names += axis
+                shape += [sizes[name] for name in axis]
+            else:
+                names.append(axis)
+                shape.append(size)
+                self.sizes[axis] = size
+        self.names = tuple(names)
+        self.tensor = tensor if len(names) == len(axes) else ops.reshape(tensor, shape)
+
+    def merge(self, *groups):
+        """The tensor with these axes, each a name or a tuple of names to make one axis of."""
+        groups = [group if isinstance(group, tuple) else (group,) for group in groups]
+        order = [self.names.index(name) for group in groups for name in group]
+        tensor = self.tensor
+        if order != sorted(order):
+            tensor = ops.transpose(tensor, order)
+        if len(groups) == len(order) == len(self.names):
+            return tensor
+        return ops.reshape(tensor, [math.prod(self.sizes[n] for n in group) for group in groups])
+
+    def pick(self, name, index):
+        """The part at one index of an axis."""
+        tensor = ops.take(self.tensor, index, axis=self.names.index(name))
+        return _Named(tensor, tuple(n for n in self.names if n != name), self.sizes)
+
+
+def _on_axes(mine, strides, dilation_rate, padding):
+    return {
+        "strides": tuple(s if its else 1 for s, its in zip(strides, mine, strict=True)),
+        "dilation_rate": tuple(d if its else 1 for d, its in zip(dilation_rate, mine, strict=True)),
+        "padding": padding,
+        "data_format": "channels_last",
+    }
+
+
+def _convolve(x, kernel, inputs, outputs, axes, batch, options):
+    y = ops.conv(x.merge(batch, *axes, inputs), kernel.merge(*axes, inputs, outputs), **options)
+    return _Named(y, (batch, *axes, outputs), _without(x.sizes, axes))
+
+
+def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
+    groups = range(x.sizes["group"])
+    parts = [
+        _convolve(
+            x.pick("group", i),
+            kernel.pick("group", i),
+            inputs,
+            outputs,
+            axes,
+            ("n", other),
+            options,
+        )
+        for i in groups
+    ]
+    y = ops.stack([part.tensor for part in parts])
+    return _Named(y, ("group", *parts[0].names), _without(x.sizes, axes))
+
+
+def _multiply(x, kernel, inputs, outputs, axes, other, options):
+    """Contracts with a left factor without a window: a matrix product."""
+    columns = (*axes, other)
+    if x.sizes["group"] == 1:
+        batch = (("n", "group"),)
+        kernel = kernel.merge(("group", *axes, *outputs), inputs)
+    else:
+        batch = ("n", "group")
+        kernel = kernel.merge("group", (*axes, *outputs), inputs)
+    y = ops.matmul(kernel, x.merge(*batch, inputs, columns))
+    return _Named(y, (*batch, outputs, columns), x.sizes)
+
+
+def _without(sizes, axes):
+    """The sizes but for those that a convolution changes."""
+    return {name: size for name, size in sizes.items() if name not in axes}
+
+
 def materialize(left, right):
-    """The Kronecker sum itself, `(d1 * d2, u1 * u2)`."""
-    rank, d1, u1 = left.shape
-    _, d2, u2 = right.shape
-    left = ops.transpose(ops.reshape(left, (rank, d1 * u1)))
-    kernel = ops.matmul(left, ops.reshape(right, (rank, d2 * u2)))
-    kernel = ops.transpose(ops.reshape(kernel, (d1, u1, d2, u2)), (0, 2, 1, 3))
-    return ops.reshape(kernel, (d1 * d2, u1 * u2))
+    """The Kronecker sum itself, `(*window, d1 * d2, u1 * u2)`."""
+    rank, *left_window, d1, u1 = left.shape
+    *right_window, d2, u2 = right.shape[1:]
+    left = ops.transpose(ops.reshape(left, (rank, -1)))
+    kernel = ops.matmul(left, ops.reshape(right, (rank, -1)))
+    kernel = ops.reshape(kernel, (*left_window, d1, u1, *right_window, d2, u2))
+    # Each axis of the left factor comes to stand before its counterpart of the right one.
+    half = len(left_window) + 2
+    kernel = ops.transpose(kernel, [side + i for i in range(half) for side in (0, half)])
+    window = [a * b for a, b in zip(left_window, right_window, strict=True)]
+    return ops.reshape(kernel, (*window, d1 * d2, u1 * u2))
 
 
 def transpose(left, right):

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear import kronecker
+from keras_bilinear.cost import choose_order
 from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
 from keras_bilinear.initializers import FactorInitializers
@@ -37,7 +38,8 @@ class KroneckerKernel:
         regularizer: applied to each stored factor.
         constraint: applied to each stored factor.
         implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"`
-            materializes only where that needs fewer MACs per input row.
+            materializes only where that is faster, see `keras_bilinear.cost`.
+        strides: those of a convolution.
     """
 
     def __init__(
@@ -48,19 +50,19 @@ class KroneckerKernel:
         regularizer=None,
         constraint=None,
         implementation="auto",
+        strides=(),
     ):
+        window = math.prod(factorization.window)
         initializers = FactorInitializers(
             initializer,
             factorization.left_shape,
             factorization.right_shape,
-            fan_in=factorization.input_dim,
-            fan_out=factorization.output_dim,
+            fan_in=window * factorization.input_dim,
+            fan_out=window * factorization.groups * factorization.output_dim,
         )
         self.factorization = factorization
         self.gain = initializers.gain
-        self.materialized = implementation == "materialized" or (
-            implementation == "auto" and factorization.macs > factorization.full_macs
-        )
+        self.order = choose_order(factorization, implementation, strides)
         shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
         self.left = layer.add_weight(
             name="left_kernel",
@@ -86,18 +88,33 @@ class KroneckerKernel:
             return ops.multiply(left, self.gain), right
         return left, ops.multiply(right, self.gain)
 
+    @property
+    def materialized(self):
+        """Whether the full kernel is formed at each call."""
+        return self.order is None
+
     def materialize(self, training=None):
-        """The kernel, `(input_dim, output_dim)`."""
+        """The kernel, of `factorization.full_shape`."""
+        plan = self.factorization
         kernel = kronecker.materialize(*self.factors(training))
-        return kernel[: self.factorization.input_dim, : self.factorization.output_dim]
+        leading = (*plan.window, plan.padded_input_dim, plan.groups)
+        kernel = ops.reshape(kernel, (*leading, plan.padded_output_dim))
+        kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
+        return ops.reshape(kernel, plan.full_shape)
 
     def project(self, x, training=None, transposed=False):
-        """`x @ W`, or `x @ W^T`, over the last axis of an `x` of any rank."""
+        """`x @ W`, or `x @ W^T`, over the last axis of an `x` of any rank.
+
+        For kernels without a window, or with a window of 1.
+        """
         factorization = self.factorization
         if self.materialized:
             kernel = self.materialize(training)
             return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
-        left, right = self.factors(training)
+        left, right = (
+            ops.reshape(factor, (factorization.rank, *factor.shape[-2:]))
+            for factor in self.factors(training)
+        )
         if transposed:
             factorization = factorization.transposed
             left, right = kronecker.transpose(left, right)
@@ -105,8 +122,50 @@ class KroneckerKernel:
         padding = factorization.padded_input_dim - factorization.input_dim
         if padding:
             x = ops.pad(x, ((0, 0),) * len(leading) + ((0, padding),))
-        y = kronecker.project(x, left, right, factorization.order)
+        # A transposed projection has an order of its own.
+        order = factorization.order if transposed else self.order
+        y = kronecker.project(x, left, right, order)
         return _restore(y, leading, factorization)
+
+    def convolve(self, x, training=None, data_format="channels_last", **options):
+        """The convolution of `x` with the kernel.
+
+        Args:
+            x: `(n, *positions, groups * input_dim)`, or with the channels first.
+            training: see `factors`.
+            data_format: `"channels_last"` or `"channels_first"`.
+            **options: `strides`, `padding` and `dilation_rate` of `keras.ops.conv`.
+        """
+        plan = self.factorization
+        if self.materialized:
+            kernel = self.materialize(training)
+            return ops.conv(x, kernel, data_format=data_format, **options)
+        channels_first = data_format == "channels_first"
+        axes = range(1, 1 + len(plan.window))
+        if channels_first:
+            x = ops.transpose(x, (0, *(axis + 1 for axis in axes), 1))
+        if math.prod(plan.window) == plan.groups == 1:
+            steps = (slice(None, None, step) for step in options["strides"])
+            y = self.project(x[(slice(None), *steps)], training)
+        else:
+            y = self._convolve_groups(x, training, **options)
+        return ops.transpose(y, (0, len(y.shape) - 1, *axes)) if channels_first else y
+
+    def _convolve_groups(self, x, training, **options):
+        plan = self.factorization
+        leading = ops.shape(x)[:-1]
+        padding = plan.padded_input_dim - plan.input_dim
+        if padding:
+            x = ops.reshape(x, (*leading, plan.groups, plan.input_dim))
+            x = ops.pad(x, ((0, 0),) * (len(leading) + 1) + ((0, padding),))
+        x = ops.reshape(x, (*leading, plan.groups, *plan.input_factors))
+        left, right = self.factors(training)
+        y = kronecker.convolve(x, left, right, self.order, plan.groups, **options)
+        leading = ops.shape(y)[:-3]
+        if plan.padded_output_dim != plan.output_dim:
+            y = ops.reshape(y, (*leading, plan.groups, plan.padded_output_dim))
+            y = y[..., : plan.output_dim]
+        return ops.reshape(y, (*leading, plan.groups * plan.output_dim))
 
     def rows(self, indices, training=None):
         """Rows of the kernel: `indices.shape + (output_dim,)`."""
@@ -151,11 +210,13 @@ class BilinearLayer(keras.layers.Layer):
 
     Subclasses set `full_class`, the stock Keras layer they stand for, and
     `_full_kernel_name`, the name of its kernel there; their `build` sets
-    `self._kernel` to a `KroneckerKernel`.
+    `self._kernel` to a `KroneckerKernel`. `_own_arguments` are those of the
+    constructor that the stock layer does not have.
     """
 
     full_class = None
     _full_kernel_name = "kernel"
+    _own_arguments = SHARED
 
     def __init__(self, *, rank, input_factors, output_factors, implementation, **kwargs):
         rank = check_positive_int("rank", rank)
@@ -201,8 +262,18 @@ class BilinearLayer(keras.layers.Layer):
     def get_config(self) -> dict:
         return {
             **super().get_config(),
-            **{name: getattr(self, name) for name in SHARED},
+            **{name: getattr(self, name) for name in self._own_arguments},
         }
+
+    def _unbuilt_full_layer(self):
+        config = self.get_config()
+        return self.full_class.from_config(
+            {key: value for key, value in config.items() if key not in self._own_arguments}
+        )
+
+    def _input_shape(self, kernel_shape):
+        """Shape of an input of the full layer with a kernel of this shape."""
+        return (None, kernel_shape[0])
 
     @classmethod
     def from_full(
@@ -236,6 +307,16 @@ class BilinearLayer(keras.layers.Layer):
             ValueError: if `layer` is not built, is quantized or holds NaN or
                 infinite weights, or if another argument is not valid.
         """
+        return cls._from_full(
+            layer,
+            rank=rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+        )
+
+    @classmethod
+    def _from_full(cls, layer, **own_arguments):
         full_class = cls.full_class
         if type(layer) is not full_class:
             raise TypeError(
@@ -265,17 +346,9 @@ class BilinearLayer(keras.layers.Layer):
                 )
         accepted = {*inspect.signature(cls.__init__).parameters, *OF_EVERY_LAYER}
         config = {key: value for key, value in layer.get_config().items() if key in accepted}
-        bilinear = cls.from_config(
-            {
-                **config,
-                "rank": rank,
-                "input_factors": input_factors,
-                "output_factors": output_factors,
-                "implementation": implementation,
-            }
-        )
+        bilinear = cls.from_config({**config, **own_arguments})
         kernel = weights.pop(cls._full_kernel_name)
-        bilinear.build((None, kernel.shape[0]))
+        bilinear.build(bilinear._input_shape(kernel.shape))
         bilinear._kernel.assign(kernel)
         for name, value in weights.items():
             getattr(bilinear, name).assign(value)
@@ -292,8 +365,7 @@ class BilinearLayer(keras.layers.Layer):
             AttributeError: if the layer is not built.
         """
         kernel = self.kernel
-        config = {key: value for key, value in self.get_config().items() if key not in SHARED}
-        full = self.full_class.from_config(config)
-        full.build((None, kernel.shape[0]))
+        full = self._unbuilt_full_layer()
+        full.build(self._input_shape(kernel.shape))
         full.set_weights([kernel, *self.get_weights()[2:]])
         return full

@@ -1,0 +1,363 @@
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import keras
+from keras import activations, constraints, initializers, ops, regularizers
+
+from keras_bilinear.factors import Factorization, check_factors, check_positive_int
+from keras_bilinear.layers.projection import SHARED, BilinearLayer, KroneckerKernel
+
+PATTERNS = ("auto", "channel", "spatial")
+
+
+class BilinearConv(BilinearLayer):
+    """A convolution whose kernel is a sum of Kronecker products, in any number of dimensions.
+
+    `BilinearConv1D`, `BilinearConv2D` and `BilinearConv3D` fix that number.
+
+    The channels are split into two axes each, `c = (c1, c2)` of the input and
+    `u = (u1, u2)` of the output, and each factor is a small convolution over its
+    own share of them. Where the window `k` belongs is the pattern:
+
+        "channel"   W[k, c, u] = sum_r L_r[c1, u1] R_r[k, c2, u2]
+        "spatial"   W[k, c, u] = sum_r L_r[k1, c1, u1] R_r[k2, c2, u2]
+
+    with `k1` the first axis of the window and `k2` the others. The paper reshapes
+    each patch of the input into a matrix and multiplies it from both sides. Here
+    the rows of that matrix are `(k1, c1)` and its columns `(k2, c2)` in the spatial
+    pattern, which stores as little as the paper's; in the channel pattern they
+    are `c1` and `(k, c2)`. As every axis of the tensor stays an axis, the layer is
+    two small convolutions, one after the other, each with the other share of
+    the channels folded into the batch. No patches are formed.
+
+    Args:
+        filters: positive integer, number of output channels.
+        kernel_size: size of the window, an integer or one for each axis.
+        strides: an integer or one for each axis.
+        padding: `"valid"` or `"same"`; in one dimension also `"causal"`.
+        data_format: `"channels_last"` or `"channels_first"`; `None` is
+            `keras.config.image_data_format()`.
+        dilation_rate: an integer or one for each axis. Strides and dilation
+            above 1 exclude each other.
+        groups: positive integer that divides input channels and filters. The
+            groups share the right factor and have a left one each.
+        activation: activation function; `None` applies none.
+        use_bias: whether to add a bias for each filter.
+        kernel_initializer: initializer of the full kernel. The factors start
+            such that the materialized kernel has the variance that it gives;
+            see `keras_bilinear.initializers`.
+        bias_initializer: initializer of the bias.
+        kernel_regularizer: regularizer of each stored factor.
+        bias_regularizer: regularizer of the bias.
+        activity_regularizer: regularizer of the output.
+        kernel_constraint: constraint of each stored factor.
+        bias_constraint: constraint of the bias.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(c1, c2)` with a product of at least the input channels
+            of one group; they are padded with zeros where it is more. `None`
+            chooses both splits together, see
+            `keras_bilinear.factors.choose_aligned_factors`.
+        output_factors: `(u1, u2)`, likewise for the filters of one group.
+        implementation: `"factorized"` applies one factor after the other,
+            `"materialized"` forms the kernel first; `"auto"` takes what a model
+            fitted to measurements holds for faster on this backend.
+        pattern: `"channel"`, `"spatial"`, or `"auto"`, which is `"channel"`.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: if an argument is not valid, as in the stock layer, or if
+            the input does not fit.
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    _own_arguments = (*SHARED, "pattern")
+
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        padding: str = "valid",
+        data_format: str | None = None,
+        dilation_rate: int | Sequence[int] = 1,
+        groups: int = 1,
+        activation: str | Callable | None = None,
+        use_bias: bool = True,
+        kernel_initializer: str | dict | Callable = "glorot_uniform",
+        bias_initializer: str | dict | Callable = "zeros",
+        kernel_regularizer: str | dict | Callable | None = None,
+        bias_regularizer: str | dict | Callable | None = None,
+        activity_regularizer: str | dict | Callable | None = None,
+        kernel_constraint: str | dict | Callable | None = None,
+        bias_constraint: str | dict | Callable | None = None,
+        rank: int = 1,
+        input_factors: Sequence[int] | None = None,
+        output_factors: Sequence[int] | None = None,
+        implementation: str = "auto",
+        pattern: str = "auto",
+        **kwargs,
+    ):
+        super().__init__(
+            rank=rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+            activity_regularizer=activity_regularizer,
+            **kwargs,
+        )
+        # The stock layer checks and completes what it knows.
+        full = self.full_class(
+            filters,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            data_format=data_format,
+            dilation_rate=dilation_rate,
+            groups=groups,
+            name=self.name,
+        )
+        self.filters = check_positive_int("filters", filters)
+        self.groups = check_positive_int("groups", groups)
+        if pattern not in PATTERNS:
+            raise ValueError(f"`pattern` must be one of {PATTERNS}. Received: pattern={pattern!r}")
+        check_factors("output_factors", output_factors, self.filters // self.groups)
+        self.kernel_size = full.kernel_size
+        self.strides = full.strides
+        self.padding = full.padding
+        self.data_format = full.data_format
+        self.dilation_rate = full.dilation_rate
+        self.activation = activations.get(activation)
+        self.use_bias = use_bias
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.bias_constraint = constraints.get(bias_constraint)
+        self.pattern = pattern
+        self.bias = None
+        self.input_spec = keras.layers.InputSpec(min_ndim=len(self.kernel_size) + 2)
+
+    def build(self, input_shape: tuple):
+        channel_axis = -1 if self.data_format == "channels_last" else 1
+        channels = input_shape[channel_axis]
+        if channels is None:
+            raise ValueError(
+                f"The channel dimension of the input of `{type(self).__name__}` must be known. "
+                f"Received: input_shape={input_shape}"
+            )
+        if channels % self.groups:
+            raise ValueError(
+                "The number of input channels must be evenly divisible by the number of groups. "
+                f"Received groups={self.groups}, but the input has {channels} channels (full "
+                f"input shape is {input_shape})."
+            )
+        # Refuses sizes that leave no output.
+        self.compute_output_shape(input_shape)
+        left_window, right_window = self._windows()
+        self._kernel = KroneckerKernel(
+            self,
+            Factorization.create(
+                channels // self.groups,
+                self.filters // self.groups,
+                self.input_factors,
+                self.output_factors,
+                self.rank,
+                left_window,
+                right_window,
+                self.groups,
+            ),
+            self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+            implementation=self.implementation,
+            strides=self.strides,
+        )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(self.filters,),
+                initializer=self.bias_initializer,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+        self.input_spec = keras.layers.InputSpec(
+            min_ndim=len(self.kernel_size) + 2, axes={channel_axis: channels}
+        )
+        self.built = True
+
+    def _windows(self):
+        """The windows of the left and the right factor."""
+        ones = (1,) * len(self.kernel_size)
+        if self.pattern == "spatial":
+            return self.kernel_size[:1] + ones[1:], ones[:1] + self.kernel_size[1:]
+        return ones, self.kernel_size
+
+    def call(self, inputs, training: bool | None = None):
+        x, padding = inputs, self.padding
+        channels_last = self.data_format == "channels_last"
+        if padding == "causal":
+            before = self.dilation_rate[0] * (self.kernel_size[0] - 1)
+            both = ((before, 0), (0, 0)) if channels_last else ((0, 0), (before, 0))
+            x, padding = ops.pad(x, ((0, 0), *both)), "valid"
+        x = self._kernel.convolve(
+            x,
+            training,
+            data_format=self.data_format,
+            strides=self.strides,
+            padding=padding,
+            dilation_rate=self.dilation_rate,
+        )
+        if self.bias is not None:
+            shape = (1, self.filters) + (1,) * len(self.kernel_size)
+            x = ops.add(x, self.bias if channels_last else ops.reshape(self.bias, shape))
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return self._unbuilt_full_layer().compute_output_shape(input_shape)
+
+    def _input_shape(self, kernel_shape):
+        channels = (kernel_shape[-2] * self.groups,)
+        positions = (None,) * len(self.kernel_size)
+        channels_last = self.data_format == "channels_last"
+        return (None, *positions, *channels) if channels_last else (None, *channels, *positions)
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "data_format": self.data_format,
+            "dilation_rate": self.dilation_rate,
+            "groups": self.groups,
+            "activation": activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
+        }
+
+    @classmethod
+    def from_full(
+        cls,
+        layer: keras.layers.Layer,
+        rank: int = 1,
+        input_factors: Sequence[int] | None = None,
+        output_factors: Sequence[int] | None = None,
+        implementation: str = "auto",
+        pattern: str = "auto",
+    ) -> Self:
+        """Makes a bilinear layer from a built full one.
+
+        As `BilinearDense.from_full`, with the factors aligned to the axes of the
+        kernel as `pattern` says.
+        """
+        return cls._from_full(
+            layer,
+            rank=rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+            pattern=pattern,
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearConv1D(BilinearConv):
+    """A convolution over one axis whose kernel is a sum of Kronecker products.
+
+    It stands for `keras.layers.Conv1D` and takes its arguments, and `rank`,
+    `input_factors`, `output_factors`, `implementation` and `pattern`. What they
+    mean, and what is refused, says `keras_bilinear.layers.conv.BilinearConv`.
+
+    Input shape:
+        `(batch_size, steps, channels)`, or with the channels first.
+
+    Output shape:
+        `(batch_size, new_steps, filters)`, likewise.
+
+    Example:
+
+    >>> layer = BilinearConv1D(128, 3, padding="same", activation="relu", rank=2)
+    >>> layer(np.ones((2, 16, 64), "float32")).shape == (2, 16, 128)
+    True
+    >>> layer.count_params()  # a Conv1D layer has 24,704
+    0
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.Conv1D
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearConv2D(BilinearConv):
+    """A convolution over two axes whose kernel is a sum of Kronecker products.
+
+    It stands for `keras.layers.Conv2D` and takes its arguments, and `rank`,
+    `input_factors`, `output_factors`, `implementation` and `pattern`. What they
+    mean, and what is refused, says `keras_bilinear.layers.conv.BilinearConv`.
+
+    Input shape:
+        `(batch_size, rows, columns, channels)`, or with the channels first.
+
+    Output shape:
+        `(batch_size, new_rows, new_columns, filters)`, likewise.
+
+    Example:
+
+    >>> layer = BilinearConv2D(128, 3, padding="same", activation="relu", rank=2)
+    >>> layer(np.ones((2, 8, 8, 64), "float32")).shape == (2, 8, 8, 128)
+    True
+    >>> layer.count_params()  # a Conv2D layer has 73,856
+    0
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.Conv2D
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearConv3D(BilinearConv):
+    """A convolution over three axes whose kernel is a sum of Kronecker products.
+
+    It stands for `keras.layers.Conv3D` and takes its arguments, and `rank`,
+    `input_factors`, `output_factors`, `implementation` and `pattern`. What they
+    mean, and what is refused, says `keras_bilinear.layers.conv.BilinearConv`.
+
+    Input shape:
+        `(batch_size, depth, rows, columns, channels)`, or with the channels first.
+
+    Output shape:
+        `(batch_size, new_depth, new_rows, new_columns, filters)`, likewise.
+
+    Example:
+
+    >>> layer = BilinearConv3D(128, 3, padding="same", activation="relu", rank=2)
+    >>> layer(np.ones((2, 4, 4, 4, 64), "float32")).shape == (2, 4, 4, 4, 128)
+    True
+    >>> layer.count_params()  # a Conv3D layer has 221,312
+    0
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.Conv3D
