@@ -1,6 +1,7 @@
 """Which way to apply a Kronecker kernel is the fastest: a model fitted to measurements."""
 
 import dataclasses
+import itertools
 import math
 
 from keras import backend
@@ -13,26 +14,40 @@ class Work:
     """What one way of a convolution does for each output position, in numbers.
 
     Attributes:
-        convolution_macs: multiply-accumulate operations of convolutions.
-        patches: numbers that the windows of the convolutions see; a library
-            that turns a convolution into a matrix product copies them.
-        matmul_macs: multiply-accumulate operations of matrix products.
+        macs: multiply-accumulate operations of convolutions.
+        patches: numbers that the windows of convolutions see; a library that
+            turns a convolution into a matrix product copies them.
+        outputs: numbers that convolutions put out.
+        multiplied: numbers that enter and leave matrix products.
         moved: numbers that are transposed.
+        chained: one where two operations follow on each other, else zero.
     """
 
-    convolution_macs: float
+    macs: float
     patches: float
-    matmul_macs: float
+    outputs: float
+    multiplied: float
     moved: float
+    chained: float
 
 
-# Nanoseconds for each number of `Work`, of a forward pass and a training step
-# together on one machine; only their ratios matter. Made by
-# `python benchmarks/conv_ways.py`, see benchmarks/results/conv_ways.md.
+# Nanoseconds for each number of `Work`, forward pass and training step
+# together, on one machine: only their ratios matter. Made by
+# `python benchmarks/conv_ways.py`; see benchmarks/results/conv_ways_BACKEND.md.
+# The one large convolution of the materialized way has rates of its own.
 NANOSECONDS = {
-    "tensorflow": Work(0.08, 1.0, 0.1, 1.0),
-    "jax": Work(0.08, 1.0, 0.1, 1.0),
-    "torch": Work(0.08, 1.0, 0.1, 1.0),
+    "tensorflow": (
+        Work(0.0307, 2.13, 7.31, 0.001, 2.24, 662.0),
+        Work(0.0604, 0.677, 7.62, 0.0, 0.0, 0.0),
+    ),
+    "jax": (
+        Work(0.109, 0.655, 9.35, 1.55, 0.00101, 462.0),
+        Work(0.0563, 5.54, 0.001, 0.0, 0.0, 0.0),
+    ),
+    "torch": (
+        Work(0.03, 0.639, 2.62, 3.22, 12.3, 68.5),
+        Work(0.0729, 0.186, 16.5, 0.0, 0.0, 0.0),
+    ),
 }
 
 
@@ -45,41 +60,55 @@ def work(plan, order, strides):
             materialized kernel.
         strides: one number for each axis.
     """
-    if order is None:
-        window = math.prod(plan.window)
-        return Work(plan.full_macs, window * plan.groups * plan.input_dim, 0, 0)
-    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
-    groups, rank = plan.groups, plan.rank
-    left, right = math.prod(plan.left_window), math.prod(plan.right_window)
-    # Both factors' strides are taken as those of the whole: they seldom differ.
     inputs = math.prod(strides)
+    if order is None:
+        macs, patches = plan.full_macs, math.prod(plan.window) * plan.groups * plan.input_dim
+        return Work(*_strided(macs, patches, inputs), plan.groups * plan.output_dim, 0, 0, 0)
+    (d1, d2), (u1, u2), rank = plan.input_factors, plan.output_factors, plan.rank
+    left_window, right_window = math.prod(plan.left_window), math.prod(plan.right_window)
+    # The axes of the left factor's window; without one, its strides are the right one's.
+    windowed = left_window > 1
+    own = [size > 1 for size in plan.left_window]
+    left_strides = math.prod(itertools.compress(strides, own))
+    right_strides = inputs // left_strides
+    # What each factor reads for, and puts out at, one position; and at how many.
     if order == "left":
-        # A left factor without a window goes over the inputs, strides come after.
-        positions = inputs if left == 1 else 1
-        left_macs, left_patches = positions * u1 * rank * left * d1 * d2, left * d1 * d2
-        right_macs, right_patches = u1 * rank * right * d2 * u2, u1 * rank * right * d2
-        between = positions * u1 * rank * d2
+        left_in, left_out, left_macs = d1 * d2, u1 * rank * d2, d1 * d2 * u1 * rank
+        right_in, right_out, right_macs = u1 * rank * d2, u1 * u2, u1 * rank * d2 * u2
+        at_left, at_right = right_strides, 1
     else:
-        right_macs, right_patches = d1 * rank * right * d2 * u2, d1 * right * d2
-        left_macs, left_patches = rank * left * d1 * u1 * u2, rank * left * d1 * u2
-        between = d1 * rank * u2
-    windowed = left > 1
-    moves_between = windowed or rank > 1
-    return Work(
-        groups * (right_macs + windowed * left_macs),
-        groups * (right_patches + windowed * left_patches),
-        groups * (not windowed) * left_macs,
-        groups * (inputs * d1 * d2 + moves_between * between + u1 * u2),
+        right_in, right_out, right_macs = d1 * d2, d1 * rank * u2, d1 * d2 * rank * u2
+        left_in, left_out, left_macs = d1 * rank * u2, u1 * u2, d1 * rank * u1 * u2
+        at_left, at_right = 1, left_strides
+    between = at_left * left_out if order == "left" else at_right * right_out
+    macs, patches = _strided(
+        at_right * right_macs * right_window, at_right * right_in * right_window, right_strides
     )
+    outputs, multiplied = at_right * right_out, at_left * (left_in + left_out)
+    if windowed:
+        left = _strided(
+            at_left * left_macs * left_window, at_left * left_in * left_window, left_strides
+        )
+        macs, patches = macs + left[0], patches + left[1]
+        outputs, multiplied = outputs + at_left * left_out, 0
+    # Matrix products of rank 1 take their operands as the convolution leaves them.
+    moved = inputs * d1 * d2 + u1 * u2 + (between if windowed or rank > 1 else 0)
+    numbers = macs, patches, outputs, multiplied, moved
+    return Work(*(plan.groups * number for number in numbers), 1)
+
+
+def _strided(macs, patches, strides):
+    """Numbers of a forward pass and a step: the gradient of the input knows no strides."""
+    share = (2 + strides) / 3
+    return share * macs, share * patches
 
 
 def seconds(plan, order, strides, coefficients=None):
     """Predicted time for each output position, in arbitrary units of this backend."""
-    coefficients = coefficients or NANOSECONDS[backend.backend()]
+    factorized, materialized = coefficients or NANOSECONDS[backend.backend()]
+    rates = materialized if order is None else factorized
     each = zip(
-        dataclasses.astuple(work(plan, order, strides)),
-        dataclasses.astuple(coefficients),
-        strict=True,
+        dataclasses.astuple(work(plan, order, strides)), dataclasses.astuple(rates), strict=True
     )
     return sum(amount * rate for amount, rate in each)
 

@@ -293,7 +293,7 @@ class BilinearConv1D(BilinearConv):
     >>> layer(np.ones((2, 16, 64), "float32")).shape == (2, 16, 128)
     True
     >>> layer.count_params()  # a Conv1D layer has 24,704
-    0
+    1024
 
     Reference:
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
@@ -323,7 +323,7 @@ class BilinearConv2D(BilinearConv):
     >>> layer(np.ones((2, 8, 8, 64), "float32")).shape == (2, 8, 8, 128)
     True
     >>> layer.count_params()  # a Conv2D layer has 73,856
-    0
+    2560
 
     Reference:
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
@@ -353,7 +353,7 @@ class BilinearConv3D(BilinearConv):
     >>> layer(np.ones((2, 4, 4, 4, 64), "float32")).shape == (2, 4, 4, 4, 128)
     True
     >>> layer.count_params()  # a Conv3D layer has 221,312
-    0
+    7168
 
     Reference:
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with

@@ -1,0 +1,226 @@
+"""Times every way of a bilinear convolution, fits the cost model, and tests its choices.
+
+    KERAS_BACKEND=tensorflow python benchmarks/conv_ways.py [--nomeasure]
+
+Writes the times into `benchmarks/results/conv_ways_BACKEND.json` and what comes
+of them into `conv_ways_BACKEND.md`; with `--nomeasure` it takes the times that
+stand there. The coefficients that it prints are those of
+`keras_bilinear/cost.py`; they are fitted on one grid of cases and judged on
+another one.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from absl import app, flags, logging
+from scipy.optimize import least_squares, nnls
+
+import keras_bilinear
+from keras_bilinear import benchmark, cost
+from keras_bilinear.files import staged
+
+MEASURE = flags.DEFINE_boolean("measure", True, "time the ways, not only fit the model anew")
+RESULTS = pathlib.Path(__file__).parent / "results"
+WAYS = (*cost.FACTORIZED, None)
+# The rates of a machine without delays: three passes of 1e11 MACs a second.
+LEAST = cost.Work(0.03, 0.001, 0.001, 0.001, 0.001, 0.001)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    size: tuple
+    channels: int
+    filters: int
+    window: int
+    strides: int
+    rank: int
+    pattern: str
+    batch: int = 16
+
+    def __str__(self):
+        size = "x".join(map(str, self.size))
+        channels = f"{self.channels} -> {self.filters}"
+        return (
+            f"{size}, {channels}, window {self.window}, strides {self.strides}, "
+            f"rank {self.rank}, {self.pattern}"
+        )
+
+    def layer(self):
+        layer_class = (
+            keras_bilinear.BilinearConv1D,
+            keras_bilinear.BilinearConv2D,
+            keras_bilinear.BilinearConv3D,
+        )[len(self.size) - 1]
+        return layer_class(
+            self.filters,
+            self.window,
+            strides=self.strides,
+            padding="same",
+            rank=self.rank,
+            pattern=self.pattern,
+            implementation="factorized",
+        )
+
+
+FIT = [
+    Case(size, channels, filters, window, strides, rank, pattern)
+    for (size, channels, filters, window, strides), (rank, pattern) in itertools.product(
+        [
+            ((32, 32), 32, 32, 3, 1),
+            ((24, 24), 64, 64, 3, 1),
+            ((16, 16), 96, 128, 3, 1),
+            ((8, 8), 256, 256, 3, 1),
+            ((16, 16), 128, 64, 3, 2),
+            ((16, 16), 64, 64, 5, 1),
+            ((400,), 128, 128, 5, 1),
+            ((8, 8, 8), 64, 64, 3, 1),
+        ],
+        [(1, "channel"), (4, "channel"), (1, "spatial"), (3, "spatial")],
+    )
+]
+JUDGE = [
+    Case(size, channels, filters, window, strides, rank, pattern)
+    for (size, channels, filters, window, strides), (rank, pattern) in itertools.product(
+        [
+            ((28, 28), 48, 48, 3, 1),
+            ((14, 14), 128, 128, 3, 1),
+            ((7, 7), 384, 384, 3, 1),
+            ((28, 28), 64, 128, 3, 2),
+            ((20, 20), 64, 32, 5, 1),
+            ((300,), 64, 192, 3, 1),
+        ],
+        [(1, "channel"), (2, "channel"), (8, "channel"), (1, "spatial"), (2, "spatial")],
+    )
+]
+
+
+def measure(case):
+    """Seconds for each output position, `[forward pass, training step]` of each way."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(case.batch, *case.size, case.channels)).astype("float32")
+    steps = []
+    for order in WAYS:
+        layer = case.layer()
+        layer.build(inputs.shape)
+        layer._kernel.order = order
+        steps.append(benchmark._Steps(layer, inputs, xla=keras.config.backend() == "jax"))
+    positions = math.prod(steps[0].layer.compute_output_shape(inputs.shape)[:-1])
+    forward = benchmark._seconds([s.forward for s in steps], rounds=4, burst=0.05)
+    step = benchmark._seconds([s.step for s in steps], rounds=4, burst=0.05)
+    logging.info("%s: forward %s, step %s", case, forward, step)
+    return (np.array([forward, step]).T / positions).tolist()
+
+
+def planned(case):
+    """The `Factorization` and the strides of a case."""
+    layer = case.layer()
+    layer.build((None, *case.size, case.channels))
+    return layer.factorization, layer.strides
+
+
+def fit(times):
+    """Coefficients that make the relative errors of the predicted times small.
+
+    Least squares of the logarithms with a loss that lets single cases stand
+    apart, from where nonnegative least squares of the relative errors lead.
+    """
+    coefficients = []
+    for ways in (cost.FACTORIZED, (None,)):
+        work, seconds = [], []
+        for case, both in zip(FIT, times, strict=True):
+            plan, strides = planned(case)
+            for way in ways:
+                work.append(dataclasses.astuple(cost.work(plan, way, strides)))
+                seconds.append(sum(both[WAYS.index(way)]))
+        work, seconds = np.array(work), np.array(seconds) * 1e9
+        used = work.any(axis=0)
+        least = np.array(dataclasses.astuple(LEAST))[used]
+        start, _ = nnls(work[:, used] / seconds[:, None], np.ones(len(seconds)))
+
+        def error(logarithms, work=work[:, used], seconds=seconds):
+            return np.log(work @ np.exp(logarithms) / seconds)
+
+        fitted = least_squares(
+            error,
+            np.log(np.maximum(start, 2 * least)),
+            bounds=(np.log(least), np.inf),
+            loss="soft_l1",
+            f_scale=0.1,
+        )
+        rates = np.zeros(work.shape[1])
+        rates[used] = np.exp(fitted.x)
+        coefficients.append(cost.Work(*(float(f"{rate:.3g}") for rate in rates)))
+    return tuple(coefficients)
+
+
+def judge(cases, times, coefficients):
+    """For each case: the way that is chosen, the best one, and how much slower the chosen is."""
+    for case, both in zip(cases, times, strict=True):
+        plan, strides = planned(case)
+        predicted = [cost.seconds(plan, way, strides, coefficients) for way in WAYS]
+        chosen = int(np.argmin(predicted))
+        total = np.sum(both, axis=1)
+        yield case, both, WAYS[chosen], WAYS[int(np.argmin(total))], total[chosen] / total.min()
+
+
+def main(argv):
+    del argv
+    backend = keras.config.backend()
+    path = RESULTS / f"conv_ways_{backend}.json"
+    if MEASURE.value:
+        measured = {
+            "machine": benchmark.machine(),
+            "fit": [measure(case) for case in FIT],
+            "judge": [measure(case) for case in JUDGE],
+        }
+        with staged(RESULTS) as folder:
+            (folder / path.name).write_text(json.dumps(measured, indent=1) + "\n")
+    measured = json.loads(path.read_text())
+    fitted, used = fit(measured["fit"]), cost.NANOSECONDS[backend]
+    facts = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
+    lines = [
+        f"# Ways of a bilinear convolution, {backend}",
+        "",
+        f"`KERAS_BACKEND={backend} python benchmarks/conv_ways.py`; {facts}.",
+        "",
+        "Nanoseconds for each output position, forward / training step (Adam), batch of 16, "
+        "float32. `left` and `right`: the factor that is applied first. The choice is that of the "
+        "model in `keras_bilinear/cost.py`, for forward pass and training step together.",
+        "",
+        "Fitted: " + ", ".join(f"`{work}`" for work in fitted) + ". "
+        f"The package has {'these' if fitted == used else 'others: run this anew'}.",
+    ]
+    for title, cases, name in (("Fitted on", FIT, "fit"), ("Judged on", JUDGE, "judge")):
+        rows = list(judge(cases, measured[name], fitted))
+        fastest = sum(chosen == best for _, _, chosen, best, _ in rows)
+        slower = [row[-1] for row in rows]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"Fastest way chosen in {fastest} of {len(rows)} cases, one within 5% of it in "
+            f"{sum(s < 1.05 for s in slower)}; at worst {max(slower):.2f} times as slow.",
+            "",
+            "| case | left | right | materialized | chosen | slower than the best |",
+            "|---|---|---|---|---|---|",
+        ]
+        for case, both, chosen, _, slow in rows:
+            cells = [f"{f * 1e9:.0f} / {s * 1e9:.0f}" for f, s in both]
+            lines.append(
+                f"| {case} | {' | '.join(cells)} | {chosen or 'materialized'} | {slow:.2f} |"
+            )
+    print("\n".join(line for line in lines if not line.startswith("|")))
+    with staged(RESULTS) as folder:
+        (folder / f"conv_ways_{backend}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
