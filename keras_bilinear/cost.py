@@ -1,7 +1,6 @@
 """Which way to apply a Kronecker kernel is the fastest: a model fitted to measurements."""
 
 import dataclasses
-import itertools
 import math
 
 from keras import backend
@@ -20,7 +19,7 @@ class Work:
         outputs: numbers that convolutions put out.
         multiplied: numbers that enter and leave matrix products.
         moved: numbers that are transposed.
-        chained: one where two operations follow on each other, else zero.
+        chained: operations that follow on another one.
     """
 
     macs: float
@@ -28,7 +27,7 @@ class Work:
     outputs: float
     multiplied: float
     moved: float
-    chained: float
+    chained: int
 
 
 # Nanoseconds for each number of `Work`, forward pass and training step
@@ -51,8 +50,57 @@ NANOSECONDS = {
 }
 
 
-def work(plan, order, strides):
-    """The `Work` of a convolution.
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One operation of a way: a convolution or, in `multiplies`, a matrix product.
+
+    It has `positions` output positions for each one of the whole convolution;
+    for each it reads `inputs` numbers at each place of its window, each of which
+    meets `fan_out` others, and puts out `outputs` numbers.
+    """
+
+    positions: int
+    strides: int
+    window: int
+    inputs: int
+    fan_out: int
+    outputs: int
+    multiplies: bool = False
+
+    @property
+    def macs(self):
+        return self.positions * self.window * self.inputs * self.fan_out
+
+
+def _steps(plan, order, strides):
+    whole = math.prod(strides)
+    if order is None:
+        out = plan.output_dim
+        return (_Step(1, whole, math.prod(plan.window), plan.input_dim, out, out),)
+    (d1, d2), (u1, u2), rank = plan.input_factors, plan.output_factors, plan.rank
+    windows = math.prod(plan.left_window), math.prod(plan.right_window)
+    # Along an axis where the left factor has no window, the right one strides.
+    own = math.prod(s for s, size in zip(strides, plan.left_window, strict=True) if size > 1)
+    left, right = (own, windows[0]), (whole // own, windows[1])
+    product = windows[0] == 1
+    if order == "left":
+        between = u1 * rank * d2
+        return (
+            _Step(right[0], *left, d1 * d2, u1 * rank, between, product),
+            _Step(1, *right, between, u2, u1 * u2),
+        )
+    between = d1 * rank * u2
+    return (
+        _Step(left[0], *right, d1 * d2, rank * u2, between),
+        _Step(1, *left, between, u1, u1 * u2, product),
+    )
+
+
+def count_macs(plan, order, strides):
+    """Multiply-accumulate operations of a convolution for each output position.
+
+    Exact for padding `"same"`. Without padding, the factor that is applied first
+    has some more positions than the whole, which are not counted.
 
     Args:
         plan: a `Factorization` with windows.
@@ -60,47 +108,33 @@ def work(plan, order, strides):
             materialized kernel.
         strides: one number for each axis.
     """
-    inputs = math.prod(strides)
-    if order is None:
-        macs, patches = plan.full_macs, math.prod(plan.window) * plan.groups * plan.input_dim
-        return Work(*_strided(macs, patches, inputs), plan.groups * plan.output_dim, 0, 0, 0)
-    (d1, d2), (u1, u2), rank = plan.input_factors, plan.output_factors, plan.rank
-    left_window, right_window = math.prod(plan.left_window), math.prod(plan.right_window)
-    # The axes of the left factor's window; without one, its strides are the right one's.
-    windowed = left_window > 1
-    own = [size > 1 for size in plan.left_window]
-    left_strides = math.prod(itertools.compress(strides, own))
-    right_strides = inputs // left_strides
-    # What each factor reads for, and puts out at, one position; and at how many.
-    if order == "left":
-        left_in, left_out, left_macs = d1 * d2, u1 * rank * d2, d1 * d2 * u1 * rank
-        right_in, right_out, right_macs = u1 * rank * d2, u1 * u2, u1 * rank * d2 * u2
-        at_left, at_right = right_strides, 1
-    else:
-        right_in, right_out, right_macs = d1 * d2, d1 * rank * u2, d1 * d2 * rank * u2
-        left_in, left_out, left_macs = d1 * rank * u2, u1 * u2, d1 * rank * u1 * u2
-        at_left, at_right = 1, left_strides
-    between = at_left * left_out if order == "left" else at_right * right_out
-    macs, patches = _strided(
-        at_right * right_macs * right_window, at_right * right_in * right_window, right_strides
-    )
-    outputs, multiplied = at_right * right_out, at_left * (left_in + left_out)
-    if windowed:
-        left = _strided(
-            at_left * left_macs * left_window, at_left * left_in * left_window, left_strides
-        )
-        macs, patches = macs + left[0], patches + left[1]
-        outputs, multiplied = outputs + at_left * left_out, 0
-    # Matrix products of rank 1 take their operands as the convolution leaves them.
-    moved = inputs * d1 * d2 + u1 * u2 + (between if windowed or rank > 1 else 0)
+    if plan.pointwise:
+        return plan.full_macs if order is None else plan.macs
+    return plan.groups * sum(step.macs for step in _steps(plan, order, strides))
+
+
+def work(plan, order, strides):
+    """The `Work` of a convolution; arguments as of `count_macs`."""
+    steps = _steps(plan, order, strides)
+    macs = patches = outputs = multiplied = 0
+    for step in steps:
+        if step.multiplies:
+            multiplied += step.positions * (step.inputs + step.outputs)
+            continue
+        # Of the three passes of a step the gradient of the inputs knows no strides.
+        passes = (2 + step.strides) / 3
+        macs += passes * step.macs
+        patches += passes * step.positions * step.window * step.inputs
+        outputs += step.positions * step.outputs
+    moved = 0
+    if order is not None:
+        first, last = steps
+        moved = math.prod(strides) * first.inputs + last.outputs
+        # A matrix product of rank 1 takes its operand as the convolution leaves it.
+        if plan.rank > 1 or not (first.multiplies or last.multiplies):
+            moved += first.positions * first.outputs
     numbers = macs, patches, outputs, multiplied, moved
-    return Work(*(plan.groups * number for number in numbers), 1)
-
-
-def _strided(macs, patches, strides):
-    """Numbers of a forward pass and a step: the gradient of the input knows no strides."""
-    share = (2 + strides) / 3
-    return share * macs, share * patches
+    return Work(*(plan.groups * number for number in numbers), chained=len(steps) - 1)
 
 
 def seconds(plan, order, strides, coefficients=None):
@@ -125,7 +159,7 @@ def choose_order(plan, implementation, strides=()):
     """
     if implementation == "materialized":
         return None
-    if math.prod(plan.window) == plan.groups == 1:
+    if plan.pointwise:
         cheaper = implementation == "factorized" or plan.macs <= plan.full_macs
         return plan.order if cheaper else None
     ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)

@@ -97,28 +97,29 @@ def choose_aligned_factors(input_dim, output_dim, left_window, right_window):
     Which side the window belongs to decides how many distinct filters a term
     can hold, so the order of the factors matters: where a term of rank 1 maps 3
     channels `(1, 3)` to 32 filters `(4, 8)` by 3x3 windows on the right, only 8
-    of the filters are linearly independent; from `(3, 1)` it is 24, and `(2, 2)`
-    to `(2, 16)` has all the 27 that there can be. Taken is the pair of splits
-    whose kernel can have the highest matrix rank; among those the most square;
-    among those the cheapest to compute.
+    of the filters are linearly independent; from `(3, 1)` it is 24. Taken is,
+    among the near-square splits, the pair whose kernel can have the highest
+    matrix rank; among those the most square; then the cheapest to compute.
 
     >>> choose_aligned_factors(3, 32, (1, 1), (3, 3))
-    ((2, 2), (2, 16))
+    ((3, 1), (4, 8))
     >>> choose_aligned_factors(128, 128, (1, 1), (3, 3))
     ((16, 8), (8, 16))
     """
 
     def cost(pair):
         plan = Factorization(input_dim, output_dim, *pair, 1, left_window, right_window)
-        return -plan.attainable_rank, sum(map(sum, pair)), plan.macs
+        return -plan.attainable_rank, sum(map(sum, pair)), plan.macs, plan.parameters
 
     return min(itertools.product(_splits(input_dim), _splits(output_dim)), key=cost)
 
 
 def _splits(size):
-    """The exact splits of `size`, and the near-square one, each in both orders."""
+    """The splits of `size` that are about as square as the best one, each in both orders."""
+    best = choose_factors(size)
     exact = [(a, size // a) for a in range(1, math.isqrt(size) + 1) if size % a == 0]
-    return sorted({split[::order] for split in [*exact, choose_factors(size)] for order in (1, -1)})
+    square = [split for split in exact if sum(split) <= _EXACT_SPLIT_BONUS * sum(best)]
+    return sorted({split[::order] for split in [*square, best] for order in (1, -1)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Factorization:
         """
         input_dim = check_positive_int("input_dim", input_dim)
         output_dim = check_positive_int("output_dim", output_dim)
-        if left_window:
+        if math.prod((*left_window, *right_window)) > 1:
             chosen = choose_aligned_factors(input_dim, output_dim, left_window, right_window)
         else:
             chosen = choose_factors(input_dim), choose_factors(output_dim)
@@ -199,6 +200,11 @@ class Factorization:
         return tuple(map(math.prod, zip(self.left_window, self.right_window, strict=True)))
 
     @property
+    def pointwise(self):
+        """Whether it is a dense projection, of vectors or of each position."""
+        return math.prod(self.window) == self.groups == 1
+
+    @property
     def full_shape(self):
         """The shape of the full kernel."""
         return (*self.window, self.input_dim, self.groups * self.output_dim)
@@ -223,7 +229,10 @@ class Factorization:
 
     @property
     def attainable_rank(self):
-        """The highest matrix rank that the materialized kernel of a group can have."""
+        """The highest matrix rank of a materialized kernel, of one group.
+
+        Where sizes are padded, the true one may be some lower.
+        """
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
         left = min(math.prod(self.left_window) * d1, u1)
         right = min(math.prod(self.right_window) * d2, u2)

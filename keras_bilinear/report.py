@@ -5,8 +5,15 @@ import math
 
 import keras
 
+from keras_bilinear import cost
 from keras_bilinear.keras_private import calls
-from keras_bilinear.layers import BilinearDense, BilinearEmbedding
+from keras_bilinear.layers import (
+    BilinearConv1D,
+    BilinearConv2D,
+    BilinearConv3D,
+    BilinearDense,
+    BilinearEmbedding,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,22 @@ def _bilinear_embedding(layer, shape):
     return _positions(layer, shape[1:]) * factorization.rank * factorization.padded_output_dim
 
 
+def _conv(layer, shape):
+    return _output_positions(layer, shape) * math.prod(layer.kernel.shape)
+
+
+def _bilinear_conv(layer, shape):
+    kernel = layer._kernel
+    macs = cost.count_macs(kernel.factorization, kernel.order, layer.strides)
+    return _output_positions(layer, shape) * macs
+
+
+def _output_positions(layer, shape):
+    _, *sizes = layer.compute_output_shape(shape)
+    del sizes[-1 if layer.data_format == "channels_last" else 0]
+    return _positions(layer, sizes)
+
+
 def _positions(layer, sizes):
     if None in sizes:
         raise ValueError(
@@ -100,6 +123,12 @@ def _positions(layer, sizes):
 _COUNTERS = {
     keras.layers.Dense: _dense,
     keras.layers.Embedding: lambda layer, shape: 0,
+    keras.layers.Conv1D: _conv,
+    keras.layers.Conv2D: _conv,
+    keras.layers.Conv3D: _conv,
     BilinearDense: _bilinear_dense,
     BilinearEmbedding: _bilinear_embedding,
+    BilinearConv1D: _bilinear_conv,
+    BilinearConv2D: _bilinear_conv,
+    BilinearConv3D: _bilinear_conv,
 }

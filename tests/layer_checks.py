@@ -62,6 +62,7 @@ class LayerSpec:
         every_argument: a value for every argument of its constructor, none the default.
         inputs: arrays of every rank to call it on, each with a batch of 2 or more.
         not_in_config: arguments that it hands on to its weights and forgets.
+        at_default: those of `every_argument` that can be no other with the rest.
     """
 
     layer_class: type
@@ -69,6 +70,7 @@ class LayerSpec:
     every_argument: dict
     inputs: tuple
     not_in_config: tuple = ()
+    at_default: tuple = ()
 
     def make(self, **arguments):
         return self.layer_class(**{**self.arguments, **arguments})
@@ -115,7 +117,8 @@ class LayerChecks:
         named = {n: p for n, p in parameters.items() if n not in ("self", "kwargs")}
         assert {*named, *OF_EVERY_LAYER} == {*spec.every_argument}
         for name, parameter in named.items():
-            assert np.any(spec.every_argument[name] != parameter.default), name
+            changed = np.any(spec.every_argument[name] != parameter.default)
+            assert changed == (name not in spec.at_default), name
 
     def test_config_round_trip(self, spec):
         layer = spec.make_with_every_argument()
@@ -128,7 +131,9 @@ class LayerChecks:
     def test_config_holds_what_the_user_passed(self, spec):
         config = spec.make_with_every_argument().get_config()
         for name, value in spec.every_argument.items():
-            if isinstance(value, (bool, int, str)) and name != "dtype":
+            if name in (*spec.at_default, "dtype"):
+                continue
+            if isinstance(value, (bool, int, str)):
                 read = config[name]
                 assert value in (read, read.get("class_name") if isinstance(read, dict) else None)
             elif isinstance(value, tuple):
@@ -204,12 +209,13 @@ class LayerChecks:
 
     def test_unknown_dimensions_may_change(self, spec):
         x = spec.inputs[-1]
-        model = spec.make_model(x)
+        layer = spec.make()
+        model, full = (spec.make_model(x, one) for one in (layer, built(layer, x).expand()))
         axes = x.ndim - np.issubdtype(x.dtype, np.floating)
         for axis in range(axes):
             longer = np.concatenate([x, x], axis=axis)
-            expected = np.concatenate([predict(model, x)] * 2, axis=axis)
-            np.testing.assert_allclose(predict(model, longer), expected, rtol=1e-5, atol=1e-6)
+            expected = predict(full, longer)
+            np.testing.assert_allclose(predict(model, longer), expected, rtol=1e-4, atol=1e-5)
 
     def test_symbolic_call_builds(self, spec):
         layer = spec.make()
@@ -248,7 +254,11 @@ class LayerChecks:
             outputs = layer(x[:0])
             assert tuple(outputs.shape) == tuple(layer.compute_output_shape(x[:0].shape))
             if x.ndim > 2:
-                assert tuple(layer(x[:, :0]).shape)[:2] == (len(x), 0)
+                actual, expected = (
+                    outcome(lambda one=one, x=x[:, :0]: tuple(one(x).shape))
+                    for one in (layer, layer.expand())
+                )
+                assert actual == expected
 
     @pytest.mark.parametrize("policy", POLICIES)
     def test_dtype_policy(self, spec, policy):
@@ -348,9 +358,9 @@ class LayerChecks:
         plan = layer.factorization
         full = layer.expand()
         assert type(full) is layer.full_class
-        again = spec.layer_class.from_full(
-            full, plan.rank, plan.input_factors, plan.output_factors, layer.implementation
-        )
+        own = {name: getattr(layer, name) for name in layer._own_arguments}
+        own.update(input_factors=plan.input_factors, output_factors=plan.output_factors)
+        again = spec.layer_class.from_full(full, **own)
         assert again.get_config() == {
             **layer.get_config(),
             "input_factors": plan.input_factors,
@@ -405,15 +415,23 @@ class LayerChecks:
             spec.layer_class.from_full(full_class.from_config(full.get_config()))
         for bad in (np.nan, np.inf, -np.inf):
             broken = full_class.from_config(full.get_config())
-            broken.build((None, spec.inputs[0].shape[-1]))
+            broken.build(spec.inputs[0].shape)
             weights = full.get_weights()
             weights[-1] = np.full_like(weights[-1], bad)
             broken.set_weights(weights)
             with pytest.raises(ValueError, match=f"{takes} finite weights.*Received: layer="):
                 spec.layer_class.from_full(broken)
-        full.quantize("int8")
+        try:
+            full.quantize("int8")
+        except NotImplementedError:  # Keras has no quantized convolutions
+            return
         with pytest.raises(ValueError, match=f"{takes} a layer that is not quantized.*int8"):
             spec.layer_class.from_full(full)
+
+
+def built(layer, x):
+    layer(x)
+    return layer
 
 
 def use(attribute):

@@ -11,9 +11,13 @@ def kronecker_sum(left, right):
 
 def factor_gradients(kernel_gradient, left, right):
     """Gradients of the factors of a Kronecker sum, from the gradient of the sum."""
-    (_, d1, u1), (_, d2, u2) = left.shape, right.shape
-    gradient = np.asarray(kernel_gradient, "float64").reshape(d1, d2, u1, u2)
-    return np.einsum("ajbk,rjk->rab", gradient, right), np.einsum("ajbk,rab->rjk", gradient, left)
+    sizes = [size for pair in zip(left.shape[1:], right.shape[1:], strict=True) for size in pair]
+    gradient = np.asarray(kernel_gradient, "float64").reshape(sizes)
+    of_left, of_right = (range(side, len(sizes), 2) for side in (0, 1))
+    return (
+        np.array([np.tensordot(gradient, term, (of_right, range(term.ndim))) for term in right]),
+        np.array([np.tensordot(gradient, term, (of_left, range(term.ndim))) for term in left]),
+    )
 
 
 def factors(layer):
@@ -24,12 +28,19 @@ def factors(layer):
 
 
 def full_kernel(layer):
+    """The kernel of a layer: padding is at the end of the channels of each group."""
     plan = layer.factorization
-    return layer._kernel.gain * kronecker_sum(*factors(layer))[: plan.input_dim, : plan.output_dim]
+    kernel = layer._kernel.gain * kronecker_sum(*factors(layer))
+    by_group = (*kernel.shape[:-1], plan.groups, plan.padded_output_dim)
+    kernel = kernel.reshape(by_group)[..., : plan.input_dim, :, : plan.output_dim]
+    return kernel.reshape(plan.full_shape)
 
 
-def pad_like(array, factorization):
+def pad_like(kernel, plan):
     """Pads a full kernel with zeros to the size that the factors hold."""
-    padded = np.zeros((factorization.padded_input_dim, factorization.padded_output_dim))
-    padded[: array.shape[0], : array.shape[1]] = array
-    return padded
+    kernel = kernel.reshape(*kernel.shape[:-1], plan.groups, plan.output_dim)
+    padding = [(0, 0)] * kernel.ndim
+    padding[-3] = (0, plan.padded_input_dim - plan.input_dim)
+    padding[-1] = (0, plan.padded_output_dim - plan.output_dim)
+    padded = np.pad(kernel, padding)
+    return padded.reshape(*padded.shape[:-2], plan.groups * plan.padded_output_dim)

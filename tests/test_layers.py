@@ -3,7 +3,13 @@ import numpy as np
 import pytest
 from layer_checks import LayerChecks, LayerSpec
 
-from keras_bilinear import BilinearDense, BilinearEmbedding
+from keras_bilinear import (
+    BilinearConv1D,
+    BilinearConv2D,
+    BilinearConv3D,
+    BilinearDense,
+    BilinearEmbedding,
+)
 
 random = np.random.default_rng(0)
 
@@ -15,6 +21,39 @@ SHARED = {
     "dtype": "mixed_bfloat16",
     "activity_regularizer": keras.regularizers.L2(0.2),
 }
+
+
+def conv_spec(layer_class, dimensions):
+    sizes = (6, 5, 4)[:dimensions], (5, 4, 5)[:dimensions]
+    return LayerSpec(
+        layer_class,
+        arguments={"filters": 10, "kernel_size": 3, "implementation": "factorized"},
+        every_argument={
+            **SHARED,
+            "filters": 8,
+            "kernel_size": (3, 2, 2)[:dimensions],
+            "strides": (2,) * dimensions,
+            "padding": "same",
+            "data_format": "channels_last",
+            "dilation_rate": 1,
+            "groups": 2,
+            "activation": "relu",
+            "use_bias": False,
+            "kernel_initializer": keras.initializers.HeNormal(seed=3),
+            "bias_initializer": keras.initializers.Ones(),
+            "kernel_regularizer": keras.regularizers.L2(0.1),
+            "bias_regularizer": keras.regularizers.L1(0.1),
+            "kernel_constraint": keras.constraints.MaxNorm(2.0),
+            "bias_constraint": keras.constraints.NonNeg(),
+            "input_factors": (2, 3),
+            "output_factors": (2, 2),
+            "pattern": "spatial",
+        },
+        inputs=tuple(random.normal(size=(3, *size, 12)).astype("float32") for size in sizes),
+        # Strides and dilation exclude each other.
+        at_default=("dilation_rate",),
+    )
+
 
 SPECS = {
     "dense": LayerSpec(
@@ -59,6 +98,9 @@ SPECS = {
         ),
         not_in_config=("weights",),
     ),
+    "conv1d": conv_spec(BilinearConv1D, 1),
+    "conv2d": conv_spec(BilinearConv2D, 2),
+    "conv3d": conv_spec(BilinearConv3D, 3),
 }
 
 

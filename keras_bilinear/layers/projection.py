@@ -105,7 +105,7 @@ class KroneckerKernel:
     def project(self, x, training=None, transposed=False):
         """`x @ W`, or `x @ W^T`, over the last axis of an `x` of any rank.
 
-        For kernels without a window, or with a window of 1.
+        For pointwise kernels.
         """
         factorization = self.factorization
         if self.materialized:
@@ -144,7 +144,7 @@ class KroneckerKernel:
         axes = range(1, 1 + len(plan.window))
         if channels_first:
             x = ops.transpose(x, (0, *(axis + 1 for axis in axes), 1))
-        if math.prod(plan.window) == plan.groups == 1:
+        if plan.pointwise:
             steps = (slice(None, None, step) for step in options["strides"])
             y = self.project(x[(slice(None), *steps)], training)
         else:
