@@ -109,7 +109,7 @@ def choose_aligned_factors(input_dim, output_dim, left_window, right_window):
 
     def cost(pair):
         plan = Factorization(input_dim, output_dim, *pair, 1, left_window, right_window)
-        return -plan.attainable_rank, sum(map(sum, pair)), plan.macs, plan.parameters
+        return -plan.attainable_rank, sum(map(sum, pair)), plan.macs
 
     return min(itertools.product(_splits(input_dim), _splits(output_dim)), key=cost)
 
