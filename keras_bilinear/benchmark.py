@@ -8,10 +8,8 @@ machine: the larger of the MACs over the measured matmul rate and the bytes that
 must move over the measured copy rate.
 """
 
-import dataclasses
 import inspect
 import json
-import math
 import os
 import pathlib
 import platform
@@ -24,104 +22,19 @@ import rich.console
 import rich.table
 from absl import flags
 
+from keras_bilinear.benchmark_cases import CASES, HUGE
 from keras_bilinear.errors import CommandError, require
 from keras_bilinear.files import check_writable, staged
 
-# Column: the Keras backend, and whether it compiles with XLA.
+# Column: the Keras backend, whether it compiles with XLA, and more environment.
+# TensorFlow takes Intel's oneDNN library by itself on some CPUs only.
 COLUMNS = {
-    "tensorflow": ("tensorflow", False),
-    "xla": ("tensorflow", True),
-    "jax": ("jax", True),
-    "torch": ("torch", False),
+    "tensorflow": ("tensorflow", False, {}),
+    "onednn": ("tensorflow", False, {"TF_ENABLE_ONEDNN_OPTS": "1"}),
+    "xla": ("tensorflow", True, {}),
+    "jax": ("jax", True, {}),
+    "torch": ("torch", False, {}),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A layer shape to time.
-
-    Attributes:
-        kind: `"dense"` or `"embedding"`.
-        batch: shape of the batch, without the width.
-        input_dim: width of the input, or size of the vocabulary.
-        output_dim: width of the output.
-        rank: rank of the bilinear layer.
-    """
-
-    kind: str
-    batch: tuple
-    input_dim: int
-    output_dim: int
-    rank: int
-
-    def __str__(self):
-        batch = "x".join(map(str, self.batch))
-        return f"{self.kind} B={batch}, {self.input_dim:,} -> {self.output_dim}, rank {self.rank}"
-
-    def layers(self):
-        """A full and a bilinear layer of this shape."""
-        import keras
-
-        import keras_bilinear
-
-        if self.kind == "dense":
-            return (
-                keras.layers.Dense(self.output_dim),
-                keras_bilinear.BilinearDense(self.output_dim, rank=self.rank),
-            )
-        return (
-            keras.layers.Embedding(self.input_dim, self.output_dim),
-            keras_bilinear.BilinearEmbedding(self.input_dim, self.output_dim, rank=self.rank),
-        )
-
-    def inputs(self):
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        if self.kind == "dense":
-            return rng.normal(size=(*self.batch, self.input_dim)).astype("float32")
-        return rng.integers(0, self.input_dim, self.batch).astype("int32")
-
-    def floors(self, layer, rates):
-        """Least seconds for a forward pass and for a training step of `layer`."""
-        factorization = getattr(layer, "factorization", None)
-        positions = math.prod(self.batch)
-        outputs = positions * self.output_dim
-        parameters = layer.count_params()
-        if self.kind == "dense":
-            macs = positions * (
-                factorization.macs if factorization else self.input_dim * self.output_dim
-            )
-            inputs, read = positions * self.input_dim, parameters
-        else:
-            macs = (
-                positions * factorization.rank * factorization.padded_output_dim
-                if factorization
-                else 0
-            )
-            inputs, read = positions, min(parameters, outputs)
-        # Adam reads and writes each parameter and its two moments.
-        step = 2 * inputs + 2 * outputs + 6 * parameters
-        return (
-            max(macs / rates["macs"], 4 * (inputs + outputs + read) / rates["bytes"]),
-            max(3 * macs / rates["macs"], 4 * step / rates["bytes"]),
-        )
-
-
-CASES = {
-    "dense": [
-        Case("dense", (batch,), width, width, rank)
-        for batch, width in ((128, 1024), (128, 4096), (1, 4096))
-        for rank in (1, 4)
-    ],
-    "embedding": [
-        Case("embedding", (64, 100), vocabulary, width, rank)
-        for vocabulary, width in ((20_000, 128), (100_000, 256), (1_000_000, 256))
-        for rank in (1, 4)
-    ],
-}
-# Trained alone in a process of its own, for its peak memory; no full layer fits.
-HUGE = Case("embedding", (64, 100), 10**9, 256, 4)
 
 
 class _Steps:
@@ -275,13 +188,13 @@ def measure_rates():
 
 def measure(case, xla, rates):
     """Times one case on the backend of this process; returns a JSON-ready record."""
-    full, bilinear = (_Steps(layer, case.inputs(), xla) for layer in case.layers())
-    forward = _seconds([full.forward, bilinear.forward])
-    step = _seconds([full.step, bilinear.step])
-    floors = [case.floors(steps.layer, rates) for steps in (full, bilinear)]
+    steps = [_Steps(layer, case.inputs(), xla) for layer in case.layers()]
+    forward = _seconds([one.forward for one in steps])
+    step = _seconds([one.step for one in steps])
+    floors = [case.floors(one.layer, rates) for one in steps[:2]]
     return {
         "case": str(case),
-        "parameters": [full.layer.count_params(), bilinear.layer.count_params()],
+        "parameters": [one.layer.count_params() for one in steps],
         "forward": forward,
         "step": step,
         "forward_floor": [floor for floor, _ in floors],
@@ -291,20 +204,40 @@ def measure(case, xla, rates):
 
 def measure_huge(xla):
     """Trains `HUGE` for a few steps; returns its step time and this process's peak memory."""
-    import resource
-
     _, layer = HUGE.layers()
     steps = _Steps(layer, HUGE.inputs(), xla)
     (seconds,) = _seconds([steps.step])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"case": str(HUGE), "parameters": layer.count_params(), "step": seconds, "peak": peak}
+    return {
+        "case": str(HUGE),
+        "parameters": layer.count_params(),
+        "step": seconds,
+        "peak": _peak_memory(),
+    }
 
 
-def _work(column, suite):
+def measure_memory(case, which, xla):
+    """Bytes by which two training steps of a layer of `case` raise this process's peak memory."""
+    steps = _Steps(case.layers()[which], case.inputs(), xla)
+    before = _peak_memory()
+    for _ in range(2):
+        steps.step()
+    return _peak_memory() - before
+
+
+def _peak_memory():
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _work(column, suite, index=None, which=None):
     """What a worker process does: prints one JSON record a line."""
     xla = COLUMNS[column][1]
     if suite == "huge":
         print(json.dumps(measure_huge(xla)), flush=True)
+        return
+    if index is not None:
+        print(json.dumps(measure_memory(CASES[suite][int(index)], int(which), xla)), flush=True)
         return
     rates = measure_rates()
     print(json.dumps({"rates": rates}), flush=True)
@@ -312,12 +245,25 @@ def _work(column, suite):
         print(json.dumps(measure(case, xla, rates)), flush=True)
 
 
-def _run_worker(column, suite):
-    """Records of one suite and column, from a fresh process on its backend."""
-    backend, _ = COLUMNS[column]
+def _run(column, suite):
+    """Records of one suite and column."""
+    if suite != "memory":
+        return _run_worker(column, suite)
+    records = []
+    for index, case in enumerate(CASES["conv"]):
+        # Each layer in a process of its own: memory that was freed may stay with its allocator.
+        (full,), (bilinear,) = (_run_worker(column, "conv", index, which) for which in (0, 1))
+        records.append({"case": str(case), "memory": [full, bilinear]})
+    return records
+
+
+def _run_worker(column, *arguments):
+    """What a fresh process on the backend of a column prints."""
+    backend, _, environment = COLUMNS[column]
+    quiet = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     process = subprocess.run(
-        [sys.executable, "-m", __spec__.name, column, suite],
-        env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        [sys.executable, "-m", __spec__.name, column, *map(str, arguments)],
+        env={**os.environ, **quiet, **environment},
         stdout=subprocess.PIPE,
         check=True,
     )
@@ -344,17 +290,11 @@ def machine():
 
 def _rows(records):
     """Cells of the table: one row a case and kind of call, from `{column: records}`."""
-    cases = {}
-    for column, of_column in records.items():
-        for record in of_column:
-            if "forward" in record:
-                cases.setdefault(record["case"], {})[column] = record
-    for case, by_column in cases.items():
+    for case, by_column in _by_case(records, "forward").items():
         for call, label in (("forward", "forward"), ("step", "training step")):
             cells = [case, label]
-            for column in records:
-                record = by_column[column]
-                full, bilinear = record[call]
+            for record in by_column.values():
+                full, bilinear, *_ = record[call]
                 floor = record[f"{call}_floor"][1]
                 cells.append(
                     f"{full / bilinear:.2f}x ({full * 1e3:.2f} / {bilinear * 1e3:.2f} / "
@@ -363,23 +303,59 @@ def _rows(records):
             yield cells
 
 
+def _patches_rows(records):
+    for case, by_column in _by_case(records, "forward").items():
+        for call, label in (("forward", "forward"), ("step", "training step")):
+            times = [record[call] for record in by_column.values()]
+            if len(times[0]) > 2:
+                cells = (
+                    f"{patches / ours:.1f}x ({patches * 1e3:.2f})" for _, ours, patches in times
+                )
+                yield [case, label, *cells]
+
+
+def _memory_rows(records):
+    for case, by_column in _by_case(records, "memory").items():
+        cells = (
+            f"{bilinear / full:.2f} ({full / 1e6:.0f} / {bilinear / 1e6:.0f})"
+            for full, bilinear in (record["memory"] for record in by_column.values())
+        )
+        yield [case, "training step", *cells]
+
+
+def _by_case(records, measured):
+    """`{case: {column: record}}` of the records where something was measured."""
+    cases = {}
+    for column, of_column in records.items():
+        for record in of_column:
+            if measured in record:
+                cases.setdefault(record["case"], {})[column] = record
+    return cases
+
+
 def _markdown(records, command):
     facts = ", ".join(f"{name} {value}" for name, value in machine().items())
-    header = ["layer", "call", *records]
-    lines = [
-        "# Speed of bilinear layers",
-        "",
-        f"`{command}`; {facts}.",
-        "",
-        "Each cell: how many times as fast as the full layer (milliseconds of the full layer / of "
-        "the bilinear one / floor of the hardware for the bilinear one). float32, medians; read "
-        "the ratios, as the machine is shared.",
-        "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in _rows(records)),
-        "",
-    ]
+    lines = ["# Speed of bilinear layers", "", f"`{command}`; {facts}.", ""]
+    for explanation, rows in (
+        (
+            "Each cell: how many times as fast as the full layer (milliseconds of the full layer / "
+            "of the bilinear one / floor of the hardware for the bilinear one). float32, medians; "
+            "read the ratios, as the machine is shared.",
+            _rows(records),
+        ),
+        (
+            "How many times as fast as the algorithm that extracts patches (its milliseconds).",
+            _patches_rows(records),
+        ),
+        (
+            "Memory of a training step beyond weights, optimizer and data, as a share of the full "
+            "layer's (megabytes of the full layer / of the bilinear one).",
+            _memory_rows(records),
+        ),
+    ):
+        if cells := ["| " + " | ".join(row) + " |" for row in rows]:
+            header = "| " + " | ".join(["layer", "call", *records]) + " |"
+            lines += [explanation, "", header, "|" + "---|" * (2 + len(records)), *cells, ""]
     for column, of_column in records.items():
         for record in of_column:
             if "rates" in record:
@@ -396,8 +372,14 @@ def _markdown(records, command):
 
 def define_flags() -> None:
     """Defines the flags of `keras-bilinear benchmark`."""
-    suites = [*CASES, "huge"]
-    flags.DEFINE_multi_enum("suite", suites, suites, "Layers to time; may be repeated.")
+    suites = [*CASES, "huge", "memory"]
+    flags.DEFINE_multi_enum(
+        "suite",
+        suites,
+        suites,
+        "Layers to time; may be repeated. huge: the peak memory of a vocabulary of 10^9; "
+        "memory: that of a training step of each convolution.",
+    )
     flags.DEFINE_multi_enum(
         "backend",
         ["tensorflow"],
@@ -425,7 +407,7 @@ def main(argv: list[str]) -> None:
     records = {}
     for column in columns:
         with console.status(f"timing {', '.join(suites)} on {column}"):
-            records[column] = [record for suite in suites for record in _run_worker(column, suite)]
+            records[column] = [record for suite in suites for record in _run(column, suite)]
     table = rich.table.Table(
         "layer", "call", *columns, title="speedup (full / bilinear / floor, ms)"
     )

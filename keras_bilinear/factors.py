@@ -247,11 +247,8 @@ class Factorization:
     def _macs(self, order):
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
         left, right = math.prod(self.left_window) * d1, math.prod(self.right_window) * d2
-        if order == "left":
-            each = u1 * (d2 * left + u2 * right)
-        else:
-            each = u2 * (d1 * right + u1 * left)
-        return self.groups * self.rank * each
+        left_first, right_first = u1 * (d2 * left + u2 * right), u2 * (d1 * right + u1 * left)
+        return self.groups * self.rank * (left_first if order == "left" else right_first)
 
     @property
     def order(self):

@@ -1,34 +1,65 @@
 import keras
+import numpy as np
 import pytest
 
 from keras_bilinear import benchmark
-from keras_bilinear.benchmark import Case
+from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase
 
 RATES = {"macs": 1e9, "bytes": 1e6}
-DENSE = Case("dense", (4,), 36, 36, 2)
-EMBEDDING = Case("embedding", (2, 3), 36, 36, 2)
+DENSE = DenseCase((4,), 36, 36, 2)
+EMBEDDING = EmbeddingCase((2, 3), 36, 36, 2)
+CONV = ConvCase((2, 4, 4), 16, 16, 2, patches=True)
 
 
-@pytest.mark.parametrize("case", [DENSE, EMBEDDING])
-def test_every_case_runs_forward_and_trains(case, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "parameters"),
+    [
+        (DENSE, [36 * 36 + 36, 2 * (36 + 36) + 36]),
+        (EMBEDDING, [36 * 36, 2 * (36 + 36)]),
+        (CONV, [9 * 256 + 16, 2 * (16 + 9 * 16) + 16, 2 * 12 * 4 + 16]),
+    ],
+)
+def test_every_case_runs_forward_and_trains(case, parameters, monkeypatch):
     calls = []
 
     def seconds(functions):
         for function in functions:
             function()
         calls.append(len(functions))
-        return [0.5, 0.25][: len(functions)]
+        return [0.5, 0.25, 1.25][: len(functions)]
 
     monkeypatch.setattr(benchmark, "_seconds", seconds)
     xla = keras.config.backend() == "jax"
     record = benchmark.measure(case, xla, RATES)
-    assert calls == [2, 2]
-    assert record["forward"] == record["step"] == [0.5, 0.25]
-    assert record["parameters"][0] == 36 * 36 + 36 * (case.kind == "dense")
-    assert record["parameters"][1] == 2 * (36 + 36) + 36 * (case.kind == "dense")
+    layers = len(parameters)
+    assert calls == [layers, layers]
+    assert record["forward"] == record["step"] == [0.5, 0.25, 1.25][:layers]
+    assert record["parameters"] == parameters
     (row, *_) = benchmark._rows({"jax": [record]})
     assert row[:2] == [str(case), "forward"]
     assert row[2].startswith("2.00x (500.00 / 250.00 / ")
+    beside_patches = [*benchmark._patches_rows({"jax": [record]})]
+    assert len(beside_patches) == 2 * (layers == 3)
+    if beside_patches:
+        assert beside_patches[0][2] == "5.0x (1250.00)"
+
+
+def test_the_layer_that_extracts_patches_is_a_bilinear_projection_of_each():
+    *_, layer = CONV.layers()
+    x = CONV.inputs()
+    actual = keras.ops.convert_to_numpy(layer(x))
+    left, right = (keras.ops.convert_to_numpy(factor) for factor in (layer.left, layer.right))
+    patch = x[1, 1:4, 0:3].reshape(layer.rows)
+    np.testing.assert_allclose(
+        actual[1, 2, 1], (left.T @ patch @ right).ravel(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_memory_of_a_step_is_measured():
+    memory = benchmark.measure_memory(CONV, 1, keras.config.backend() == "jax")
+    assert 0 <= memory < 2e9
+    rows = benchmark._memory_rows({"jax": [{"case": "c", "memory": [4e6, 1e6]}]})
+    assert [*rows] == [["c", "training step", "0.25 (4 / 1)"]]
 
 
 def test_floors_of_a_dense_layer():
@@ -41,3 +72,13 @@ def test_floors_of_a_dense_layer():
     slow = {"macs": 1.0, "bytes": 1e12}
     assert DENSE.floors(full, slow) == pytest.approx((4 * 36 * 36, 3 * 4 * 36 * 36))
     assert DENSE.floors(bilinear, slow)[0] == 4 * bilinear.factorization.macs
+
+
+def test_floors_of_a_convolution():
+    full, bilinear, _ = CONV.layers()
+    full.build((2, 4, 4, 16))
+    bilinear.build((2, 4, 4, 16))
+    slow = {"macs": 1.0, "bytes": 1e12}
+    assert CONV.floors(full, slow) == pytest.approx((32 * 9 * 256, 3 * 32 * 9 * 256))
+    # Left first: 4 left filters, 2 terms, on 4 columns; then 3x3 windows over both terms.
+    assert CONV.floors(bilinear, slow)[0] == 32 * 2 * 4 * (4 * 4 + 9 * 4 * 4)
