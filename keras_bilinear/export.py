@@ -17,6 +17,8 @@ import time
 import keras
 import numpy as np
 
+from keras_bilinear.layers.projection import BilinearLayer
+
 WARM_UP_SECONDS, MEASURE_SECONDS = 0.1, 0.5
 
 
@@ -39,8 +41,9 @@ class LiteRTMeasurement:
 def export_litert(model: keras.Model, path: str | os.PathLike) -> None:
     """Writes a model as a `.tflite` file for LiteRT, in float32 and with builtin operations only.
 
-    A model of another dtype policy is exported as its float32 twin. The file
-    appears under its name only when it is complete.
+    A model of another dtype policy is exported as its float32 twin, and every
+    bilinear layer as its factors. The file appears under its name only when it
+    is complete.
 
     Args:
         model: a built model.
@@ -51,7 +54,7 @@ def export_litert(model: keras.Model, path: str | os.PathLike) -> None:
         OSError: if the file cannot be written.
     """
     path = pathlib.Path(path)
-    model = float32_twin(model)
+    model = inference_twin(model)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
         file = pathlib.Path(folder, "model.tflite")
         if keras.backend.backend() == "tensorflow":
@@ -81,7 +84,7 @@ def measure_litert(path: str | os.PathLike, model: keras.Model, inputs) -> LiteR
         interpreter.invoke()
         return interpreter.get_tensor(target["index"])[0]
 
-    expected = float32_twin(model).predict(inputs, verbose=0)
+    expected = inference_twin(model).predict(inputs, verbose=0)
     outputs = np.stack([run(example) for example in inputs])
     return LiteRTMeasurement(
         bytes=os.path.getsize(path),
@@ -90,19 +93,34 @@ def measure_litert(path: str | os.PathLike, model: keras.Model, inputs) -> LiteR
     )
 
 
-def float32_twin(model: keras.Model) -> keras.Model:
-    """The model itself if it computes in float32, or else a copy that does, with its weights."""
-    if all(layer.compute_dtype == "float32" for layer in model._flatten_layers()):
+def inference_twin(model: keras.Model) -> keras.Model:
+    """A copy of the model, with its weights, as it is exported: in float32 and small.
+
+    A kernel that is materialized would be stored in its full size, so the
+    copy's bilinear layers apply their factors one after the other, unless the
+    factors are the larger of the two. The model itself, if it is like that.
+    """
+    if not any(_changes(layer) for layer in model._flatten_layers()):
         return model
-    twin = keras.models.clone_model(model, clone_function=_float32_layer, recursive=True)
+    twin = keras.models.clone_model(model, clone_function=_inference_layer, recursive=True)
     twin.set_weights(model.get_weights())
     return twin
 
 
-def _float32_layer(layer):
+def _changes(layer):
+    changes = {}
+    if layer.compute_dtype != "float32":
+        changes["dtype"] = "float32"
+    if isinstance(layer, BilinearLayer) and layer._kernel.materialized:
+        if layer.factorization.parameters < layer.factorization.full_parameters:
+            changes["implementation"] = "factorized"
+    return changes
+
+
+def _inference_layer(layer):
     if not isinstance(layer, keras.Layer):
         return layer
-    return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+    return type(layer).from_config({**layer.get_config(), **_changes(layer)})
 
 
 def _convert(model, file):

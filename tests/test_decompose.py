@@ -83,6 +83,36 @@ def test_exact_for_a_sum_of_as_many_terms():
     assert residual(kernel, plan) < 1e-12 * np.linalg.norm(kernel)
 
 
+CONVOLUTIONS = [
+    {"left_window": (1, 1), "right_window": (3, 3)},
+    {"left_window": (3, 1), "right_window": (1, 2)},
+    {"left_window": (1,), "right_window": (5,), "groups": 3},
+    {"left_window": (2, 1, 1), "right_window": (1, 2, 2), "groups": 2},
+]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+@pytest.mark.parametrize("dims", [(6, 8), (7, 5)])
+def test_kernels_with_windows_and_groups(dims, options):
+    plan = Factorization.create(*dims, **options)
+    kernel = np.random.default_rng(0).normal(size=plan.full_shape)
+    ranks = range(1, plan.sufficient_rank + 1)
+    plans = [Factorization.create(*dims, rank=rank, **options) for rank in ranks]
+    errors = [residual(kernel, plan) for plan in plans]
+    assert (np.diff(errors) < 0).all()
+    assert errors[-1] < 1e-12 * np.linalg.norm(kernel)
+    # The rearranged kernel has a row for each number of the left factor.
+    padded = oracle.pad_like(kernel, plan)
+    pairs = zip(plan.left_shape[1:], plan.right_shape[1:], strict=True)
+    axes = padded.reshape([size for pair in pairs for size in pair])
+    half = axes.ndim // 2
+    order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2)]
+    rows = axes.transpose(order).reshape(np.prod(plan.left_shape[1:]), -1)
+    values = np.linalg.svd(rows, compute_uv=False)
+    best = [np.linalg.norm(values[rank:]) for rank in ranks]
+    np.testing.assert_allclose(errors, best, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("dims", [(36, 49), (17, 13), (3, 50), (101, 7)])
 def test_error_falls_with_the_rank(dims):
     ranks = range(1, Factorization.create(*dims).sufficient_rank)

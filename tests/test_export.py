@@ -2,8 +2,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_bilinear import BilinearDense, BilinearEmbedding
-from keras_bilinear.export import export_litert, float32_twin, measure_litert
+from keras_bilinear import BilinearConv1D, BilinearConv2D, BilinearDense, BilinearEmbedding
+from keras_bilinear.export import export_litert, inference_twin, measure_litert
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("ai_edge_litert")
@@ -41,6 +41,27 @@ def test_a_masked_embedding_is_exported_with_builtin_operations(exported):
     assert measured.difference < 1e-5
 
 
+def test_convolutions_are_exported_as_their_factors(exported):
+    bilinear = BilinearConv2D(64, 3, rank=2, implementation="materialized")
+    spatial = BilinearConv2D(32, 3, 2, padding="same", pattern="spatial", activation="relu")
+    model = keras.Sequential(
+        [
+            keras.Input((12, 12, 3)),
+            BilinearConv2D(64, 3, padding="same",
+            bilinear,
+            spatial,
+            keras.layers.Reshape((25, 32)),
+            BilinearConv1D(16, 5, padding="causal", dilation_rate=2, implementation="factorized"),
+            BilinearConv1D(16, 3, groups=2, implementation="factorized"),
+            keras.layers.GlobalAveragePooling1D(),
+        ]
+    )
+    inputs = np.random.default_rng(0).normal(size=(4, 12, 12, 3)).astype("float32")
+    measured = exported(model, inputs)
+    assert measured.difference < 1e-5
+    assert 4 * model.count_params() < measured.bytes < 4 * bilinear.factorization.full_parameters
+
+
 def test_a_mixed_precision_model_is_exported_in_float32(exported):
     dtype = "mixed_bfloat16"
     inner = keras.Sequential([keras.Input((20,)), BilinearDense(12, dtype=dtype)])
@@ -49,12 +70,24 @@ def test_a_mixed_precision_model_is_exported_in_float32(exported):
     assert exported(model, inputs).difference < 1e-5
     hidden = inputs @ keras.ops.convert_to_numpy(inner.layers[0].kernel)
     expected = hidden @ model.get_weights()[-2]  # all biases are zero
-    np.testing.assert_allclose(float32_twin(model).predict(inputs, verbose=0), expected, atol=1e-4)
+    np.testing.assert_allclose(inference_twin(model).predict(inputs, verbose=0), expected, atol=1e-4)
 
 
 def test_a_float32_model_is_its_own_twin():
     model = keras.Sequential([keras.Input((4,)), BilinearDense(4)])
-    assert float32_twin(model) is model
+    assert inference_twin(model) is model
+
+
+def test_a_materialized_layer_has_a_factorized_twin_where_that_is_smaller():
+    small = BilinearDense(64, implementation="materialized", name="small")
+    large = BilinearDense(64, rank=60, implementation="materialized", name="large")
+    model = keras.Sequential([keras.Input((64,)), small, large])
+    twin = inference_twin(model)
+    implementations = [layer.implementation for layer in twin.layers]
+    assert implementations == ["factorized", "materialized"]
+    x = np.random.default_rng(0).normal(size=(8, 64)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(twin.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_export_that_needs_more_than_builtin_operations_fails_and_leaves_the_file(tmp_path):

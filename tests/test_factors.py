@@ -12,6 +12,7 @@ from keras_bilinear.factors import (
     Factorization,
     check_factors,
     check_positive_int,
+    choose_aligned_factors,
     choose_factors,
 )
 
@@ -133,6 +134,67 @@ def test_given_factors_are_kept():
     plan = Factorization.create(12, 10, (4, 3), np.array([5, 2]), np.int64(2))
     assert (plan.input_factors, plan.output_factors, plan.rank) == ((4, 3), (5, 2), 2)
     assert all(type(n) is int for n in (*plan.output_factors, plan.rank))
+
+
+WINDOWS = [((1,), (3,)), ((3,), (1,)), ((1, 1), (3, 3)), ((3, 1), (1, 3)), ((2, 1, 1), (1, 2, 3))]
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@given(SMALL, SMALL, st.integers(1, 3), st.integers(1, 3))
+def test_a_convolution_counts_the_numbers_in_both_factors(windows, channels, filters, rank, groups):
+    plan = Factorization.create(channels, filters, None, None, rank, *windows, groups)
+    left, right = np.zeros(plan.left_shape), np.zeros(plan.right_shape)
+    assert left.shape[0] == right.shape[0] == rank
+    assert plan.parameters == left.size + right.size
+    padded = np.kron(left[0], right[0]).shape
+    assert padded == (*plan.window, plan.padded_input_dim, groups * plan.padded_output_dim)
+    assert plan.full_shape == (*plan.window, channels, groups * filters)
+    assert plan.full_parameters == plan.full_macs == math.prod(plan.full_shape)
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("channels", [(3, 32), (7, 11), (37, 13), (13, 128), (127, 128), (1, 64)])
+def test_channels_are_never_split_without_compression(windows, channels):
+    plan = Factorization.create(*channels, None, None, 1, *windows)
+    near_square = [choose_factors(size) for size in channels]
+    orders = itertools.product(*((split, split[::-1]) for split in near_square))
+    least = min(Factorization(*channels, *pair, 1, *windows).parameters for pair in orders)
+    assert plan.parameters <= 2.5 * least
+    assert plan.parameters < plan.full_parameters / 2 or max(channels) < 12
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize(
+    "pair", [((3, 1), (4, 8)), ((1, 3), (4, 8)), ((4, 4), (2, 8)), ((2, 6), (6, 2))]
+)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_attainable_rank_of_a_convolution_is_that_of_a_random_kernel(windows, pair, rank):
+    plan = Factorization.create(*map(math.prod, pair), *pair, rank, *windows)
+    random = np.random.default_rng(0)
+    kernel = oracle.kronecker_sum(
+        random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
+    )
+    kernel = kernel.reshape(-1, plan.output_dim)
+    assert np.linalg.matrix_rank(kernel) == plan.attainable_rank
+
+
+@given(SMALL, SMALL)
+def test_aligned_factors_reach_the_rank_of_every_near_square_order(channels, filters):
+    windows = (1, 1), (3, 3)
+    best = Factorization(
+        channels, filters, *choose_aligned_factors(channels, filters, *windows), 1, *windows
+    )
+    for inputs in (choose_factors(channels), choose_factors(channels)[::-1]):
+        for outputs in (choose_factors(filters), choose_factors(filters)[::-1]):
+            other = Factorization(channels, filters, inputs, outputs, 1, *windows)
+            assert best.attainable_rank >= other.attainable_rank
+
+
+def test_a_window_of_one_is_split_as_a_dense_projection():
+    plan = Factorization.create(128, 200, left_window=(1, 1), right_window=(1, 1))
+    assert plan.pointwise
+    assert (plan.input_factors, plan.output_factors) == (choose_factors(128), choose_factors(200))
+    assert not Factorization.create(12, 12, groups=2).pointwise
 
 
 @pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS)

@@ -2,12 +2,12 @@ import keras
 import numpy as np
 import pytest
 
-from keras_bilinear import BilinearDense, BilinearEmbedding, kronecker
+from keras_bilinear import BilinearConv2D, BilinearDense, BilinearEmbedding, kronecker
 from keras_bilinear.report import count_macs, report_layers
 
 
 class CountingOps:
-    """Stands in for `keras.ops` and counts the multiplications of every `matmul`."""
+    """Stands in for `keras.ops` and counts the multiplications of `matmul` and `conv`."""
 
     def __init__(self):
         self.macs = 0
@@ -19,6 +19,11 @@ class CountingOps:
         product = keras.ops.matmul(a, b)
         self.macs += int(np.prod(product.shape)) * a.shape[-1]
         return product
+
+    def conv(self, x, kernel, **options):
+        y = keras.ops.conv(x, kernel, **options)
+        self.macs += int(np.prod(y.shape[:-1])) * int(np.prod(kernel.shape))
+        return y
 
 
 @pytest.fixture
@@ -42,6 +47,31 @@ def test_macs_of_bilinear_dense_are_the_multiplications_it_does(
     counted.macs = 0
     layer(np.zeros((1, *leading, inputs), "float32"), training=False)
     assert count_macs(model) == counted.macs > 0
+
+
+@pytest.mark.parametrize("pattern", ["channel", "spatial"])
+@pytest.mark.parametrize("order", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"strides": 2}, {"groups": 3}, {"strides": (2, 1)}])
+def test_macs_of_a_bilinear_convolution_are_the_multiplications_it_does(
+    options, order, pattern, counted
+):
+    layer = BilinearConv2D(12, 3, padding="same", rank=2, pattern=pattern, **options)
+    model = keras.Sequential([keras.Input((8, 8, 6)), layer])
+    layer._kernel.order = order
+    counted.macs = 0
+    layer(np.zeros((1, 8, 8, 6), "float32"), training=False)
+    assert count_macs(model) == counted.macs > 0
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_macs_of_full_and_pointwise_convolutions(data_format):
+    shape = (8, 8, 9) if data_format == "channels_last" else (9, 8, 8)
+    full = keras.layers.Conv2D(16, 3, strides=2, data_format=data_format)
+    assert macs(keras.Input(shape), full) == 3 * 3 * 9 * 9 * 16
+    pointwise = BilinearConv2D(
+        16, 1, strides=2, implementation="factorized", data_format=data_format
+    )
+    assert macs(keras.Input(shape), pointwise) == 4 * 4 * pointwise.factorization.macs
 
 
 def test_macs_of_bilinear_embedding_are_one_product_for_each_rank_and_number():

@@ -1,0 +1,56 @@
+import itertools
+
+import pytest
+
+from keras_bilinear import cost
+from keras_bilinear.factors import Factorization
+
+WINDOWS = {"channel": ((1, 1), (3, 3)), "spatial": ((3, 1), (1, 3))}
+
+
+def plan(channels, filters, rank=1, pattern="channel", groups=1):
+    return Factorization.create(channels, filters, None, None, rank, *WINDOWS[pattern], groups)
+
+
+@pytest.mark.parametrize("backend", cost.NANOSECONDS)
+def test_auto_takes_the_faster_implementation(backend, monkeypatch):
+    monkeypatch.setattr(cost.backend, "backend", lambda: backend)
+    for pattern in WINDOWS:
+        assert cost.choose_order(plan(512, 512, 1, pattern), "auto", (1, 1)) in cost.FACTORIZED
+        assert cost.choose_order(plan(64, 64, 60, pattern), "auto", (1, 1)) is None
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (2, 2)])
+def test_choices_are_those_of_the_predicted_times(strides):
+    ranks, widths = (1, 4, 8), ((32, 32), (64, 128), (256, 64))
+    for rank, dims, pattern in itertools.product(ranks, widths, WINDOWS):
+        each = plan(*dims, rank, pattern)
+        times = {way: cost.seconds(each, way, strides) for way in (*cost.FACTORIZED, None)}
+        chosen = cost.choose_order(each, "auto", strides)
+        assert times[chosen] == min(times.values())
+        factorized = cost.choose_order(each, "factorized", strides)
+        assert times[factorized] == min(times[way] for way in cost.FACTORIZED)
+        assert cost.choose_order(each, "materialized", strides) is None
+
+
+def test_a_dense_projection_goes_by_its_macs():
+    dense = Factorization.create(64, 8, (32, 2), (2, 4))
+    assert cost.choose_order(dense, "auto") == "left"
+    assert cost.choose_order(Factorization.create(64, 64, rank=50), "auto") is None
+
+
+def test_work_of_groups_is_that_of_one_for_each():
+    for order in (*cost.FACTORIZED, None):
+        one = cost.work(plan(12, 18), order, (2, 2))
+        three = cost.work(plan(12, 18, groups=3), order, (2, 2))
+        assert three.chained == one.chained
+        for name in ("macs", "patches", "outputs", "multiplied", "moved"):
+            assert getattr(three, name) == 3 * getattr(one, name)
+
+
+@pytest.mark.parametrize("pattern", WINDOWS)
+def test_without_strides_macs_are_those_of_the_plan(pattern):
+    each = plan(24, 40, 3, pattern)
+    counts = [cost.count_macs(each, order, (1, 1)) for order in cost.FACTORIZED]
+    assert min(counts) == each.macs
+    assert cost.count_macs(each, None, (1, 1)) == each.full_macs == 9 * 24 * 40
