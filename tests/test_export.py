@@ -47,7 +47,7 @@ def test_convolutions_are_exported_as_their_factors(exported):
     model = keras.Sequential(
         [
             keras.Input((12, 12, 3)),
-            BilinearConv2D(64, 3, padding="same",
+            BilinearConv2D(64, 3, padding="same"),
             bilinear,
             spatial,
             keras.layers.Reshape((25, 32)),
@@ -70,7 +70,9 @@ def test_a_mixed_precision_model_is_exported_in_float32(exported):
     assert exported(model, inputs).difference < 1e-5
     hidden = inputs @ keras.ops.convert_to_numpy(inner.layers[0].kernel)
     expected = hidden @ model.get_weights()[-2]  # all biases are zero
-    np.testing.assert_allclose(inference_twin(model).predict(inputs, verbose=0), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        inference_twin(model).predict(inputs, verbose=0), expected, atol=1e-4
+    )
 
 
 def test_a_float32_model_is_its_own_twin():
