@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py --study=fashion_mnist --data_dir=DIR
     python benchmarks/accuracy.py --study=initialization --data_dir=DIR
+    python benchmarks/accuracy.py --study=cifar10 --data_dir=DIR
 
-Each finished run appends one row to `benchmarks/results/accuracy_STUDY.csv`; a
+Each finished run becomes one row of `benchmarks/results/accuracy_STUDY.csv`; a
 run that stands there already is not done again, so a study can be stopped and
 continued. The table of means over the rows so far is written beside it, as
 Markdown.
@@ -23,7 +24,11 @@ import time
 
 from absl import app, flags, logging
 
-STUDY = flags.DEFINE_enum("study", None, ["fashion_mnist", "initialization"], "what to run")
+from keras_bilinear.files import staged
+
+STUDY = flags.DEFINE_enum(
+    "study", None, ["fashion_mnist", "initialization", "cifar10"], "what to run"
+)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -36,6 +41,9 @@ class Run:
     `kernels` says how the bilinear layers store their factors: `"gain"` is what
     the package does; `"plain"` stores the factors themselves; `"undivided"`
     keeps the gain in the gradients. Full networks have `"full"`.
+
+    `hidden` are the widths of the hidden layers; for `cifar10`, the filters of
+    each block of convolutions, and the units of the dense layer after them.
 
     With `tuning`, the last tenth of the training set is held out and gives the
     accuracy; without, all of it is trained on and the test set gives it.
@@ -54,6 +62,7 @@ class Run:
     epochs: int = 1
     seed: int = 0
     tuning: bool = False
+    pattern: str = ""
 
     @property
     def key(self):
@@ -66,6 +75,7 @@ REGIMES = (
     {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1, "label_smoothing": 0.1},
 )
 TUNING_SEEDS = 2
+CIFAR10_EPOCHS = 5
 
 
 def tune(run, accuracy):
@@ -143,6 +153,25 @@ def initialization(accuracy):
                 accuracy(run)
 
 
+def cifar10(accuracy):
+    """The small VGG of the paper: full, and bilinear by rank, scale and pattern."""
+    base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
+    for seed in range(SEEDS.value):
+        accuracy(dataclasses.replace(base, seed=seed))
+        for scale, rank, pattern in itertools.product((1, 2), (1, 2, 4, 8), ("channel", "spatial")):
+            accuracy(
+                dataclasses.replace(
+                    base,
+                    network=f"bilinear, rank {rank}, scale {scale}",
+                    hidden=tuple(scale**2 * width for width in base.hidden),
+                    rank=rank,
+                    kernels="gain",
+                    pattern=pattern,
+                    seed=seed,
+                )
+            )
+
+
 def build(run, dataset):
     import keras
 
@@ -153,6 +182,25 @@ def build(run, dataset):
             return keras.layers.Dense(units, **kwargs)
         return keras_bilinear.BilinearDense(units, rank=run.rank, **kwargs)
 
+    def conv(filters, strides):
+        arguments = {"strides": strides, "padding": "same", "activation": "relu"}
+        if not run.rank:
+            return keras.layers.Conv2D(filters, 3, **arguments)
+        return keras_bilinear.BilinearConv2D(
+            filters, 3, rank=run.rank, pattern=run.pattern, **arguments
+        )
+
+    if run.dataset == "cifar10":
+        *blocks, units = run.hidden
+        return keras.Sequential(
+            [
+                keras.Input(dataset.x_train.shape[1:]),
+                *(conv(filters, strides) for filters in blocks for strides in (1, 1, 2)),
+                keras.layers.Flatten(),
+                dense(units, activation="relu"),
+                dense(dataset.classes),
+            ]
+        )
     if dataset.kind == "text":
         embedding = (
             keras_bilinear.BilinearEmbedding(20_000, 128, rank=run.rank)
@@ -188,6 +236,7 @@ def train(run, dataset):
     """Trains as `run` says; returns the columns of its row that are measured."""
     import keras
 
+    from keras_bilinear import report
     from keras_bilinear.layers import projection
 
     keras.utils.set_random_seed(run.seed)
@@ -201,7 +250,7 @@ def train(run, dataset):
         x, y = x[:-held_out], y[:-held_out]
     else:
         unseen = dataset.x_test, keras.utils.to_categorical(dataset.y_test, dataset.classes)
-    batch_size = 32 if len(x) < 10_000 else 128
+    batch_size = {"digits": 32, "cifar10": 64}.get(run.dataset, 128)
     schedule = keras.optimizers.schedules.CosineDecay(
         run.learning_rate, run.epochs * -(-len(x) // batch_size)
     )
@@ -226,6 +275,7 @@ def train(run, dataset):
         projection._scale_gradient = scale_gradient
     return {
         "parameters": model.count_params(),
+        "macs": report.count_macs(model),
         "train_loss": f"{history.history['loss'][-1]:.4f}",
         "accuracy": f"{model.evaluate(*unseen, batch_size=1000, verbose=0)[1]:.4f}",
         "seconds": f"{seconds:.0f}",
@@ -244,7 +294,7 @@ def tabulate(rows, path, command):
     import numpy as np
 
     group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
-    group += ("network", "kernels", "learning_rate", "epochs")
+    group += ("network", "pattern", "kernels", "learning_rate", "epochs")
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in group), []).append(row)
@@ -258,7 +308,8 @@ def tabulate(rows, path, command):
         members_of = {key[1:]: rows for key, rows in groups.items() if key[0] == tuning}
         if not members_of:
             continue
-        header = (*group[1:], "seeds", "parameters", "share", "train loss", "accuracy")
+        header = (*group[1:], "seeds", "parameters", "share", "MACs", "train loss", "accuracy")
+        header += ("seconds for an epoch",)
         lines += ["", f"## {title}", "", "| " + " | ".join(header) + " |"]
         lines.append("|" + "---|" * len(header))
         for key, members in members_of.items():
@@ -268,14 +319,16 @@ def tabulate(rows, path, command):
                 values = np.array([float(row[column]) for row in members])
                 spread.append(f"{values.mean():.4f} ± {values.std():.4f}")
             share = size / full_size[members[0]["dataset"]]
-            cells = (*key, len(members), f"{size:,}", f"{share:.2%}", *spread)
+            seconds = np.mean([float(row["seconds"]) / float(row["epochs"]) for row in members])
+            macs = f"{int(members[0]['macs']):,}"
+            cells = (*key, len(members), f"{size:,}", f"{share:.2%}", macs, *spread)
+            cells += (f"{seconds:.1f}",)
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    temporary = path.with_suffix(".md.tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path.with_suffix(".md"))
+    with staged(RESULTS) as folder:
+        (folder / path.with_suffix(".md").name).write_text("\n".join(lines) + "\n")
 
 
-STUDIES = {"fashion_mnist": fashion_mnist, "initialization": initialization}
+STUDIES = {"fashion_mnist": fashion_mnist, "initialization": initialization, "cifar10": cifar10}
 
 
 def main(argv):
@@ -294,12 +347,11 @@ def main(argv):
         if run.key not in finished:
             row = dict(zip(fields, run.key, strict=True)) | train(run, load(run.dataset))
             row = {name: str(value) for name, value in row.items()}
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if not finished:
-                    writer.writeheader()
-                writer.writerow(row)
             rows.append(row)
+            with staged(RESULTS) as folder, (folder / path.name).open("w", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+                writer.writerows(rows)
             finished[run.key] = row
             logging.info("%s", row)
             tabulate(rows, path, command)

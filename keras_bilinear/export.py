@@ -111,9 +111,9 @@ def _changes(layer):
     changes = {}
     if layer.compute_dtype != "float32":
         changes["dtype"] = "float32"
-    if isinstance(layer, BilinearLayer) and layer._kernel.materialized:
-        if layer.factorization.parameters < layer.factorization.full_parameters:
-            changes["implementation"] = "factorized"
+    materialized = isinstance(layer, BilinearLayer) and layer._kernel.materialized
+    if materialized and layer.factorization.parameters < layer.factorization.full_parameters:
+        changes["implementation"] = "factorized"
     return changes
 
 
