@@ -75,7 +75,7 @@ REGIMES = (
     {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1, "label_smoothing": 0.1},
 )
 TUNING_SEEDS = 2
-CIFAR10_EPOCHS = 5
+CIFAR10_EPOCHS = 3
 
 
 def tune(run, accuracy):

@@ -1,8 +1,11 @@
 """The command line: finds the command, parses its flags and turns errors into one line."""
 
+import contextlib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -29,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     arguments = list(sys.argv if argv is None else argv)[1:]
     try:
-        run(arguments)
+        with _interruptible():
+            run(arguments)
     except CommandError as error:
         _fail(" ".join(str(error).split()), status=2)
     except KeyboardInterrupt:
@@ -77,6 +81,40 @@ def usage() -> str:
             "keras-bilinear COMMAND --help lists the flags of a command.",
         ]
     )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes sure that a Ctrl-C ends in a `KeyboardInterrupt`.
+
+    Python drops an exception in a finalizer, and TensorFlow has many of them;
+    there the interrupt waits for a moment. Compiled code may also turn one
+    into another exception.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # Ctrl-C is ignored, as in the background of a shell.
+        return
+    interrupted = False
+
+    def interrupt(signum, frame):
+        nonlocal interrupted
+        interrupted = True
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":
+                threading.Timer(0.01, signal.raise_signal, [signum]).start()
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(message, status):

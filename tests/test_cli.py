@@ -1,7 +1,10 @@
+import functools
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from run_command import run_command
@@ -54,6 +57,42 @@ def test_help_of_a_command_lists_its_flags(run):
 def test_every_command_is_a_module():
     for command in cli.COMMANDS:
         assert importlib.util.find_spec(f"keras_bilinear.{command}")
+
+
+@pytest.fixture
+def ctrl_c():
+    """Presses Ctrl-C, also where the suite runs in the background and would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield functools.partial(signal.raise_signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(run, monkeypatch, ctrl_c):
+    class Finalized:
+        def __del__(self):
+            ctrl_c()
+            finished.append(True)
+
+    def command(arguments):
+        Finalized()
+        time.sleep(60)
+
+    finished = []
+    monkeypatch.setattr(cli, "run", command)
+    assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
+    assert finished
+
+
+def test_ctrl_c_that_becomes_another_error(run, monkeypatch, ctrl_c):
+    def command(arguments):
+        try:
+            ctrl_c()
+        except KeyboardInterrupt:
+            raise SystemError("from compiled code") from None
+
+    monkeypatch.setattr(cli, "run", command)
+    assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_no_or_an_unknown_command(fails):

@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_finished_files_and_nothing_else(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert error.splitlines()[-1] == "keras-bilinear: interrupted"
     assert {path.name for path in tmp_path.iterdir()} == finished
     model = keras.models.load_model(tmp_path / "full.keras")
