@@ -23,8 +23,9 @@ import numpy as np
 from absl import app, flags, logging
 from scipy.optimize import least_squares, nnls
 
-import keras_bilinear
 from keras_bilinear import benchmark, cost
+from keras_bilinear.benchmark_cases import ConvCase
+from keras_bilinear.benchmark_worker import Steps, median_seconds
 from keras_bilinear.files import staged
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the ways, not only fit the model anew")
@@ -34,95 +35,67 @@ WAYS = (*cost.FACTORIZED, None)
 LEAST = cost.Work(0.03, 0.001, 0.001, 0.001, 0.001, 0.001)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    size: tuple
-    channels: int
-    filters: int
-    window: int
-    strides: int
-    rank: int
-    pattern: str
-    batch: int = 16
-
-    def __str__(self):
-        size = "x".join(map(str, self.size))
-        channels = f"{self.channels} -> {self.filters}"
-        return (
-            f"{size}, {channels}, window {self.window}, strides {self.strides}, "
-            f"rank {self.rank}, {self.pattern}"
+def grid(shapes, kinds):
+    """Cases of all shapes (size, channels, filters, window, strides) with all kinds."""
+    return [
+        ConvCase((16, *size), channels, filters, rank, window, strides, pattern)
+        for (size, channels, filters, window, strides), (rank, pattern) in itertools.product(
+            shapes, kinds
         )
-
-    def layer(self):
-        layer_class = (
-            keras_bilinear.BilinearConv1D,
-            keras_bilinear.BilinearConv2D,
-            keras_bilinear.BilinearConv3D,
-        )[len(self.size) - 1]
-        return layer_class(
-            self.filters,
-            self.window,
-            strides=self.strides,
-            padding="same",
-            rank=self.rank,
-            pattern=self.pattern,
-            implementation="factorized",
-        )
+    ]
 
 
-FIT = [
-    Case(size, channels, filters, window, strides, rank, pattern)
-    for (size, channels, filters, window, strides), (rank, pattern) in itertools.product(
-        [
-            ((32, 32), 32, 32, 3, 1),
-            ((24, 24), 64, 64, 3, 1),
-            ((16, 16), 96, 128, 3, 1),
-            ((8, 8), 256, 256, 3, 1),
-            ((16, 16), 128, 64, 3, 2),
-            ((16, 16), 64, 64, 5, 1),
-            ((400,), 128, 128, 5, 1),
-            ((8, 8, 8), 64, 64, 3, 1),
-        ],
-        [(1, "channel"), (4, "channel"), (1, "spatial"), (3, "spatial")],
-    )
-]
-JUDGE = [
-    Case(size, channels, filters, window, strides, rank, pattern)
-    for (size, channels, filters, window, strides), (rank, pattern) in itertools.product(
-        [
-            ((28, 28), 48, 48, 3, 1),
-            ((14, 14), 128, 128, 3, 1),
-            ((7, 7), 384, 384, 3, 1),
-            ((28, 28), 64, 128, 3, 2),
-            ((20, 20), 64, 32, 5, 1),
-            ((300,), 64, 192, 3, 1),
-        ],
-        [(1, "channel"), (2, "channel"), (8, "channel"), (1, "spatial"), (2, "spatial")],
-    )
-]
+FIT = grid(
+    [
+        ((32, 32), 32, 32, 3, 1),
+        ((24, 24), 64, 64, 3, 1),
+        ((16, 16), 96, 128, 3, 1),
+        ((8, 8), 256, 256, 3, 1),
+        ((16, 16), 128, 64, 3, 2),
+        ((16, 16), 64, 64, 5, 1),
+        ((400,), 128, 128, 5, 1),
+        ((8, 8, 8), 64, 64, 3, 1),
+    ],
+    [(1, "channel"), (4, "channel"), (1, "spatial"), (3, "spatial")],
+)
+JUDGE = grid(
+    [
+        ((28, 28), 48, 48, 3, 1),
+        ((14, 14), 128, 128, 3, 1),
+        ((7, 7), 384, 384, 3, 1),
+        ((28, 28), 64, 128, 3, 2),
+        ((20, 20), 64, 32, 5, 1),
+        ((300,), 64, 192, 3, 1),
+    ],
+    [(1, "channel"), (2, "channel"), (8, "channel"), (1, "spatial"), (2, "spatial")],
+)
 
 
 def measure(case):
     """Seconds for each output position, `[forward pass, training step]` of each way."""
-    rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(case.batch, *case.size, case.channels)).astype("float32")
+    inputs = case.inputs()
     steps = []
     for order in WAYS:
-        layer = case.layer()
-        layer.build(inputs.shape)
+        layer = build(case)
         layer._kernel.order = order
-        steps.append(benchmark._Steps(layer, inputs, xla=keras.config.backend() == "jax"))
+        steps.append(Steps(layer, inputs, xla=keras.config.backend() == "jax"))
     positions = math.prod(steps[0].layer.compute_output_shape(inputs.shape)[:-1])
-    forward = benchmark._seconds([s.forward for s in steps], rounds=4, burst=0.05)
-    step = benchmark._seconds([s.step for s in steps], rounds=4, burst=0.05)
+    forward = median_seconds([s.forward for s in steps], rounds=4, burst=0.05)
+    step = median_seconds([s.step for s in steps], rounds=4, burst=0.05)
     logging.info("%s: forward %s, step %s", case, forward, step)
     return (np.array([forward, step]).T / positions).tolist()
 
 
+def build(case):
+    """The bilinear layer of a case."""
+    _, layer = case.layers()
+    layer.build((*case.batch, case.input_dim))
+    return layer
+
+
 def planned(case):
     """The `Factorization` and the strides of a case."""
-    layer = case.layer()
-    layer.build((None, *case.size, case.channels))
+    layer = build(case)
     return layer.factorization, layer.strides
 
 

@@ -1,5 +1,6 @@
 """The layer shapes that the benchmark times."""
 
+import abc
 import dataclasses
 import math
 
@@ -9,7 +10,7 @@ from keras_bilinear import cost
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(abc.ABC):
     """A layer shape to time.
 
     Attributes:
@@ -32,9 +33,9 @@ class Case:
     def _details(self):
         return ""
 
+    @abc.abstractmethod
     def layers(self):
         """A full and a bilinear layer of this shape, and others of the same use."""
-        raise NotImplementedError
 
     def inputs(self):
         import numpy as np
@@ -52,9 +53,9 @@ class Case:
             max(3 * macs / rates["macs"], 4 * step / rates["bytes"]),
         )
 
+    @abc.abstractmethod
     def _least(self, layer):
         """MACs, and numbers of the inputs, the outputs and the weights that a pass reads."""
-        raise NotImplementedError
 
 
 class DenseCase(Case):

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_bilinear import benchmark
+from keras_bilinear import benchmark, benchmark_worker
 from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase
 
 RATES = {"macs": 1e9, "bytes": 1e6}
@@ -28,20 +28,21 @@ def test_every_case_runs_forward_and_trains(case, parameters, monkeypatch):
         calls.append(len(functions))
         return [0.5, 0.25, 1.25][: len(functions)]
 
-    monkeypatch.setattr(benchmark, "_seconds", seconds)
+    monkeypatch.setattr(benchmark_worker, "median_seconds", seconds)
     xla = keras.config.backend() == "jax"
-    record = benchmark.measure(case, xla, RATES)
+    record = benchmark_worker.measure(case, xla, RATES)
     layers = len(parameters)
     assert calls == [layers, layers]
     assert record["forward"] == record["step"] == [0.5, 0.25, 1.25][:layers]
     assert record["parameters"] == parameters
-    (row, *_) = benchmark._rows({"jax": [record]})
+    (_, speed), (_, patches), (_, memory) = benchmark._tables({"jax": [record]})
+    (row, _) = speed
     assert row[:2] == [str(case), "forward"]
     assert row[2].startswith("2.00x (500.00 / 250.00 / ")
-    beside_patches = [*benchmark._patches_rows({"jax": [record]})]
-    assert len(beside_patches) == 2 * (layers == 3)
-    if beside_patches:
-        assert beside_patches[0][2] == "5.0x (1250.00)"
+    assert len(patches) == 2 * (layers == 3)
+    if patches:
+        assert patches[0][2] == "5.0x (1250.00)"
+    assert memory == []
 
 
 def test_the_layer_that_extracts_patches_is_a_bilinear_projection_of_each():
@@ -56,10 +57,10 @@ def test_the_layer_that_extracts_patches_is_a_bilinear_projection_of_each():
 
 
 def test_memory_of_a_step_is_measured():
-    memory = benchmark.measure_memory(CONV, 1, keras.config.backend() == "jax")
+    memory = benchmark_worker.measure_memory(CONV, 1, keras.config.backend() == "jax")
     assert 0 <= memory < 2e9
-    rows = benchmark._memory_rows({"jax": [{"case": "c", "memory": [4e6, 1e6]}]})
-    assert [*rows] == [["c", "training step", "0.25 (4 / 1)"]]
+    *_, (_, rows) = benchmark._tables({"jax": [{"case": "c", "memory": [4e6, 1e6]}]})
+    assert rows == [["c", "training step", "4 / 1"]]
 
 
 def test_floors_of_a_dense_layer():
