@@ -249,7 +249,7 @@ class LayerChecks:
                     np.testing.assert_array_equal(to_numpy(actual), to_numpy(expected))
 
     def test_empty_inputs_as_the_full_layer_takes_them(self, spec):
-        """Keras 3.13 has no convolution of none."""
+        """Keras 3.13 refuses empty convolutions in its own layers too."""
         layer = spec.make()
         for x in spec.inputs:
             full = built(layer, x).expand()
@@ -421,11 +421,15 @@ class LayerChecks:
             broken.set_weights(weights)
             with pytest.raises(ValueError, match=f"{takes} finite weights.*Received: layer="):
                 spec.layer_class.from_full(broken)
+
+    def test_from_full_refuses_a_quantized_layer(self, spec):
+        full = spec.make_model(layer=spec.make()).layers[-1].expand()
         try:
             full.quantize("int8")
-        except NotImplementedError:  # Keras has no quantized convolutions
-            return
-        with pytest.raises(ValueError, match=f"{takes} a layer that is not quantized.*int8"):
+        except NotImplementedError:
+            pytest.skip(f"Keras cannot quantize {type(full).__name__}")
+        name = spec.layer_class.__name__
+        with pytest.raises(ValueError, match=f"`{name}.from_full` takes .* not quantized.*int8"):
             spec.layer_class.from_full(full)
 
 

@@ -22,6 +22,17 @@ SHARED = {
     "activity_regularizer": keras.regularizers.L2(0.2),
 }
 
+KERNEL_AND_BIAS = {
+    "activation": "relu",
+    "use_bias": False,
+    "kernel_initializer": keras.initializers.HeNormal(seed=3),
+    "bias_initializer": keras.initializers.Ones(),
+    "kernel_regularizer": keras.regularizers.L2(0.1),
+    "bias_regularizer": keras.regularizers.L1(0.1),
+    "kernel_constraint": keras.constraints.MaxNorm(2.0),
+    "bias_constraint": keras.constraints.NonNeg(),
+}
+
 
 def conv_spec(layer_class, dimensions):
     sizes = (6, 5, 4)[:dimensions], (5, 4, 5)[:dimensions]
@@ -30,6 +41,7 @@ def conv_spec(layer_class, dimensions):
         arguments={"filters": 10, "kernel_size": 3, "implementation": "factorized"},
         every_argument={
             **SHARED,
+            **KERNEL_AND_BIAS,
             "filters": 8,
             "kernel_size": (3, 2, 2)[:dimensions],
             "strides": (2,) * dimensions,
@@ -37,14 +49,6 @@ def conv_spec(layer_class, dimensions):
             "data_format": "channels_last",
             "dilation_rate": 1,
             "groups": 2,
-            "activation": "relu",
-            "use_bias": False,
-            "kernel_initializer": keras.initializers.HeNormal(seed=3),
-            "bias_initializer": keras.initializers.Ones(),
-            "kernel_regularizer": keras.regularizers.L2(0.1),
-            "bias_regularizer": keras.regularizers.L1(0.1),
-            "kernel_constraint": keras.constraints.MaxNorm(2.0),
-            "bias_constraint": keras.constraints.NonNeg(),
             "input_factors": (2, 3),
             "output_factors": (2, 2),
             "pattern": "spatial",
@@ -61,15 +65,8 @@ SPECS = {
         arguments={"units": 10},
         every_argument={
             **SHARED,
+            **KERNEL_AND_BIAS,
             "units": 10,
-            "activation": "relu",
-            "use_bias": False,
-            "kernel_initializer": keras.initializers.HeNormal(seed=3),
-            "bias_initializer": keras.initializers.Ones(),
-            "kernel_regularizer": keras.regularizers.L2(0.1),
-            "bias_regularizer": keras.regularizers.L1(0.1),
-            "kernel_constraint": keras.constraints.MaxNorm(2.0),
-            "bias_constraint": keras.constraints.NonNeg(),
             "input_factors": (4, 3),
             "output_factors": (5, 2),
         },
