@@ -6,6 +6,12 @@ from keras_bilinear.layers import (
     BilinearConv3D,
     BilinearDense,
     BilinearEmbedding,
+    BilinearGRU,
+    BilinearGRUCell,
+    BilinearLSTM,
+    BilinearLSTMCell,
+    BilinearSimpleRNN,
+    BilinearSimpleRNNCell,
 )
 from keras_bilinear.version import __version__
 
@@ -15,5 +21,11 @@ __all__ = [
     "BilinearConv3D",
     "BilinearDense",
     "BilinearEmbedding",
+    "BilinearGRU",
+    "BilinearGRUCell",
+    "BilinearLSTM",
+    "BilinearLSTMCell",
+    "BilinearSimpleRNN",
+    "BilinearSimpleRNNCell",
     "__version__",
 ]

@@ -129,7 +129,9 @@ class Factorization:
     In a convolution each factor is one as well, with a window of its own; along
     each axis at least one of both windows has the size 1. The groups of a
     grouped convolution share the right factor and have their own left ones,
-    side by side. Without windows, it is a dense projection.
+    side by side. Without windows, it is a dense projection. The gates of a
+    recurrent layer lie side by side in its kernel, and each has both factors of
+    its own.
 
     Attributes:
         input_dim: true input width, `D_in`; the channels of one group.
@@ -140,6 +142,7 @@ class Factorization:
         left_window: window of the left factor along each spatial axis.
         right_window: window of the right factor, likewise.
         groups: number of groups of a convolution.
+        gates: number of gates of a recurrent layer; 0 for any other layer.
     """
 
     input_dim: int
@@ -150,6 +153,7 @@ class Factorization:
     left_window: tuple = ()
     right_window: tuple = ()
     groups: int = 1
+    gates: int = 0
 
     @classmethod
     def create(
@@ -162,6 +166,7 @@ class Factorization:
         left_window=(),
         right_window=(),
         groups=1,
+        gates=0,
     ):
         """Checks the arguments and chooses the factors that are `None`.
 
@@ -183,16 +188,27 @@ class Factorization:
             left_window=left_window,
             right_window=right_window,
             groups=groups,
+            gates=gates,
         )
 
     @property
     def left_shape(self):
         d1, u1 = self.input_factors[0], self.output_factors[0]
-        return (self.rank, *self.left_window, d1, self.groups * u1)
+        return (*self._gates, self.rank, *self.left_window, d1, self.groups * u1)
 
     @property
     def right_shape(self):
-        return (self.rank, *self.right_window, self.input_factors[1], self.output_factors[1])
+        d2, u2 = self.input_factors[1], self.output_factors[1]
+        return (*self._gates, self.rank, *self.right_window, d2, u2)
+
+    @property
+    def _gates(self):
+        return (self.gates,) if self.gates else ()
+
+    @property
+    def gate(self):
+        """The factorization of one gate."""
+        return dataclasses.replace(self, gates=0)
 
     @property
     def window(self):
@@ -207,7 +223,11 @@ class Factorization:
     @property
     def full_shape(self):
         """The shape of the full kernel."""
-        return (*self.window, self.input_dim, self.groups * self.output_dim)
+        return (
+            *self.window,
+            self.input_dim,
+            math.prod(self._gates) * self.groups * self.output_dim,
+        )
 
     @property
     def padded_input_dim(self):
@@ -229,7 +249,7 @@ class Factorization:
 
     @property
     def attainable_rank(self):
-        """The highest matrix rank of a materialized kernel, of one group.
+        """The highest matrix rank of a materialized kernel, of one group or gate.
 
         Where sizes are padded, the true one may be some lower.
         """
@@ -242,13 +262,14 @@ class Factorization:
     @property
     def sufficient_rank(self):
         """The rank at which every full kernel is stored exactly."""
-        return min(math.prod(self.left_shape[1:]), math.prod(self.right_shape[1:]))
+        return min(math.prod(shape[1:]) for shape in (self.gate.left_shape, self.gate.right_shape))
 
     def _macs(self, order):
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
         left, right = math.prod(self.left_window) * d1, math.prod(self.right_window) * d2
         left_first, right_first = u1 * (d2 * left + u2 * right), u2 * (d1 * right + u1 * left)
-        return self.groups * self.rank * (left_first if order == "left" else right_first)
+        terms = math.prod(self._gates) * self.groups * self.rank
+        return terms * (left_first if order == "left" else right_first)
 
     @property
     def order(self):

@@ -35,6 +35,8 @@ def deviation(initializer, fan_in, fan_out):
         A float, or `None` if the initializer is none of Keras' zero-mean random
         ones, so that its deviation is not known from its arguments.
     """
+    if isinstance(initializer, keras.initializers.Orthogonal):
+        return abs(initializer.gain) / math.sqrt(max(fan_in, fan_out))
     if isinstance(initializer, keras.initializers.VarianceScaling):
         fan = {"fan_in": fan_in, "fan_out": fan_out}.get(initializer.mode, (fan_in + fan_out) / 2)
         return math.sqrt(initializer.scale / max(1.0, fan))
@@ -61,9 +63,12 @@ class FactorInitializers:
       factors. They stand in the first term. The other terms, and the only one of
       `"zeros"`, have a random left and a zero right factor: their product is
       zero, but unlike two zero factors, or terms that are all alike, they train.
-    - any other (`"orthogonal"`, your own): it is called once for each matrix
-      `L_r` and `R_r`, and their product is divided by `sqrt(rank)`. A Kronecker
-      product of orthogonal factors is orthogonal.
+    - `"orthogonal"`: a kernel with orthonormal rows or columns, as the Kronecker
+      product of such factors has them. The terms of a sum share the columns of
+      an orthogonal matrix among themselves, which makes the sum orthogonal too,
+      up to a rank of `min(d1, u1)`.
+    - any other (your own): it is called once for each matrix `L_r` and `R_r`,
+      and their product is divided by `sqrt(rank)`.
 
     Args:
         initializer: the layer's initializer, an instance or a callable.
@@ -78,17 +83,28 @@ class FactorInitializers:
         known = deviation(initializer, fan_in, fan_out)
         zeros = isinstance(initializer, keras.initializers.Zeros) or known == 0
         self._fixed = zeros or type(initializer) in _FIXED
+        self._orthogonal = isinstance(initializer, keras.initializers.Orthogonal) and not zeros
         self._first_term = None if zeros else initializer
-        self._random = glorot if self._fixed else (initializer if known else None)
+        drawn = known and not self._orthogonal
+        self._random = glorot if self._fixed else (initializer if drawn else None)
         self._initializer = initializer
         self._left_size, self._right_size = math.prod(left_shape), math.prod(right_shape)
         self._rank = left_shape[0]
         self.deviation = known or deviation(glorot, fan_in, fan_out)
         self.gain = 1.0 / (self.deviation * math.sqrt(self._rank))
+        # What each product of two matrices is multiplied by.
+        self._scale = 1 / math.sqrt(self._rank)
+        if self._orthogonal:
+            self._initializer = keras.initializers.Orthogonal(seed=initializer.seed)
+            self._shares = self._rank <= min(left_shape[-2:])
+            # The product of matrices with orthonormal rows has a deviation of its own.
+            own = math.prod(max(shape[-2:]) for shape in (left_shape, right_shape)) ** -0.5
+            self._scale = self.deviation / own / (1 if self._shares else math.sqrt(self._rank))
 
     def left(self, shape, dtype=None):
         if self._random is None:
-            return self._each_matrix(shape, dtype, first_seed=0)
+            matrices = self._shares_of_one if self._orthogonal and self._shares else self._matrices
+            return self._scaled(matrices(shape, dtype, first_seed=0))
         left = ops.reshape(self._draw(dtype)[: self._left_size], shape)
         return self._with_first_term(left, self._first_term) if self._fixed else left
 
@@ -97,7 +113,7 @@ class FactorInitializers:
             first_term = _FIXED.get(type(self._first_term))
             return self._with_first_term(ops.zeros(shape, dtype), first_term and first_term())
         if self._random is None:
-            return self._each_matrix(shape, dtype, first_seed=self._rank)
+            return self._scaled(self._matrices(shape, dtype, first_seed=max(2, self._rank)))
         return ops.reshape(self._draw(dtype)[self._left_size :], shape)
 
     def _draw(self, dtype):
@@ -114,14 +130,28 @@ class FactorInitializers:
         first = ops.expand_dims(ops.divide(first, math.sqrt(self.gain)), 0)
         return ops.concatenate([first, factor[1:]])
 
-    def _each_matrix(self, shape, dtype, first_seed):
+    def _matrices(self, shape, dtype, first_seed):
         rank, *matrix_shape = shape
-        matrices = [
-            _with_seed_offset(self._initializer, first_seed + term)(matrix_shape, dtype=dtype)
-            for term in range(rank)
-        ]
-        # Both factors together make up for the gain, and for the sum of terms.
-        return ops.divide(ops.stack(matrices), math.sqrt(self.gain * math.sqrt(rank)))
+        return ops.stack(
+            [
+                _with_seed_offset(self._initializer, first_seed + term)(matrix_shape, dtype=dtype)
+                for term in range(rank)
+            ]
+        )
+
+    def _shares_of_one(self, shape, dtype, first_seed):
+        """Splits an orthogonal matrix `A B` into terms: each has some columns of `A`."""
+        rank, rows, columns = shape
+        inner = min(rows, columns)
+        a = _with_seed_offset(self._initializer, first_seed)((rows, inner), dtype=dtype)
+        b = _with_seed_offset(self._initializer, first_seed + 1)((inner, columns), dtype=dtype)
+        owner = ops.arange(inner) * rank // inner
+        mine = ops.cast(ops.equal(owner, ops.arange(rank)[:, None]), a.dtype)
+        return ops.matmul(ops.multiply(a, mine[:, None]), b)
+
+    def _scaled(self, matrices):
+        """Both factors together make up for the scale and for the gain."""
+        return ops.multiply(matrices, math.sqrt(self._scale / self.gain))
 
 
 def _with_seed_offset(initializer, offset):
@@ -129,3 +159,10 @@ def _with_seed_offset(initializer, offset):
     if not isinstance(seed, int):
         return initializer
     return type(initializer).from_config({**initializer.get_config(), "seed": seed + offset})
+
+
+def split_into_gates(initializer, gates):
+    """The initializers of each gate's part of a kernel; an identity stands in the first one."""
+    if isinstance(initializer, keras.initializers.Identity):
+        return [initializer, *[keras.initializers.Zeros()] * (gates - 1)]
+    return [_with_seed_offset(initializer, 100 * gate) for gate in range(gates)]

@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 
 import keras
+from keras.src import backend
 from keras.src.ops.function import Function
+
+# The loop over time that `keras.layers.RNN` runs its cell in.
+rnn = backend.rnn
 
 
 def calls(model: keras.Model) -> Iterator[tuple[keras.Layer, list[tuple]]]:

@@ -29,19 +29,52 @@ def project(x, left, right, order):
     Returns:
         `(n, u1 * u2)`, where `n` is the product of the leading dimensions of `x`.
     """
-    rank, d1, u1 = left.shape
-    _, d2, u2 = right.shape
+    (y,) = projection(left[None], right[None], order)(x)
+    return y
+
+
+def projection(left, right, order):
+    """Prepares the projection of rows by several Kronecker sums, those of the gates of a cell.
+
+    The first contraction is one for all gates, the second one for each.
+
+    Args:
+        left: `(gates, rank, d1, u1)`.
+        right: `(gates, rank, d2, u2)`.
+        order: the side to contract first, `"left"` or `"right"`.
+
+    Returns:
+        A function from `(..., d1 * d2)` to a list, one for each gate, of
+        `(n, u1 * u2)`. What it needs of the factors alone is computed already.
+    """
+    gates, rank, d1, u1 = left.shape
+    d2, u2 = right.shape[2:]
     if order == "left":
-        left = ops.reshape(ops.transpose(left, (2, 0, 1)), (u1 * rank, d1))
-        x = _multiply_each(left, ops.reshape(x, (-1, d1, d2)))
-        right = ops.reshape(right, (rank * d2, u2))
-        y = ops.matmul(ops.reshape(x, (-1, rank * d2)), right)
+        left = ops.reshape(ops.transpose(left, (0, 3, 1, 2)), (gates * u1 * rank, d1))
+        right = _unstack(ops.reshape(right, (gates, rank * d2, u2)))
+
+        def apply(x):
+            x = _split(_multiply_each(left, ops.reshape(x, (-1, d1, d2))), gates, axis=1)
+            for part, matrix in zip(x, right, strict=True):
+                yield ops.matmul(ops.reshape(part, (-1, rank * d2)), matrix)
     else:
-        right = ops.reshape(ops.transpose(right, (1, 0, 2)), (d2, rank * u2))
-        x = ops.matmul(ops.reshape(x, (-1, d2)), right)
-        left = ops.reshape(ops.transpose(left, (2, 1, 0)), (u1, d1 * rank))
-        y = _multiply_each(left, ops.reshape(x, (-1, d1 * rank, u2)))
-    return ops.reshape(y, (-1, u1 * u2))
+        right = ops.reshape(ops.transpose(right, (2, 0, 1, 3)), (d2, gates * rank * u2))
+        left = _unstack(ops.reshape(ops.transpose(left, (0, 3, 2, 1)), (gates, u1, d1 * rank)))
+
+        def apply(x):
+            x = ops.reshape(ops.matmul(ops.reshape(x, (-1, d2)), right), (-1, d1, right.shape[1]))
+            for part, matrix in zip(_split(x, gates, axis=2), left, strict=True):
+                yield _multiply_each(matrix, ops.reshape(part, (-1, d1 * rank, u2)))
+
+    return lambda x: [ops.reshape(y, (-1, u1 * u2)) for y in apply(x)]
+
+
+def _unstack(x):
+    return [x[i] for i in range(x.shape[0])]
+
+
+def _split(x, count, axis):
+    return [x] if count == 1 else ops.split(x, count, axis)
 
 
 def _multiply_each(matrix, x):

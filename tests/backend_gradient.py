@@ -30,7 +30,8 @@ def weighted_output(layer, x, weights, **call_arguments):
 
     def function(*values):
         *values, inputs = values if x is None else (*values, x)
-        outputs, _ = layer.stateless_call(values, [], inputs, **call_arguments)
+        others = [variable.value for variable in layer.non_trainable_variables]
+        outputs, _ = layer.stateless_call(values, others, inputs, **call_arguments)
         return ops.sum(ops.multiply(outputs, ops.convert_to_tensor(weights)))
 
     return function

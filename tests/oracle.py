@@ -44,3 +44,16 @@ def pad_like(kernel, plan):
     padding[-1] = (0, plan.padded_output_dim - plan.output_dim)
     padded = np.pad(kernel, padding)
     return padded.reshape(*padded.shape[:-2], plan.groups * plan.padded_output_dim)
+
+
+def gate_kernels(kernel):
+    """The full kernel of each gate of a `GateKernel`, and the factors of each, gain left out."""
+    left, right = (
+        ops.convert_to_numpy(variable).astype("float64") for variable in (kernel.left, kernel.right)
+    )
+    plan = kernel.factorization
+    full = [
+        kernel.gain * kronecker_sum(*pair)[: plan.input_dim, : plan.output_dim]
+        for pair in zip(left, right, strict=True)
+    ]
+    return full, left, right

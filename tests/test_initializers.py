@@ -88,7 +88,6 @@ def test_deviation_is_what_the_initializer_draws(name):
         keras.initializers.RandomNormal(mean=1.0),
         keras.initializers.TruncatedNormal(mean=1.0),
         keras.initializers.RandomUniform(0.0, 1.0),
-        keras.initializers.Orthogonal(),
         keras.initializers.Ones(),
         np.ones,
     ],

@@ -1,6 +1,9 @@
 from keras_bilinear.layers.conv import BilinearConv1D, BilinearConv2D, BilinearConv3D
 from keras_bilinear.layers.dense import BilinearDense
 from keras_bilinear.layers.embedding import BilinearEmbedding
+from keras_bilinear.layers.gru import BilinearGRU, BilinearGRUCell
+from keras_bilinear.layers.lstm import BilinearLSTM, BilinearLSTMCell
+from keras_bilinear.layers.simple_rnn import BilinearSimpleRNN, BilinearSimpleRNNCell
 
 __all__ = [
     "BilinearConv1D",
@@ -8,4 +11,10 @@ __all__ = [
     "BilinearConv3D",
     "BilinearDense",
     "BilinearEmbedding",
+    "BilinearGRU",
+    "BilinearGRUCell",
+    "BilinearLSTM",
+    "BilinearLSTMCell",
+    "BilinearSimpleRNN",
+    "BilinearSimpleRNNCell",
 ]

@@ -71,7 +71,7 @@ class BilinearEmbedding(BilinearLayer):
     """
 
     full_class = keras.layers.Embedding
-    _full_kernel_name = "embeddings"
+    _full_kernels = (("embeddings", "_kernel"),)
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from keras_bilinear import kronecker
 from keras_bilinear.cost import choose_order
 from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
-from keras_bilinear.initializers import FactorInitializers
+from keras_bilinear.initializers import FactorInitializers, split_into_gates
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
 SHARED = ("rank", "input_factors", "output_factors", "implementation")
@@ -40,6 +40,7 @@ class KroneckerKernel:
         implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"`
             materializes only where that is faster, see `keras_bilinear.cost`.
         strides: those of a convolution.
+        name: of the kernel; those of the factors end with it.
     """
 
     def __init__(
@@ -51,29 +52,41 @@ class KroneckerKernel:
         constraint=None,
         implementation="auto",
         strides=(),
+        name="kernel",
     ):
-        window = math.prod(factorization.window)
-        initializers = FactorInitializers(
-            initializer,
-            factorization.left_shape,
-            factorization.right_shape,
-            fan_in=window * factorization.input_dim,
-            fan_out=window * factorization.groups * factorization.output_dim,
-        )
+        plan, window = factorization.gate, math.prod(factorization.window)
+        gates = factorization.gates
+        initializers = [
+            FactorInitializers(
+                one,
+                plan.left_shape,
+                plan.right_shape,
+                fan_in=window * plan.input_dim,
+                fan_out=window * plan.groups * plan.output_dim * max(1, gates),
+            )
+            for one in (split_into_gates(initializer, gates) if gates else [initializer])
+        ]
+
+        def initialize(side):
+            def of_all_gates(shape, dtype=None):
+                return ops.stack([getattr(one, side)(shape[1:], dtype) for one in initializers])
+
+            return of_all_gates if gates else getattr(initializers[0], side)
+
         self.factorization = factorization
-        self.gain = initializers.gain
+        self.gain = initializers[0].gain
         self.order = choose_order(factorization, implementation, strides)
         shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
         self.left = layer.add_weight(
-            name="left_kernel",
+            name=f"left_{name}",
             shape=factorization.left_shape,
-            initializer=initializers.left,
+            initializer=initialize("left"),
             **shared,
         )
         self.right = layer.add_weight(
-            name="right_kernel",
+            name=f"right_{name}",
             shape=factorization.right_shape,
-            initializer=initializers.right,
+            initializer=initialize("right"),
             **shared,
         )
 
@@ -118,14 +131,25 @@ class KroneckerKernel:
         if transposed:
             factorization = factorization.transposed
             left, right = kronecker.transpose(left, right)
-        leading = _known_shape(x, axes=-1)
-        padding = factorization.padded_input_dim - factorization.input_dim
-        if padding:
-            x = ops.pad(x, ((0, 0),) * len(leading) + ((0, padding),))
         # A transposed projection has an order of its own.
         order = factorization.order if transposed else self.order
-        y = kronecker.project(x, left, right, order)
-        return _restore(y, leading, factorization)
+        project = self._with_padding(
+            lambda x: [kronecker.project(x, left, right, order)], factorization
+        )
+        return project(x)[0]
+
+    @staticmethod
+    def _with_padding(project, plan):
+        """Makes a function of padded rows one of an `x` of any rank and of the true sizes."""
+
+        def project_padded(x):
+            leading = _known_shape(x, axes=-1)
+            padding = plan.padded_input_dim - plan.input_dim
+            if padding:
+                x = ops.pad(x, ((0, 0),) * len(leading) + ((0, padding),))
+            return [_restore(y, leading, plan) for y in project(x)]
+
+        return project_padded
 
     def convolve(self, x, training=None, data_format="channels_last", **options):
         """The convolution of `x` with the kernel.
@@ -176,9 +200,10 @@ class KroneckerKernel:
 
     def assign(self, kernel):
         """Stores the Kronecker sum that is nearest to a full kernel."""
-        for variable, values in zip(
-            (self.left, self.right), nearest_kronecker_sum(kernel, self.factorization), strict=True
-        ):
+        self._assign(*nearest_kronecker_sum(kernel, self.factorization))
+
+    def _assign(self, left, right):
+        for variable, values in ((self.left, left), (self.right, right)):
             # NumPy has no bfloat16, and not every backend rounds float64 to it.
             dtype = "float64" if variable.dtype == "float64" else "float32"
             variable.assign((values / math.sqrt(self.gain)).astype(dtype))
@@ -209,16 +234,16 @@ class BilinearLayer(keras.layers.Layer):
     """Base of the bilinear layers: the arguments they share and the way from and to full ones.
 
     Subclasses set `full_class`, the stock Keras layer they stand for, and
-    `_full_kernel_name`, the name of its kernel there; their `build` sets
-    `self._kernel` to a `KroneckerKernel`. `_own_arguments` are those of the
-    constructor that the stock layer does not have.
+    `_full_kernels`, pairs of the name of a kernel there and of their attribute
+    that stands for it, a `KroneckerKernel` that `build` makes. `_own_arguments`
+    are those of the constructor that the stock layer does not have.
     """
 
     full_class = None
-    _full_kernel_name = "kernel"
+    _full_kernels = (("kernel", "_kernel"),)
     _own_arguments = SHARED
 
-    def __init__(self, *, rank, input_factors, output_factors, implementation, **kwargs):
+    def __init__(self, *args, rank, input_factors, output_factors, implementation, **kwargs):
         rank = check_positive_int("rank", rank)
         input_factors = check_factors("input_factors", input_factors)
         output_factors = check_factors("output_factors", output_factors)
@@ -227,7 +252,7 @@ class BilinearLayer(keras.layers.Layer):
                 f"`implementation` must be one of {IMPLEMENTATIONS}. "
                 f"Received: implementation={implementation!r}"
             )
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
         self.rank = rank
         self.input_factors = input_factors
         self.output_factors = output_factors
@@ -317,41 +342,27 @@ class BilinearLayer(keras.layers.Layer):
 
     @classmethod
     def _from_full(cls, layer, **own_arguments):
-        full_class = cls.full_class
-        if type(layer) is not full_class:
-            raise TypeError(
-                f"`{cls.__name__}.from_full` takes a `keras.layers.{full_class.__name__}`. "
-                f"Received: layer={layer!r} (of type {type(layer).__name__})"
-            )
-        if not layer.built:
-            raise ValueError(
-                f"`{cls.__name__}.from_full` takes a built layer: call it on data, or its "
-                f"`build` method, first. Received: layer={layer!r}"
-            )
-        if layer.dtype_policy.quantization_mode is not None:
-            raise ValueError(
-                f"`{cls.__name__}.from_full` takes a layer that is not quantized. "
-                f"Received: layer={layer!r} with dtype policy {layer.dtype_policy.name!r}"
-            )
-        weights = {
-            name: ops.convert_to_numpy(getattr(layer, name))
-            for name in (cls._full_kernel_name, "bias")
-            if getattr(layer, name, None) is not None
-        }
-        for name, value in weights.items():
-            if not np.isfinite(value.astype("float64")).all():
-                raise ValueError(
-                    f"`{cls.__name__}.from_full` takes finite weights. "
-                    f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
-                )
+        check_full(cls, layer)
+        attributes = dict(cls._full_kernels)
+        weights = {}
+        for name in (*attributes, "bias"):
+            if getattr(layer, name, None) is not None:
+                values = ops.convert_to_numpy(getattr(layer, name))
+                if not np.isfinite(values.astype("float64")).all():
+                    raise ValueError(
+                        f"`{cls.__name__}.from_full` takes finite weights. "
+                        f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
+                    )
+                weights[name] = values
         accepted = {*inspect.signature(cls.__init__).parameters, *OF_EVERY_LAYER}
+        if "args" in accepted:  # those of the stock layer
+            accepted |= {*inspect.signature(cls.full_class.__init__).parameters}
         config = {key: value for key, value in layer.get_config().items() if key in accepted}
         bilinear = cls.from_config({**config, **own_arguments})
-        kernel = weights.pop(cls._full_kernel_name)
-        bilinear.build(bilinear._input_shape(kernel.shape))
-        bilinear._kernel.assign(kernel)
-        for name, value in weights.items():
-            getattr(bilinear, name).assign(value)
+        first_kernel, *_ = weights.values()
+        bilinear.build(bilinear._input_shape(first_kernel.shape))
+        for name, values in weights.items():
+            getattr(bilinear, attributes.get(name, name)).assign(values)
         return bilinear
 
     def expand(self) -> keras.layers.Layer:
@@ -364,8 +375,33 @@ class BilinearLayer(keras.layers.Layer):
         Raises:
             AttributeError: if the layer is not built.
         """
-        kernel = self.kernel
+        self._built_kernel()
+        kernels = [getattr(self, name).materialize() for _, name in self._full_kernels]
         full = self._unbuilt_full_layer()
-        full.build(self._input_shape(kernel.shape))
-        full.set_weights([kernel, *self.get_weights()[2:]])
+        full.build(self._input_shape(kernels[0].shape))
+        full.set_weights([*kernels, *self.get_weights()[2 * len(kernels) :]])
         return full
+
+
+def check_full(cls, layer):
+    """Checks that `cls.from_full` can take a layer.
+
+    Raises:
+        TypeError: if it is not of exactly the stock class that `cls` stands for.
+        ValueError: if it is not built or quantized.
+    """
+    if type(layer) is not cls.full_class:
+        raise TypeError(
+            f"`{cls.__name__}.from_full` takes a `keras.layers.{cls.full_class.__name__}`. "
+            f"Received: layer={layer!r} (of type {type(layer).__name__})"
+        )
+    if not layer.built:
+        raise ValueError(
+            f"`{cls.__name__}.from_full` takes a built layer: call it on data, or its "
+            f"`build` method, first. Received: layer={layer!r}"
+        )
+    if layer.dtype_policy.quantization_mode is not None:
+        raise ValueError(
+            f"`{cls.__name__}.from_full` takes a layer that is not quantized. "
+            f"Received: layer={layer!r} with dtype policy {layer.dtype_policy.name!r}"
+        )

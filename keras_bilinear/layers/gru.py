@@ -1,0 +1,106 @@
+from functools import partial
+
+import keras
+from keras import ops
+
+from keras_bilinear.layers.rnn import BilinearCell, BilinearRNN
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
+    """One step of a gated recurrent unit whose kernels are sums of Kronecker products.
+
+    It stands for `keras.layers.GRUCell` and takes its arguments, and `rank`,
+    `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
+    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+
+    Example:
+
+    >>> layer = keras.layers.RNN(BilinearGRUCell(64, rank=2))
+    >>> layer(np.ones((2, 10, 36), "float32")).shape == (2, 64)
+    True
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.GRUCell
+    gates = 3
+
+    def _bias_shape(self):
+        shape = super()._bias_shape()
+        return (2, *shape) if self.reset_after else shape
+
+    def _input_bias(self):
+        bias = super()._input_bias()
+        return bias[0] if self.reset_after else bias
+
+    def make_step(self, mask, training=None):
+        kernel = self._recurrent_kernel
+        if self.reset_after:
+            project = self._projection(kernel, mask, training)
+            bias = None if self.bias is None else ops.split(self.bias[1], 3)
+
+            def candidate(r, state, recurrent):
+                return ops.multiply(r, recurrent)
+
+        else:
+            project = self._projection(kernel, mask, training, (0, 1))
+            project_reset = self._projection(kernel, None, training, (2,))
+            bias = None
+
+            def candidate(r, state, recurrent):
+                masked = ops.multiply(state, mask[2]) if mask is not None else state
+                return project_reset(ops.multiply(r, masked))[0]
+
+        def step(x, states):
+            (state,) = states
+            recurrent = project(state)
+            if bias is not None:
+                recurrent = list(map(ops.add, recurrent, bias))
+            z = self.recurrent_activation(ops.add(x[0], recurrent[0]))
+            r = self.recurrent_activation(ops.add(x[1], recurrent[1]))
+            new = self.activation(ops.add(x[2], candidate(r, state, recurrent[-1])))
+            output = ops.add(new, ops.multiply(z, ops.subtract(state, new)))
+            return output, [output]
+
+        return step
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearGRU(keras.layers.GRU, BilinearRNN):
+    """A gated recurrent unit whose kernels are sums of Kronecker products, each gate's its own.
+
+    It stands for `keras.layers.GRU` and takes its arguments, and `rank`,
+    `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
+    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+
+    Input shape:
+        `(batch_size, timesteps, features)`.
+
+    Output shape:
+        `(batch_size, units)`, or `(batch_size, timesteps, units)` with
+        `return_sequences=True`; with `return_state=True` a tuple of this and
+        the states.
+
+    Example:
+
+    >>> layer = BilinearGRU(64, rank=2)
+    >>> layer(np.ones((2, 10, 36), "float32")).shape == (2, 64)
+    True
+    >>> layer.count_params()  # a GRU layer has 0
+    0
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.GRU
+    cell_class = BilinearGRUCell
+    __init__ = BilinearRNN.__init__
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        loop = super().inner_loop if self._runs_on_gpu() else partial(BilinearRNN.inner_loop, self)
+        return loop(sequences, initial_state, mask, training=training)

@@ -1,0 +1,400 @@
+"""What the bilinear recurrent layers and their cells share."""
+
+import inspect
+from typing import Self
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_bilinear import keras_private, kronecker
+from keras_bilinear.decompose import nearest_kronecker_sum
+from keras_bilinear.factors import Factorization, check_factors, check_positive_int
+from keras_bilinear.layers.projection import SHARED, BilinearLayer, KroneckerKernel, check_full
+
+RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
+
+
+class GateKernel(KroneckerKernel):
+    """The kernels of a cell's gates, side by side as in the stock cell, each a Kronecker sum."""
+
+    def materialize(self, training=None, gates=None):
+        """The kernel of all gates, or of some, of `(input_dim, gates * units)`."""
+        plan = self.factorization
+        left, right = self.factors(training)
+        kernels = [
+            kronecker.materialize(left[gate], right[gate])[: plan.input_dim, : plan.output_dim]
+            for gate in gates or range(plan.gates)
+        ]
+        return kernels[0] if len(kernels) == 1 else ops.concatenate(kernels, axis=1)
+
+    def projection(self, training=None, gates=None):
+        """A function that multiplies an `x` of any rank by the kernels of all gates, or of some.
+
+        It returns one tensor for each gate. What depends on the factors alone
+        is computed here, once, and not at each call of the function.
+        """
+        plan = self.factorization
+        gates = gates or range(plan.gates)
+        if self.materialized:
+            kernel = self.materialize(training, gates)
+            return lambda x: _split(ops.matmul(x, kernel), len(gates))
+        left, right = self.factors(training)
+        if len(gates) < plan.gates:
+            left, right = left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
+        return self._with_padding(kronecker.projection(left, right, self.order), plan)
+
+    def assign(self, kernel):
+        plan = self.factorization
+        pairs = [
+            nearest_kronecker_sum(part, plan.gate) for part in np.split(kernel, plan.gates, axis=1)
+        ]
+        self._assign(*(np.stack(side) for side in zip(*pairs, strict=True)))
+
+
+def _split(x, count):
+    return [x] if count == 1 else ops.split(x, count, axis=-1)
+
+
+class BilinearCell(BilinearLayer):
+    """Base of the bilinear cells: one step of a recurrent layer.
+
+    The gates lie side by side in the kernel and in the recurrent kernel of the
+    stock cell. Here each of them has factors of its own.
+
+    Subclasses also inherit from the stock cell, which checks and keeps its own
+    arguments, and say `gates`, how many there are.
+
+    Args:
+        *args: arguments of the stock cell.
+        rank: positive integer, number of Kronecker terms of each gate's kernel.
+        recurrent_rank: the same for the recurrent kernels; `None` is `rank`.
+        input_factors: `(d1, d2)` with a product of at least the width of the
+            input; `None` chooses near-square ones.
+        output_factors: `(u1, u2)`, likewise for the units; the recurrent kernels
+            have them on both sides.
+        implementation: `"factorized"` applies one factor after the other,
+            `"materialized"` forms the kernels first, once for each call of the
+            layer; `"auto"` takes what needs fewer multiplications.
+        **kwargs: arguments of the stock cell.
+    """
+
+    gates = None
+    _own_arguments = RECURRENT
+    _full_kernels = (("kernel", "_kernel"), ("recurrent_kernel", "_recurrent_kernel"))
+
+    def __init__(
+        self,
+        *args,
+        rank: int = 1,
+        recurrent_rank: int | None = None,
+        input_factors: tuple | None = None,
+        output_factors: tuple | None = None,
+        implementation: str = "auto",
+        **kwargs,
+    ):
+        super().__init__(
+            *args,
+            rank=rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+            **kwargs,
+        )
+        self.units = check_positive_int("units", self.units)
+        if recurrent_rank is not None:
+            recurrent_rank = check_positive_int("recurrent_rank", recurrent_rank)
+        check_factors("output_factors", output_factors, self.units)
+        self.recurrent_rank = recurrent_rank
+        self.bias = None
+        self._recurrent_kernel = None
+
+    def build(self, input_shape: tuple):
+        if input_shape[-1] is None:
+            raise ValueError(
+                f"The last dimension of the input of `{type(self).__name__}` must be known. "
+                f"Received: input_shape={input_shape}"
+            )
+        factors, rank = self.output_factors, self.recurrent_rank or self.rank
+        self._kernel = GateKernel(
+            self,
+            self._factorize(input_shape[-1], self.input_factors, self.rank),
+            self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+            implementation=self.implementation,
+        )
+        self._recurrent_kernel = GateKernel(
+            self,
+            self._factorize(self.units, factors, rank),
+            self.recurrent_initializer,
+            regularizer=self.recurrent_regularizer,
+            constraint=self.recurrent_constraint,
+            implementation=self.implementation,
+            name="recurrent_kernel",
+        )
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=self._bias_shape(),
+                initializer=self._bias_initializer(),
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+        self.built = True
+
+    def _factorize(self, input_dim, input_factors, rank):
+        return Factorization.create(
+            input_dim, self.units, input_factors, self.output_factors, rank, gates=self.gates
+        )
+
+    def _bias_shape(self):
+        return (self.gates * self.units,)
+
+    def _bias_initializer(self):
+        return self.bias_initializer
+
+    @property
+    def recurrent_factorization(self) -> Factorization:
+        """The `Factorization` of the recurrent kernel."""
+        self._built_kernel()
+        return self._recurrent_kernel.factorization
+
+    @property
+    def recurrent_kernel(self):
+        """The recurrent kernel that the factors stand for, a new tensor of full size."""
+        self._built_kernel()
+        return self._recurrent_kernel.materialize()
+
+    def project_inputs(self, inputs, mask, training=None):
+        """The part of a step that knows no state, for any number of steps at once.
+
+        Args:
+            inputs: `(..., batch, width)`.
+            mask: dropout mask of `(batch, width)`, a list of them, one for each
+                gate, or `None`.
+            training: whether gradients are wanted.
+
+        Returns:
+            A list, one for each gate, of `(..., batch, units)`.
+        """
+        x = self._projection(self._kernel, mask, training)(inputs)
+        if self.bias is None:
+            return x
+        biases = _split(self._input_bias(), self.gates)
+        return [ops.add(part, bias) for part, bias in zip(x, biases, strict=True)]
+
+    def _input_bias(self):
+        return ops.convert_to_tensor(self.bias)
+
+    def make_step(self, mask, training=None):
+        """The part of a step that a loop repeats: a function `(x, states) -> (output, states)`.
+
+        `x` is what `project_inputs` returns, and `mask` the dropout mask of the
+        state.
+        """
+        raise NotImplementedError
+
+    def _projection(self, kernel, mask, training, gates=None):
+        if isinstance(mask, list):
+            gates = gates or range(self.gates)
+            projections = [kernel.projection(training, (gate,)) for gate in gates]
+            return lambda x: [
+                part
+                for gate, project in zip(gates, projections, strict=True)
+                for part in project(ops.multiply(x, mask[gate]))
+            ]
+        project = kernel.projection(training, gates)
+        return project if mask is None else lambda x: project(ops.multiply(x, mask))
+
+    def dropout_masks(self, inputs, state, training):
+        """The dropout masks of the input and of the state of one step; `None` drops nothing."""
+        if not training:
+            return None, None
+        return (
+            self.get_dropout_mask(inputs) if 0 < self.dropout < 1 else None,
+            self.get_recurrent_dropout_mask(state) if 0 < self.recurrent_dropout < 1 else None,
+        )
+
+    def call(self, inputs, states, training: bool = False):
+        nested = tree.is_nested(states)
+        states = list(states) if nested else [states]
+        mask, recurrent_mask = self.dropout_masks(inputs, states[0], training)
+        x = self.project_inputs(inputs, mask, training)
+        output, states = self.make_step(recurrent_mask, training)(x, states)
+        return output, (states if nested else states[0])
+
+    @classmethod
+    def from_full(
+        cls,
+        layer: keras.layers.Layer,
+        rank: int = 1,
+        recurrent_rank: int | None = None,
+        input_factors: tuple | None = None,
+        output_factors: tuple | None = None,
+        implementation: str = "auto",
+    ) -> Self:
+        """Makes a bilinear cell from a built full one.
+
+        As `BilinearDense.from_full`, gate by gate.
+        """
+        return cls._from_full(
+            layer,
+            rank=rank,
+            recurrent_rank=recurrent_rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+        )
+
+
+class BilinearRNN(keras.layers.RNN):
+    """Base of the bilinear recurrent layers.
+
+    Subclasses also inherit from the stock layer, `full_class`, and say
+    `cell_class`. The stock layer's own loop, where it has one for this backend
+    and device (cuDNN), runs on the materialized kernels; everywhere else the
+    loop is this one: the inputs of all time steps are projected at once before
+    it.
+    """
+
+    full_class = None
+    cell_class = None
+
+    def __init__(
+        self,
+        *args,
+        rank: int = 1,
+        recurrent_rank: int | None = None,
+        input_factors: tuple | None = None,
+        output_factors: tuple | None = None,
+        implementation: str = "auto",
+        **kwargs,
+    ):
+        # The stock layer checks and completes what it knows.
+        full = self.full_class(*args, **{**kwargs, "name": "full"})
+        of_cell = inspect.signature(type(full.cell).__init__).parameters
+        cell = self.cell_class(
+            **{name: getattr(full.cell, name) for name in of_cell if hasattr(full.cell, name)},
+            rank=rank,
+            recurrent_rank=recurrent_rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+            dtype=full.dtype_policy,
+            trainable=full.trainable,
+        )
+        of_full = inspect.signature(self.full_class.__init__).parameters
+        of_rnn = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll")
+        keras.layers.RNN.__init__(
+            self,
+            cell,
+            **{name: getattr(full, name) for name in of_rnn},
+            activity_regularizer=full.activity_regularizer,
+            **{name: value for name, value in kwargs.items() if name not in of_full},
+        )
+        self.input_spec = full.input_spec
+        self.supports_jit = full.supports_jit
+        if hasattr(full, "use_cudnn"):
+            self.use_cudnn = full.use_cudnn
+
+    def _runs_on_gpu(self):
+        """Whether the stock layer's loop is to be tried first."""
+        if self.use_cudnn == "auto":
+            return self.cell.implementation != "factorized" and _has_gpu()
+        return self.use_cudnn
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        mask = mask[0] if tree.is_nested(mask) else mask
+        if self.stateful:
+            # PyTorch would not find the old state when it differentiates.
+            initial_state = [ops.copy(state) for state in initial_state]
+        dropped, recurrent_dropped = self.cell.dropout_masks(
+            sequences[:, 0, :], initial_state[0], training
+        )
+        x = self.cell.project_inputs(_swap(sequences), dropped, training)
+        last, outputs, states = keras_private.rnn(
+            self.cell.make_step(recurrent_dropped, training),
+            x,
+            initial_state,
+            go_backwards=self.go_backwards,
+            mask=mask if mask is None else ops.transpose(mask),
+            unroll=self.unroll,
+            input_length=sequences.shape[1],
+            time_major=True,
+            zero_output_for_mask=self.zero_output_for_mask,
+            return_all_outputs=self.return_sequences,
+        )
+        return last, _swap(outputs), states
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            # Keras forgets that of its simple recurrent layer.
+            "seed": self.cell.seed,
+            **{name: getattr(self.cell, name) for name in RECURRENT},
+        }
+
+    def _full_config(self):
+        return {name: value for name, value in self.get_config().items() if name not in RECURRENT}
+
+    @classmethod
+    def from_full(
+        cls,
+        layer: keras.layers.Layer,
+        rank: int = 1,
+        recurrent_rank: int | None = None,
+        input_factors: tuple | None = None,
+        output_factors: tuple | None = None,
+        implementation: str = "auto",
+    ) -> Self:
+        """Makes a bilinear layer from a built full one.
+
+        As `BilinearDense.from_full`, gate by gate.
+        """
+        own = {
+            "rank": rank,
+            "recurrent_rank": recurrent_rank,
+            "input_factors": input_factors,
+            "output_factors": output_factors,
+            "implementation": implementation,
+        }
+        check_full(cls, layer)
+        cell = cls.cell_class.from_full(layer.cell, **own)
+        bilinear = cls.from_config({**layer.get_config(), "seed": layer.cell.seed, **own})
+        _build_like(bilinear, layer, cell.factorization.input_dim)
+        bilinear.cell.set_weights(cell.get_weights())
+        return bilinear
+
+    def expand(self) -> keras.layers.Layer:
+        """Makes the stock Keras layer that computes the same.
+
+        Raises:
+            AttributeError: if the layer is not built.
+        """
+        cell = self.cell.expand()
+        full = self.full_class.from_config(self._full_config())
+        _build_like(full, self, self.cell.factorization.input_dim)
+        full.cell.set_weights(cell.get_weights())
+        return full
+
+
+def _swap(x):
+    """Swaps batch and time."""
+    return ops.transpose(x, (1, 0, 2))
+
+
+def _build_like(layer, other, input_dim):
+    """Builds a recurrent layer like another one, with its states."""
+    batch_size = other.states[0].shape[0] if other.stateful else None
+    layer.build((batch_size, None, input_dim))
+    for mine, state in zip(layer.states or (), other.states or (), strict=True):
+        mine.assign(state)
+
+
+def _has_gpu():
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    return bool(keras.distribution.list_devices("gpu"))
