@@ -160,6 +160,39 @@ class ConvCase(Case):
         return positions * macs, inputs, outputs, layer.count_params()
 
 
+@dataclasses.dataclass(frozen=True)
+class RecurrentCase(Case):
+    """A recurrent layer that returns its last output; the batch is `(examples, time steps)`.
+
+    Attributes:
+        kind: `"LSTM"` or `"GRU"`.
+    """
+
+    kind: str = "LSTM"
+
+    def layers(self):
+        import keras
+
+        import keras_bilinear
+
+        return (
+            getattr(keras.layers, self.kind)(self.output_dim),
+            getattr(keras_bilinear, f"Bilinear{self.kind}")(self.output_dim, rank=self.rank),
+        )
+
+    def _least(self, layer):
+        steps = math.prod(self.batch)
+        plans = [
+            getattr(layer.cell, name, None) for name in ("factorization", "recurrent_factorization")
+        ]
+        if all(plans):
+            macs = sum(plan.macs for plan in plans)
+        else:
+            macs = math.prod(layer.cell.kernel.shape) + math.prod(layer.cell.recurrent_kernel.shape)
+        outputs = self.batch[0] * self.output_dim
+        return steps * macs, steps * self.input_dim, outputs, layer.count_params()
+
+
 def _patch_extracting_layer(filters, window):
     """The algorithm of the paper's own code, with one term and biases.
 
@@ -219,6 +252,12 @@ CASES = {
         for rank in (1, 4)
     ],
     "conv": list(_conv_cases()),
+    "recurrent": [
+        RecurrentCase((batch, 100), width, units, rank, kind)
+        for kind in ("LSTM", "GRU")
+        for batch, width, units in ((64, 128, 256), (64, 512, 1024), (1, 512, 1024))
+        for rank in (1, 4)
+    ],
 }
 # Trained alone in a process of its own, for its peak memory; no full layer fits.
 HUGE = EmbeddingCase((64, 100), 10**9, 256, 4)

@@ -13,6 +13,9 @@ from keras_bilinear.layers import (
     BilinearConv3D,
     BilinearDense,
     BilinearEmbedding,
+    BilinearGRU,
+    BilinearLSTM,
+    BilinearSimpleRNN,
 )
 
 
@@ -105,6 +108,22 @@ def _bilinear_conv(layer, shape):
     return _output_positions(layer, shape) * macs
 
 
+def _recurrent(layer, shape, *states):
+    cell = layer.cell
+    kernels = cell.kernel.shape, cell.recurrent_kernel.shape
+    return _positions(layer, shape[1:2]) * sum(map(math.prod, kernels))
+
+
+def _bilinear_recurrent(layer, shape, *states):
+    cell = layer.cell
+    plans = cell.factorization, cell.recurrent_factorization
+    macs = sum(
+        plan.full_macs if kernel.materialized else plan.macs
+        for plan, kernel in zip(plans, (cell._kernel, cell._recurrent_kernel), strict=True)
+    )
+    return _positions(layer, shape[1:2]) * macs
+
+
 def _output_positions(layer, shape):
     _, *sizes = layer.compute_output_shape(shape)
     del sizes[-1 if layer.data_format == "channels_last" else 0]
@@ -126,9 +145,15 @@ _COUNTERS = {
     keras.layers.Conv1D: _conv,
     keras.layers.Conv2D: _conv,
     keras.layers.Conv3D: _conv,
+    keras.layers.GRU: _recurrent,
+    keras.layers.LSTM: _recurrent,
+    keras.layers.SimpleRNN: _recurrent,
     BilinearDense: _bilinear_dense,
     BilinearEmbedding: _bilinear_embedding,
     BilinearConv1D: _bilinear_conv,
     BilinearConv2D: _bilinear_conv,
     BilinearConv3D: _bilinear_conv,
+    BilinearGRU: _bilinear_recurrent,
+    BilinearLSTM: _bilinear_recurrent,
+    BilinearSimpleRNN: _bilinear_recurrent,
 }

@@ -3,12 +3,14 @@ import numpy as np
 import pytest
 
 from keras_bilinear import benchmark, benchmark_worker
-from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase
+from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase, RecurrentCase
 
 RATES = {"macs": 1e9, "bytes": 1e6}
 DENSE = DenseCase((4,), 36, 36, 2)
 EMBEDDING = EmbeddingCase((2, 3), 36, 36, 2)
 CONV = ConvCase((2, 4, 4), 16, 16, 2, patches=True)
+
+RECURRENT = RecurrentCase((2, 3), 36, 36, 2)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,7 @@ CONV = ConvCase((2, 4, 4), 16, 16, 2, patches=True)
     [
         (DENSE, [36 * 36 + 36, 2 * (36 + 36) + 36]),
         (EMBEDDING, [36 * 36, 2 * (36 + 36)]),
+        (RECURRENT, [4 * (2 * 36 * 36 + 36), 4 * (4 * (36 + 36) + 36)]),
         (CONV, [9 * 256 + 16, 2 * (16 + 9 * 16) + 16, 2 * 12 * 4 + 16]),
     ],
 )
@@ -83,3 +86,13 @@ def test_floors_of_a_convolution():
     assert CONV.floors(full, slow) == pytest.approx((32 * 9 * 256, 3 * 32 * 9 * 256))
     # Left first: 4 left filters, 2 terms, on 4 columns; then 3x3 windows over both terms.
     assert CONV.floors(bilinear, slow)[0] == 32 * 2 * 4 * (4 * 4 + 9 * 4 * 4)
+
+
+def test_floors_of_a_recurrent_layer():
+    full, bilinear = RECURRENT.layers()
+    full.build((2, 3, 36))
+    bilinear.build((2, 3, 36))
+    slow = {"macs": 1.0, "bytes": 1e12}
+    assert RECURRENT.floors(full, slow)[0] == 6 * 4 * 2 * 36 * 36
+    # Two terms, on 6 rows or columns, by 6x6 factors, from both sides.
+    assert RECURRENT.floors(bilinear, slow)[0] == 6 * 4 * 2 * (2 * 6 * 6 * (6 + 6))

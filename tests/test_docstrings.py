@@ -30,7 +30,7 @@ def test_docstring_examples_run(name):
     assert not failures, "".join(failures)
 
 
-@pytest.mark.parametrize("name", ["BilinearDense", "BilinearEmbedding"])
+@pytest.mark.parametrize("name", [n for n in keras_bilinear.__all__ if n.startswith("Bilinear")])
 def test_every_layer_has_an_example(name):
     module = importlib.import_module(getattr(keras_bilinear, name).__module__)
     assert any(test.name.endswith(f".{name}") for test in examples(module))

@@ -2,7 +2,15 @@ import keras
 import numpy as np
 import pytest
 
-from keras_bilinear import BilinearConv2D, BilinearDense, BilinearEmbedding, kronecker
+from keras_bilinear import (
+    BilinearConv2D,
+    BilinearDense,
+    BilinearEmbedding,
+    BilinearGRU,
+    BilinearLSTM,
+    BilinearSimpleRNN,
+    kronecker,
+)
 from keras_bilinear.report import count_macs, report_layers
 
 
@@ -85,6 +93,20 @@ def test_macs_of_a_materialized_layer_are_those_of_the_full_one():
     assert macs(keras.Input((4, 30)), full) == macs(keras.Input((4, 30)), bilinear) == 4 * 600
 
 
+@pytest.mark.parametrize("layer_class", [BilinearSimpleRNN, BilinearGRU, BilinearLSTM])
+def test_macs_of_a_recurrent_layer(layer_class, counted):
+    layer = layer_class(12, rank=2, recurrent_rank=1, implementation="factorized", unroll=True)
+    model = keras.Sequential([keras.Input((5, 9)), layer])
+    counted.macs = 0
+    layer(np.zeros((1, 5, 9), "float32"), training=False)
+    assert count_macs(model) == counted.macs > 0
+    gates = layer_class.cell_class.gates
+    full = 5 * gates * 12 * (9 + 12)
+    assert macs(keras.Input((5, 9)), layer.expand()) == full
+    materialized = layer_class(12, implementation="materialized")
+    assert macs(keras.Input((5, 9)), materialized) == full
+
+
 def test_layers_without_a_projection_have_no_macs():
     assert (
         macs(
@@ -119,7 +141,7 @@ def test_a_shared_layer_is_stored_once_and_computed_twice():
 
 def test_what_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match=r"cannot be counted. Received: layer=.*LSTM"):
-        macs(keras.Input((4, 3)), keras.layers.LSTM(2))
+        macs(keras.Input((4, 3, 3, 2)), keras.layers.ConvLSTM2D(2, 3))
     with pytest.raises(ValueError, match=r"if its shape is known. Received: .*\(None,\)"):
         macs(keras.Input((None, 3)), keras.layers.Dense(2))
     with pytest.raises(ValueError, match="must be a built Sequential or a Functional one"):

@@ -135,7 +135,9 @@ def test_equals_the_stock_layer_for_any_options(data):
     )
     x = draw(len(MASK), STEPS, width)
     arguments = {"training": data.draw(st.booleans())}
-    if data.draw(st.booleans()):
+    # Keras itself fails with all three on PyTorch.
+    unsupported = BACKEND == "torch" and options["unroll"] and options["go_backwards"]
+    if not unsupported and data.draw(st.booleans()):
         arguments["mask"] = ops.convert_to_tensor(MASK)
     assert_same(run(layer, x, **arguments), run(stock_layer(layer), x, **arguments))
 

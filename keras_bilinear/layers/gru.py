@@ -89,8 +89,8 @@ class BilinearGRU(keras.layers.GRU, BilinearRNN):
     >>> layer = BilinearGRU(64, rank=2)
     >>> layer(np.ones((2, 10, 36), "float32")).shape == (2, 64)
     True
-    >>> layer.count_params()  # a GRU layer has 0
-    0
+    >>> layer.count_params()  # a GRU layer has 19,584
+    1728
 
     Reference:
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with

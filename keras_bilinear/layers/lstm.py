@@ -78,8 +78,8 @@ class BilinearLSTM(keras.layers.LSTM, BilinearRNN):
     >>> layer = BilinearLSTM(64, rank=2)
     >>> layer(np.ones((2, 10, 36), "float32")).shape == (2, 64)
     True
-    >>> layer.count_params()  # an LSTM layer has 0
-    0
+    >>> layer.count_params()  # an LSTM layer has 25,856
+    2048
 
     Reference:
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with

@@ -397,4 +397,4 @@ def _has_gpu():
         import torch
 
         return torch.cuda.is_available()
-    return bool(keras.distribution.list_devices("gpu"))
+    return keras.distribution.list_devices()[0].startswith("gpu")

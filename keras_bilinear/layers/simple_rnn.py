@@ -66,8 +66,8 @@ class BilinearSimpleRNN(keras.layers.SimpleRNN, BilinearRNN):
     >>> layer = BilinearSimpleRNN(64, rank=2)
     >>> layer(np.ones((2, 10, 36), "float32")).shape == (2, 64)
     True
-    >>> layer.count_params()  # a SimpleRNN layer has 0
-    0
+    >>> layer.count_params()  # a SimpleRNN layer has 6,464
+    512
 
     Reference:
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
