@@ -195,11 +195,13 @@ def test_cells_in_stock_layers(cell_class):
 
     for cells in (cell(8), [cell(8), cell(6)]):
         layer = keras.layers.RNN(cells, return_sequences=True)
+        layer.build(X.shape)
         outputs = evaluate(layer, X)
         inner = cells if isinstance(cells, list) else [cells]
         full = [one.expand() for one in inner]
         assert all(type(one) is cell_class.full_class for one in full)
         stock = keras.layers.RNN(full if len(full) > 1 else full[0], return_sequences=True)
+        stock.build(X.shape)
         assert_same([outputs], [evaluate(stock, X)])
 
 
