@@ -249,3 +249,15 @@ def test_factorization_refuses_factors(argument, value, rule):
 def test_check_factors_without_a_size_accepts_any_pair():
     assert check_factors("input_factors", [7, 9]) == (7, 9)
     assert check_factors("input_factors", None, 12) is None
+
+
+def test_gates_have_factors_of_their_own():
+    plan = Factorization.create(12, 20, rank=3, gates=4)
+    gate = Factorization.create(12, 20, rank=3)
+    assert plan.gate == gate
+    assert plan.left_shape == (4, *gate.left_shape)
+    assert plan.right_shape == (4, *gate.right_shape)
+    assert plan.full_shape == (12, 80)
+    assert plan.macs == 4 * gate.macs
+    assert plan.parameters == 4 * gate.parameters
+    assert plan.sufficient_rank == gate.sufficient_rank

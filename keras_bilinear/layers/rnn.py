@@ -63,7 +63,9 @@ class BilinearCell(BilinearLayer):
     stock cell. Here each of them has factors of its own.
 
     Subclasses also inherit from the stock cell, which checks and keeps its own
-    arguments, and say `gates`, how many there are.
+    arguments. They say `gates`, how many there are, and `make_step(mask,
+    training)`, what a loop repeats: a function `(x, states) -> (output, states)`
+    of what `project_inputs` returns, where `mask` is the dropout mask of the state.
 
     Args:
         *args: arguments of the stock cell.
@@ -186,14 +188,6 @@ class BilinearCell(BilinearLayer):
 
     def _input_bias(self):
         return ops.convert_to_tensor(self.bias)
-
-    def make_step(self, mask, training=None):
-        """The part of a step that a loop repeats: a function `(x, states) -> (output, states)`.
-
-        `x` is what `project_inputs` returns, and `mask` the dropout mask of the
-        state.
-        """
-        raise NotImplementedError
 
     def _projection(self, kernel, mask, training, gates=None):
         if isinstance(mask, list):
