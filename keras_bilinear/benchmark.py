@@ -207,17 +207,21 @@ def main(argv: list[str]) -> None:
     for column in columns:
         with console.status(f"timing {', '.join(suites)} on {column}"):
             records[column] = [record for suite in suites for record in _run(column, suite)]
+        if output:  # after each column, as they take long
+            _write(output, suites, records)
     for explanation, rows in _tables(records):
         if rows:
             table = rich.table.Table("layer", "call", *columns, caption=explanation)
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-    if output:
-        arguments = [f"--suite={suite}" for suite in suites]
-        arguments += [f"--backend={column}" for column in columns]
-        command = " ".join(["keras-bilinear benchmark", *arguments])
-        results = {"command": command, **machine(), "records": records}
-        with staged(output.parent) as folder:
-            (folder / f"{output.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-            (folder / f"{output.name}.md").write_text(_markdown(records, command))
+
+
+def _write(output, suites, records):
+    arguments = [f"--suite={suite}" for suite in suites]
+    arguments += [f"--backend={column}" for column in records]
+    command = " ".join(["keras-bilinear benchmark", *arguments])
+    results = {"command": command, **machine(), "records": records}
+    with staged(output.parent) as folder:
+        (folder / f"{output.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / f"{output.name}.md").write_text(_markdown(records, command))

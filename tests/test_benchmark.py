@@ -1,9 +1,13 @@
+import json
+
 import keras
 import numpy as np
 import pytest
+from run_command import run_command
 
 from keras_bilinear import benchmark, benchmark_worker
 from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase, RecurrentCase
+from keras_bilinear.errors import CommandError
 
 RATES = {"macs": 1e9, "bytes": 1e6}
 DENSE = DenseCase((4,), 36, 36, 2)
@@ -96,3 +100,21 @@ def test_floors_of_a_recurrent_layer():
     assert RECURRENT.floors(full, slow)[0] == 6 * 4 * 2 * 36 * 36
     # Two terms, on 6 rows or columns, by 6x6 factors, from both sides.
     assert RECURRENT.floors(bilinear, slow)[0] == 6 * 4 * 2 * (2 * 6 * 6 * (6 + 6))
+
+
+def test_what_is_measured_is_written_after_each_column(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorflow")
+
+    def run(column, suite):
+        if column == "onednn":
+            raise CommandError("the machine caught fire")
+        return [{"case": f"a {suite} layer", "memory": [4e6, 1e6]}]
+
+    monkeypatch.setattr(benchmark, "_run", run)
+    command = ["benchmark", "--suite=memory", "--backend=tensorflow", "--backend=onednn"]
+    assert run_command(*command, f"--output={tmp_path / 'speed'}") == 2
+    assert capsys.readouterr().err.endswith("caught fire\n")
+    assert "| a memory layer | training step | 4 / 1 |" in (tmp_path / "speed.md").read_text()
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert results["command"] == "keras-bilinear benchmark --suite=memory --backend=tensorflow"
+    assert [*results["records"]] == ["tensorflow"]
