@@ -62,11 +62,12 @@ class Steps:
         import jax
 
         layer, optimizer = self.layer, self.optimizer
+        others = [variable.value for variable in layer.non_trainable_variables]
         knows_training = "training" in inspect.signature(layer.call).parameters
 
         def call(variables, inputs, training):
             options = {"training": training} if knows_training else {}
-            return layer.stateless_call(variables, [], inputs, **options)[0]
+            return layer.stateless_call(variables, others, inputs, **options)[0]
 
         def loss(variables, inputs):
             return self._loss(call(variables, inputs, training=True))
