@@ -312,7 +312,7 @@ class BilinearRNN(keras.layers.RNN):
             x,
             initial_state,
             go_backwards=self.go_backwards,
-            mask=mask if mask is None else ops.transpose(mask),
+            mask=mask if mask is None else _swap(mask),
             unroll=self.unroll,
             input_length=sequences.shape[1],
             time_major=True,
@@ -375,7 +375,7 @@ class BilinearRNN(keras.layers.RNN):
 
 def _swap(x):
     """Swaps batch and time."""
-    return ops.transpose(x, (1, 0, 2))
+    return ops.swapaxes(x, 0, 1)
 
 
 def _build_like(layer, other, input_dim):
