@@ -1,6 +1,8 @@
 import doctest
 import importlib
+import pathlib
 import pkgutil
+import re
 
 import keras
 import numpy as np
@@ -34,3 +36,12 @@ def test_docstring_examples_run(name):
 def test_every_layer_has_an_example(name):
     module = importlib.import_module(getattr(keras_bilinear, name).__module__)
     assert any(test.name.endswith(f".{name}") for test in examples(module))
+
+
+def test_examples_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = pathlib.Path(__file__).parents[1] / "README.md"
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL):
+        exec(example, names)
+    assert names["logits"].shape == (1, 3, 20_000)
