@@ -4,6 +4,9 @@
     python benchmarks/accuracy.py --study=initialization --data_dir=DIR
     python benchmarks/accuracy.py --study=cifar10 --data_dir=DIR
 
+and so on for the studies `imdb_reviews`, `spoken_digit` and `tiny_shakespeare`
+of recurrent networks.
+
 Each finished run becomes one row of `benchmarks/results/accuracy_STUDY.csv`; a
 run that stands there already is not done again, so a study can be stopped and
 continued. The table of means over the rows so far is written beside it, as
@@ -18,19 +21,16 @@ import csv
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 import platform
 import time
 
+import sequences
 from absl import app, flags, logging
 
 from keras_bilinear.files import staged
 
-STUDY = flags.DEFINE_enum(
-    "study", None, ["fashion_mnist", "initialization", "cifar10"], "what to run"
-)
-DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
-SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -43,7 +43,9 @@ class Run:
     keeps the gain in the gradients. Full networks have `"full"`.
 
     `hidden` are the widths of the hidden layers; for `cifar10`, the filters of
-    each block of convolutions, and the units of the dense layer after them.
+    each block of convolutions, and the units of the dense layer after them; for
+    recurrent networks, the width of the embedding, where there is one, and the
+    units of the layer of kind `recurrent`.
 
     With `tuning`, the last tenth of the training set is held out and gives the
     accuracy; without, all of it is trained on and the test set gives it.
@@ -63,6 +65,7 @@ class Run:
     seed: int = 0
     tuning: bool = False
     pattern: str = ""
+    recurrent: str = ""
 
     @property
     def key(self):
@@ -76,6 +79,7 @@ REGIMES = (
 )
 TUNING_SEEDS = 2
 CIFAR10_EPOCHS = 3
+BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespeare": 64}
 
 
 def tune(run, accuracy):
@@ -172,10 +176,66 @@ def cifar10(accuracy):
             )
 
 
+def imdb_reviews(accuracy):
+    """Embedding and LSTM or GRU."""
+    for recurrent in ("LSTM", "GRU"):
+        _recurrent_study(
+            accuracy,
+            Run("imdb_reviews", "full", (64, 64), epochs=3, recurrent=recurrent),
+            bilinear=((1, 1), (4, 1), (8, 1), (4, 1.5)),
+            narrower=(1, 32),
+        )
+
+
+def spoken_digit(accuracy):
+    """GRU over log-mel frames."""
+    _recurrent_study(
+        accuracy,
+        Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU"),
+        bilinear=((1, 1), (2, 1), (4, 1), (1, 1.25)),
+        narrower=(27,),
+    )
+
+
+def tiny_shakespeare(accuracy):
+    """Character by character: embedding and GRU."""
+    base = Run("tiny_shakespeare", "full", (64, 512), epochs=4, recurrent="GRU")
+    _recurrent_study(
+        accuracy,
+        dataclasses.replace(base, learning_rate=2e-3),
+        bilinear=((1, 1), (2, 1), (4, 1), (1, 1.5)),
+        narrower=(16, 64),
+    )
+
+
+def _recurrent_study(accuracy, base, bilinear, narrower):
+    """A full network, bilinear ones by pairs of rank and scale, and a narrower full one."""
+    networks = [base]
+    for rank, scale in bilinear:
+        networks.append(
+            dataclasses.replace(
+                base,
+                network=f"bilinear, rank {rank}, scale {scale}",
+                hidden=tuple(int(scale**2 * width) for width in base.hidden),
+                rank=rank,
+                kernels="gain",
+            )
+        )
+    networks.append(dataclasses.replace(base, network="narrower full", hidden=narrower))
+    for seed, network in itertools.product(range(SEEDS.value), networks):
+        accuracy(dataclasses.replace(network, seed=seed))
+
+
 def build(run, dataset):
     import keras
 
     import keras_bilinear
+    from keras_bilinear import datasets
+
+    def embedding(vocabulary, width):
+        if not run.rank:
+            return keras.layers.Embedding(vocabulary, width)
+        return keras_bilinear.BilinearEmbedding(vocabulary, width, rank=run.rank)
 
     def dense(units, **kwargs):
         if not run.rank:
@@ -201,14 +261,24 @@ def build(run, dataset):
                 dense(dataset.classes),
             ]
         )
-    if dataset.kind == "text":
-        embedding = (
-            keras_bilinear.BilinearEmbedding(20_000, 128, rank=run.rank)
-            if run.rank
-            else keras.layers.Embedding(20_000, 128)
+    if run.recurrent:
+        *embedding_widths, units = run.hidden
+        vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
+        prefix, options = ("Bilinear", {"rank": run.rank}) if run.rank else ("", {})
+        layers = keras_bilinear if run.rank else keras.layers
+        return keras.Sequential(
+            [
+                keras.Input(dataset.x_train.shape[1:], dtype=dataset.x_train.dtype.name),
+                *(embedding(vocabulary, width) for width in embedding_widths),
+                getattr(layers, f"{prefix}{run.recurrent}")(
+                    units, return_sequences=dataset.kind == "characters", **options
+                ),
+                dense(dataset.classes),
+            ]
         )
+    if dataset.kind == "text":
         inputs = keras.Input(dataset.x_train.shape[1:], dtype="int32")
-        first = [embedding, keras.layers.GlobalAveragePooling1D()]
+        first = [embedding(datasets.VOCABULARY, 128), keras.layers.GlobalAveragePooling1D()]
     else:
         inputs = keras.Input(dataset.x_train.shape[1:])
         first = [keras.layers.Flatten()]
@@ -250,7 +320,7 @@ def train(run, dataset):
         x, y = x[:-held_out], y[:-held_out]
     else:
         unseen = dataset.x_test, keras.utils.to_categorical(dataset.y_test, dataset.classes)
-    batch_size = {"digits": 32, "cifar10": 64}.get(run.dataset, 128)
+    batch_size = BATCH_SIZES.get(run.dataset, 128)
     schedule = keras.optimizers.schedules.CosineDecay(
         run.learning_rate, run.epochs * -(-len(x) // batch_size)
     )
@@ -273,12 +343,14 @@ def train(run, dataset):
         seconds = time.perf_counter() - start
     finally:
         projection._scale_gradient = scale_gradient
+    loss, accuracy = model.evaluate(*unseen, batch_size=1000, verbose=0)
     return {
         "parameters": model.count_params(),
         "macs": report.count_macs(model),
         "train_loss": f"{history.history['loss'][-1]:.4f}",
-        "accuracy": f"{model.evaluate(*unseen, batch_size=1000, verbose=0)[1]:.4f}",
+        "accuracy": f"{accuracy:.4f}",
         "seconds": f"{seconds:.0f}",
+        "bits": f"{loss / math.log(2):.4f}",
     }
 
 
@@ -294,31 +366,33 @@ def tabulate(rows, path, command):
     import numpy as np
 
     group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
-    group += ("network", "pattern", "kernels", "learning_rate", "epochs")
-    groups = {}
+    group += ("recurrent", "network", "pattern", "kernels", "learning_rate", "epochs")
+    groups, full_sizes = {}, {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in group), []).append(row)
-    full_size = {r["dataset"]: int(r["parameters"]) for r in rows if r["network"] == "full"}
+        if row["network"] == "full":
+            full_sizes[row["dataset"], row["recurrent"]] = int(row["parameters"])
     lines = [
         f"# {path.stem.replace('_', ' ')}",
         "",
         f"`{command}`; {machine()}. Mean ± deviation over seeds.",
+        "Bits: cross-entropy on the same data as the accuracy.",
     ]
     for tuning, title in (("False", "Test set"), ("True", "Tuning, on held-out data")):
         members_of = {key[1:]: rows for key, rows in groups.items() if key[0] == tuning}
         if not members_of:
             continue
         header = (*group[1:], "seeds", "parameters", "share", "MACs", "train loss", "accuracy")
-        header += ("seconds for an epoch",)
+        header += ("bits", "seconds for an epoch")
         lines += ["", f"## {title}", "", "| " + " | ".join(header) + " |"]
         lines.append("|" + "---|" * len(header))
         for key, members in members_of.items():
             size = int(members[0]["parameters"])
             spread = []
-            for column in ("train_loss", "accuracy"):
-                values = np.array([float(row[column]) for row in members])
+            for column in ("train_loss", "accuracy", "bits"):
+                values = np.array([float(row[column] or "nan") for row in members])
                 spread.append(f"{values.mean():.4f} ± {values.std():.4f}")
-            share = size / full_size[members[0]["dataset"]]
+            share = size / full_sizes[members[0]["dataset"], members[0]["recurrent"]]
             seconds = np.mean([float(row["seconds"]) / float(row["epochs"]) for row in members])
             macs = f"{int(members[0]['macs']):,}"
             cells = (*key, len(members), f"{size:,}", f"{share:.2%}", macs, *spread)
@@ -328,24 +402,51 @@ def tabulate(rows, path, command):
         (folder / path.with_suffix(".md").name).write_text("\n".join(lines) + "\n")
 
 
-STUDIES = {"fashion_mnist": fashion_mnist, "initialization": initialization, "cifar10": cifar10}
+STUDIES = {
+    study.__name__: study
+    for study in (
+        fashion_mnist,
+        initialization,
+        cifar10,
+        imdb_reviews,
+        spoken_digit,
+        tiny_shakespeare,
+    )
+}
+STUDY = flags.DEFINE_enum("study", None, list(STUDIES), "what to run")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
+SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
+
+
+def load(name, data_dir):
+    from keras_bilinear import datasets
+
+    if name == "spoken_digit":
+        return sequences.load_spoken_digit(data_dir)
+    if name == "tiny_shakespeare":
+        return sequences.load_tiny_shakespeare(data_dir)
+    return datasets.load(name, data_dir)
 
 
 def main(argv):
     del argv
-    from keras_bilinear import datasets
-
     fields = [field.name for field in dataclasses.fields(Run)]
     path = RESULTS / f"accuracy_{STUDY.value}.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = []
+    if path.exists():
+        with path.open(newline="") as file:
+            # Older rows lack the newer columns.
+            rows = [dict.fromkeys(("recurrent", "bits"), "") | row for row in csv.DictReader(file)]
     finished = {tuple(row[name] for name in fields): row for row in rows}
     command = f"python benchmarks/accuracy.py --study={STUDY.value}"
-    load = functools.cache(lambda name: datasets.load(name, DATA_DIR.value))
+    load_once = functools.cache(load)
 
     def accuracy(run):
         """The accuracy of a run, from its row or, without one, by training."""
         if run.key not in finished:
-            row = dict(zip(fields, run.key, strict=True)) | train(run, load(run.dataset))
+            row = dict(zip(fields, run.key, strict=True)) | train(
+                run, load_once(run.dataset, DATA_DIR.value)
+            )
             row = {name: str(value) for name, value in row.items()}
             rows.append(row)
             with staged(RESULTS) as folder, (folder / path.name).open("w", newline="") as file:

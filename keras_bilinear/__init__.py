@@ -13,6 +13,8 @@ from keras_bilinear.layers import (
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
+from keras_bilinear.rewrite import expand_model, rewrite_model
+from keras_bilinear.search import RewritePlan, plan_rewrite
 from keras_bilinear.version import __version__
 
 __all__ = [
@@ -27,5 +29,9 @@ __all__ = [
     "BilinearLSTMCell",
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
+    "RewritePlan",
     "__version__",
+    "expand_model",
+    "plan_rewrite",
+    "rewrite_model",
 ]

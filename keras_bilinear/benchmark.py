@@ -33,15 +33,20 @@ COLUMNS = {
     "torch": ("torch", False, {}),
 }
 
+# Suites that measure memory, and those whose layers they take.
+MEMORY = {f"{suite}_memory": suite for suite in ("conv", "recurrent")}
+
 
 def _run(column, suite):
     """Records of one suite and column."""
-    if suite != "memory":
+    if suite not in MEMORY:
         return _run_worker(column, suite)
     records = []
-    for index, case in enumerate(CASES["conv"]):
+    for index, case in enumerate(CASES[MEMORY[suite]]):
         # Each layer in a process of its own: memory that was freed may stay with its allocator.
-        (full,), (bilinear,) = (_run_worker(column, "conv", index, which) for which in (0, 1))
+        (full,), (bilinear,) = (
+            _run_worker(column, MEMORY[suite], index, which) for which in (0, 1)
+        )
         records.append({"case": str(case), "memory": [full, bilinear]})
     return records
 
@@ -171,13 +176,13 @@ def _markdown(records, command):
 
 def define_flags() -> None:
     """Defines the flags of `keras-bilinear benchmark`."""
-    suites = [*CASES, "huge", "memory"]
+    suites = [*CASES, "huge", *MEMORY]
     flags.DEFINE_multi_enum(
         "suite",
         suites,
         suites,
         "Layers to time; may be repeated. huge: the peak memory of a vocabulary of 10^9; "
-        "memory: that of a training step of each convolution.",
+        "those of memory: what a training step of each layer takes.",
     )
     flags.DEFINE_multi_enum(
         "backend",

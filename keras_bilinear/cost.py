@@ -50,6 +50,11 @@ NANOSECONDS = {
 }
 
 
+# So many multiplications of a large matrix product take as long as one of the
+# small products of a recurrent step: benchmarks/results/speed_recurrent.md.
+SMALL_PRODUCT = 2.5
+
+
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """One operation of a way: a convolution or, in `multiplies`, a matrix product.
@@ -150,7 +155,9 @@ def seconds(plan, order, strides, coefficients=None):
 def choose_order(plan, implementation, strides=()):
     """The order of the factors, or `None` where the kernel is to be materialized.
 
-    A dense projection goes by its MACs, a convolution by the fitted model.
+    A dense projection goes by its MACs, and so do the gates of a recurrent layer,
+    whose small products count `SMALL_PRODUCT` times; a convolution goes by the
+    fitted model.
 
     Args:
         plan: a `Factorization`.
@@ -160,7 +167,8 @@ def choose_order(plan, implementation, strides=()):
     if implementation == "materialized":
         return None
     if plan.pointwise:
-        cheaper = implementation == "factorized" or plan.macs <= plan.full_macs
+        macs = plan.macs * SMALL_PRODUCT if plan.gates else plan.macs
+        cheaper = implementation == "factorized" or macs <= plan.full_macs
         return plan.order if cheaper else None
     ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)
     return min(ways, key=lambda order: seconds(plan, order, strides))

@@ -5,6 +5,10 @@ import math
 
 import numpy as np
 
+# Above so many rows, a few singular vectors are found by iteration.
+LARGE = 1024
+OVERSAMPLING, POWERS = 16, 6
+
 
 def nearest_kronecker_sum(kernel, factorization):
     """Minimizes `|| W - sum_r kron(L_r, R_r) ||` (Frobenius norm).
@@ -18,50 +22,124 @@ def nearest_kronecker_sum(kernel, factorization):
 
     Args:
         kernel: of `factorization.full_shape`, any real dtype.
-        factorization: a `Factorization` of that shape.
+        factorization: a `Factorization` of that shape, without gates.
 
     Returns:
         `(left, right)`, float64, of `factorization.left_shape` and
         `right_shape`. Both factors of a term have the same norm.
     """
     plan = factorization
-    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
-    half = len(plan.window) + 2
-    kernel = np.asarray(kernel, "float64").reshape(
-        *plan.window, plan.input_dim, plan.groups, plan.output_dim
-    )
-    missing = (plan.padded_input_dim - plan.input_dim, 0, plan.padded_output_dim - plan.output_dim)
-    kernel = np.pad(kernel, [(0, 0)] * len(plan.window) + [(0, size) for size in missing])
-    # Rows hold what belongs to the left factor, columns what belongs to the right one.
-    window = itertools.chain.from_iterable(zip(plan.left_window, plan.right_window, strict=True))
-    kernel = kernel.reshape(*window, d1, d2, plan.groups * u1, u2)
-    kernel = kernel.transpose(*range(0, 2 * half, 2), *range(1, 2 * half, 2))
-    kernel = kernel.reshape(math.prod(plan.left_shape[1:]), math.prod(plan.right_shape[1:]))
+    parts = np.split(np.asarray(kernel).reshape(-1, plan.full_shape[-1]), plan.groups, axis=1)
+    left, right = leading_terms(_rearrange(parts, plan), plan.rank)
+    return left.reshape(plan.left_shape), right.reshape(plan.right_shape)
 
-    # The eigenvectors of the smaller Gram matrix are the singular vectors of
-    # that side, several times as fast; projecting onto them gives the other
-    # side without a division, and to full precision.
-    if len(kernel) <= len(kernel.T):
-        left = _leading_eigenvectors(kernel @ kernel.T, plan.rank)
-        right = left.T @ kernel
-    else:
-        right = _leading_eigenvectors(kernel.T @ kernel, plan.rank).T
-        left = kernel @ right.T
-    left, right = left.T, right
+
+def remaining_energies(parts, factorization, most):
+    """What the nearest sums of 0, 1, ... `most` terms leave of a kernel: squared norms.
+
+    Args:
+        parts: the kernels of its groups or gates, `(inputs, outputs)`.
+        factorization: a `Factorization`; its rank does not matter.
+        most: the largest number of terms.
+    """
+    plan = factorization.gate
+    # Gates have terms of their own, groups share them.
+    matrices = [[part] for part in parts] if factorization.gates else [parts]
+    left = np.zeros(most + 1)
+    for one in matrices:
+        matrix = _rearrange(one, plan)
+        vectors, matrix = _leading_vectors(matrix, most)
+        taken = np.zeros(most + 1)
+        energies = np.square(vectors.T @ matrix).sum(1)
+        taken[1 : len(energies) + 1] = energies
+        left += np.maximum(np.square(matrix).sum() - np.cumsum(taken), 0)
+    return left
+
+
+def _rearrange(parts, plan):
+    """The kernels of all groups as a matrix: rows of the left factor, columns of the right one."""
+    kernels = np.stack([arrange(np.asarray(part, "float64"), plan) for part in parts])
+    rows = math.prod(plan.left_shape[1:])
+    return kernels.transpose(1, 0, 3, 2, 4).reshape(rows, -1)
+
+
+def leading_terms(matrix, rank):
+    """The sum of `rank` outer products that is nearest to a matrix.
+
+    Returns:
+        `(left, right)`, of `(rank, rows)` and `(rank, columns)`; those of a term
+        have the same norm. Terms beyond the rank of the matrix are zero.
+    """
+    vectors, short = _leading_vectors(matrix, rank)
+    left, right = vectors.T, vectors.T @ short
+    if short is not matrix:
+        left, right = right, left
     left_norm = np.linalg.norm(left, axis=1, keepdims=True)
     right_norm = np.linalg.norm(right, axis=1, keepdims=True)
     size = np.sqrt(left_norm * right_norm)
     left = left * np.divide(size, left_norm, out=np.zeros_like(size), where=left_norm > 0)
     right = right * np.divide(size, right_norm, out=np.zeros_like(size), where=right_norm > 0)
-
-    # Terms beyond the smaller side are not needed and stay zero.
-    missing = ((0, plan.rank - len(left)), (0, 0))
-    return (
-        np.pad(left, missing).reshape(plan.left_shape),
-        np.pad(right, missing).reshape(plan.right_shape),
-    )
+    missing = ((0, rank - len(left)), (0, 0))
+    return np.pad(left, missing), np.pad(right, missing)
 
 
-def _leading_eigenvectors(gram, count):
-    _, vectors = np.linalg.eigh(gram)
-    return vectors[:, ::-1][:, :count]
+def arrange(values, plan):
+    """The numbers of one group's kernel, `(inputs, outputs)`, arranged as its factors are.
+
+    Returns:
+        `(a, b, u, v)`: inputs of the left and of the right factor, then their
+        outputs; zero for those of the padding.
+    """
+    inputs, outputs = input_index(plan), output_index(plan)
+    return take(values, inputs, outputs).reshape(*inputs.shape, *outputs.shape)
+
+
+def input_index(plan):
+    """For each input of the factors, `(left, right)`, that of the kernel; -1 for the padding."""
+    index = np.full((*plan.window, plan.padded_input_dim), -1)
+    inputs = math.prod(plan.window) * plan.input_dim
+    index[..., : plan.input_dim] = np.arange(inputs).reshape(*plan.window, plan.input_dim)
+    window = itertools.chain.from_iterable(zip(plan.left_window, plan.right_window, strict=True))
+    index = index.reshape(*window, *plan.input_factors)
+    index = index.transpose(*range(0, index.ndim, 2), *range(1, index.ndim, 2))
+    return index.reshape(math.prod(plan.left_window) * plan.input_factors[0], -1)
+
+
+def output_index(plan):
+    """For each output of the factors, `(left, right)`, that of the kernel; -1 for the padding."""
+    index = np.full(plan.padded_output_dim, -1)
+    index[: plan.output_dim] = np.arange(plan.output_dim)
+    return index.reshape(plan.output_factors)
+
+
+def take(values, *indices):
+    """`values` at the places of one index for each axis; 0 where it is -1."""
+    for axis, index in enumerate(indices):
+        shape = [1] * values.ndim
+        shape[axis] = index.size
+        values = np.take(values, index.ravel(), axis) * (index >= 0).reshape(shape)
+    return values
+
+
+def _leading_vectors(matrix, count):
+    """`(vectors, matrix)`: leading left singular vectors of a matrix or its transpose.
+
+    Taken is the one with fewer rows: the eigenvectors of its Gram matrix are
+    found several times as fast as a singular value decomposition, and
+    projecting onto them gives the other side without a division, and to full
+    precision. Of a large matrix, few vectors come from iterating on a random
+    subspace (Halko, Martinsson, Tropp, "Finding Structure with Randomness",
+    2011).
+    """
+    if len(matrix) > len(matrix.T):
+        matrix = matrix.T
+    rows = len(matrix)
+    if rows <= LARGE or count > rows // 4:
+        _, vectors = np.linalg.eigh(matrix @ matrix.T)
+        return vectors[:, ::-1][:, :count], matrix
+    subspace = np.random.default_rng(0).normal(size=(rows, count + OVERSAMPLING))
+    for _ in range(POWERS):
+        subspace, _ = np.linalg.qr(matrix @ (matrix.T @ subspace))
+    projected = subspace.T @ matrix
+    _, vectors = np.linalg.eigh(projected @ projected.T)
+    return subspace @ vectors[:, ::-1][:, :count], matrix

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import keras
 from keras.src import backend
+from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
 
 # The loop over time that `keras.layers.RNN` runs its cell in.
@@ -26,3 +27,44 @@ def calls(model: keras.Model) -> Iterator[tuple[keras.Layer, list[tuple]]]:
         for node in nodes:
             if isinstance(node.operation, keras.Layer) and not node.is_input:
                 yield node.operation, [tensor.shape for tensor in node.input_tensors]
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that a layer holds itself, in the order in which they were attached."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+# What ties a layer to the graphs and the layers that hold it.
+_PLACE = ("_inbound_nodes", "_outbound_nodes", "_path", "_parent_path", "_called")
+# Functions that Keras makes for each object.
+_BOUND = ("build", "quantize")
+
+
+def become(layer: keras.Layer, other: keras.Layer) -> None:
+    """Makes a layer another one, which is used up, and keeps it where it is.
+
+    Graphs, attributes, lists and wrappers hold the object, so nothing else
+    has to change.
+    """
+    state = {name: value for name, value in vars(other).items() if name not in _BOUND}
+    state |= {name: vars(layer)[name] for name in _PLACE if name in vars(layer)}
+    set_class(layer, type(other))
+    vars(layer).clear()
+    vars(layer).update(state)
+
+
+def set_class(layer: keras.Layer, cls: type) -> None:
+    """Changes the class of a layer, behind the back of its own `__setattr__`."""
+    object.__setattr__(layer, "__class__", cls)
+
+
+def is_functional(layer: keras.Layer) -> bool:
+    """Whether a layer is a model that is its graph, and not of a subclass."""
+    return type(layer) is Functional
+
+
+def refresh(model: keras.Model) -> None:
+    """Makes a model notice that layers in it have become others."""
+    if keras.config.backend() == "torch":
+        for layer in model._flatten_layers():
+            layer._track_variables()

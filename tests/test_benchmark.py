@@ -111,10 +111,10 @@ def test_what_is_measured_is_written_after_each_column(tmp_path, monkeypatch, ca
         return [{"case": f"a {suite} layer", "memory": [4e6, 1e6]}]
 
     monkeypatch.setattr(benchmark, "_run", run)
-    command = ["benchmark", "--suite=memory", "--backend=tensorflow", "--backend=onednn"]
+    command = ["benchmark", "--suite=conv_memory", "--backend=tensorflow", "--backend=onednn"]
     assert run_command(*command, f"--output={tmp_path / 'speed'}") == 2
     assert capsys.readouterr().err.endswith("caught fire\n")
-    assert "| a memory layer | training step | 4 / 1 |" in (tmp_path / "speed.md").read_text()
+    assert "| a conv_memory layer | training step | 4 / 1 |" in (tmp_path / "speed.md").read_text()
     results = json.loads((tmp_path / "speed.json").read_text())
-    assert results["command"] == "keras-bilinear benchmark --suite=memory --backend=tensorflow"
+    assert results["command"] == "keras-bilinear benchmark --suite=conv_memory --backend=tensorflow"
     assert [*results["records"]] == ["tensorflow"]

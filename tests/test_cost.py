@@ -39,6 +39,13 @@ def test_a_dense_projection_goes_by_its_macs():
     assert cost.choose_order(Factorization.create(64, 64, rank=50), "auto") is None
 
 
+def test_gates_are_factorized_where_that_saves_much():
+    for rank, order in ((1, "left"), (4, None)):
+        gates = Factorization.create(256, 256, rank=rank, gates=4)
+        assert cost.choose_order(gates, "auto") == order
+        assert cost.choose_order(gates, "factorized") == "left"
+
+
 def test_work_of_groups_is_that_of_one_for_each():
     for order in (*cost.FACTORIZED, None):
         one = cost.work(plan(12, 18), order, (2, 2))

@@ -1,13 +1,24 @@
+import math
 from collections.abc import Callable, Sequence
 from typing import Self
 
 import keras
+import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
+from keras_bilinear.calibration import calibrate
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
-from keras_bilinear.layers.projection import SHARED, BilinearLayer, KroneckerKernel
+from keras_bilinear.layers.projection import (
+    SHARED,
+    BilinearLayer,
+    KroneckerKernel,
+    check_full,
+    check_width,
+)
 
 PATTERNS = ("auto", "channel", "spatial")
+# Patches of one batch of calibration data that count.
+MOST_PATCHES = 8192
 
 
 class BilinearConv(BilinearLayer):
@@ -256,6 +267,7 @@ class BilinearConv(BilinearLayer):
         input_factors: Sequence[int] | None = None,
         output_factors: Sequence[int] | None = None,
         implementation: str = "auto",
+        calibration_data=None,
         pattern: str = "auto",
     ) -> Self:
         """Makes a bilinear layer from a built full one.
@@ -263,14 +275,63 @@ class BilinearConv(BilinearLayer):
         As `BilinearDense.from_full`, with the factors aligned to the axes of the
         kernel as `pattern` says.
         """
+        check_full(cls, layer)
         return cls._from_full(
             layer,
+            calibrate(cls, layer, calibration_data),
             rank=rank,
             input_factors=input_factors,
             output_factors=output_factors,
             implementation=implementation,
             pattern=pattern,
         )
+
+    @staticmethod
+    def _count_parts(layer):
+        return layer.groups
+
+    @classmethod
+    def _kernel_inputs(cls, layer, inputs, **options):
+        channels_last = layer.data_format == "channels_last"
+        check_width(
+            layer, inputs, layer.kernel.shape[-2] * layer.groups, -1 if channels_last else 1
+        )
+        if not channels_last:
+            inputs = np.moveaxis(inputs, 1, -1)
+        patches = _patches(layer, inputs, MOST_PATCHES)
+        parts = np.split(patches, layer.groups, axis=-1)
+        return {"kernel": [part.reshape(len(patches), -1) for part in parts]}
+
+
+def _patches(layer, inputs, most):
+    """At most so many of the patches that a stock convolution sees: `(n, *window, c)`.
+
+    Which ones depends on the shape alone.
+    """
+    axes = range(1, inputs.ndim - 1)
+    spans = [
+        (size - 1) * rate + 1
+        for size, rate in zip(layer.kernel_size, layer.dilation_rate, strict=True)
+    ]
+    padding = [(0, 0)]
+    for size, span, stride in zip(inputs.shape[1:-1], spans, layer.strides, strict=True):
+        missing = {
+            "valid": 0,
+            "causal": span - 1,
+            "same": max((-(-size // stride) - 1) * stride + span - size, 0),
+        }[layer.padding]
+        before = missing if layer.padding == "causal" else missing // 2
+        padding.append((before, missing - before))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(inputs, [*padding, (0, 0)]), spans, tuple(axes)
+    )
+    strides = (slice(None, None, stride) for stride in layer.strides)
+    rates = (slice(None, None, rate) for rate in layer.dilation_rate)
+    windows = windows[(slice(None), *strides, slice(None), *rates)]
+    places = windows.shape[: inputs.ndim - 1]
+    chosen = np.random.default_rng(0).permutation(math.prod(places))[:most]
+    chosen = np.unravel_index(np.sort(chosen), places)
+    return np.moveaxis(windows[chosen], 1, -1)
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")

@@ -4,7 +4,7 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
-from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
+from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel, check_width
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
@@ -163,3 +163,8 @@ class BilinearDense(BilinearLayer):
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
             "bias_constraint": constraints.serialize(self.bias_constraint),
         }
+
+    @classmethod
+    def _kernel_inputs(cls, layer, inputs, **options):
+        check_width(layer, inputs, layer.kernel.shape[0])
+        return {"kernel": [inputs.reshape(-1, inputs.shape[-1])]}

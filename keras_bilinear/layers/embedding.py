@@ -5,6 +5,7 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_bilinear.factors import Factorization, check_positive_int
+from keras_bilinear.fit import Frequencies
 from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
 
 
@@ -199,3 +200,17 @@ class BilinearEmbedding(BilinearLayer):
             "embeddings_constraint": constraints.serialize(self.embeddings_constraint),
             "mask_zero": self.mask_zero,
         }
+
+    @classmethod
+    def _kernel_inputs(cls, layer, inputs, **options):
+        is_integer = np.issubdtype(inputs.dtype, np.integer)
+        if not is_integer or np.any((inputs < 0) | (inputs >= layer.input_dim)):
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {layer.name!r}, integers from 0 "
+                f"to {layer.input_dim - 1}. Received: {inputs!r}"
+            )
+        return {"embeddings": [inputs.ravel()]}
+
+    @staticmethod
+    def _moments(kernel):
+        return Frequencies(kernel)

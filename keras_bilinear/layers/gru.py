@@ -36,6 +36,21 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
         bias = super()._input_bias()
         return bias[0] if self.reset_after else bias
 
+    @classmethod
+    def _state_rows(cls, cell, inputs, states):
+        rows = super()._state_rows(cell, inputs, states)
+        if cell.reset_after:
+            return rows
+        # The candidate sees the state as the reset gate leaves it.
+        weights = (cell.kernel, cell.recurrent_kernel, cell.bias)
+        kernel, recurrent, bias = (
+            0.0 if one is None else ops.convert_to_tensor(one)[..., cell.units : 2 * cell.units]
+            for one in weights
+        )
+        reset = ops.add(ops.matmul(inputs, kernel), ops.matmul(states, recurrent))
+        reset = cell.recurrent_activation(ops.add(reset, bias))
+        return [*rows[:2], states * ops.convert_to_numpy(reset)]
+
     def make_step(self, mask, training=None):
         kernel = self._recurrent_kernel
         if self.reset_after:

@@ -10,9 +10,11 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear import kronecker
+from keras_bilinear.calibration import calibrate
 from keras_bilinear.cost import choose_order
 from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
+from keras_bilinear.fit import Moments, fit_kronecker_sum
 from keras_bilinear.initializers import FactorInitializers, split_into_gates
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
@@ -202,6 +204,31 @@ class KroneckerKernel:
         """Stores the Kronecker sum that is nearest to a full kernel."""
         self._assign(*nearest_kronecker_sum(kernel, self.factorization))
 
+    def fit(self, moments, centred):
+        """Stores the Kronecker sum that is fitted to examples.
+
+        Args:
+            moments: one of `keras_bilinear.fit` for each group or gate.
+            centred: whether a bias takes the means.
+
+        Returns:
+            For each group or gate what is to be added to the bias, side by side.
+        """
+        self._fit(moments, centred)
+        if not centred:
+            return 0.0
+        plan = self.factorization
+        kernel = ops.convert_to_numpy(self.materialize()).astype("float64")
+        kernel = kernel.reshape(-1, len(moments), plan.output_dim)
+        means = [one.means() for one in moments]
+        return np.concatenate(
+            [target - input @ kernel[:, i] for i, (input, target) in enumerate(means)]
+        )
+
+    def _fit(self, moments, centred):
+        fit = fit_kronecker_sum(moments, self.factorization, centred)
+        self._assign(fit.left, fit.right)
+
     def _assign(self, left, right):
         for variable, values in ((self.left, left), (self.right, right)):
             # NumPy has no bfloat16, and not every backend rounds float64 to it.
@@ -308,6 +335,7 @@ class BilinearLayer(keras.layers.Layer):
         input_factors: Sequence[int] | None = None,
         output_factors: Sequence[int] | None = None,
         implementation: str = "auto",
+        calibration_data=None,
     ) -> Self:
         """Makes a bilinear layer from a built full one.
 
@@ -316,6 +344,11 @@ class BilinearLayer(keras.layers.Layer):
         1993). It is exact when the rank reaches
         `layer.factorization.sufficient_rank`.
 
+        With calibration data, the factors and the bias are fitted such that the
+        outputs before the activation differ least on them (alternating least
+        squares, see `keras_bilinear.fit`). That keeps far more of what a trained
+        network does.
+
         Args:
             layer: a built layer of exactly the stock class that this one stands
                 for. It is left untouched.
@@ -323,17 +356,24 @@ class BilinearLayer(keras.layers.Layer):
             input_factors: `(d1, d2)`; `None` chooses them.
             output_factors: `(u1, u2)`; `None` chooses them.
             implementation: `"auto"`, `"factorized"` or `"materialized"`.
+            calibration_data: inputs of the layer, an array or an iterable of
+                arrays, each of which is read once.
 
         Returns:
-            A built layer with the same name, options and bias.
+            A built layer with the same name and options.
 
         Raises:
-            TypeError: if `layer` is not of the stock class.
+            TypeError: if `layer` is not of the stock class, or `calibration_data`
+                neither an array nor iterable.
             ValueError: if `layer` is not built, is quantized or holds NaN or
-                infinite weights, or if another argument is not valid.
+                infinite weights; if there are no calibration data, or they are
+                not finite or no inputs of the layer; or if another argument is
+                not valid.
         """
+        check_full(cls, layer)
         return cls._from_full(
             layer,
+            calibrate(cls, layer, calibration_data),
             rank=rank,
             input_factors=input_factors,
             output_factors=output_factors,
@@ -341,29 +381,78 @@ class BilinearLayer(keras.layers.Layer):
         )
 
     @classmethod
-    def _from_full(cls, layer, **own_arguments):
-        check_full(cls, layer)
-        attributes = dict(cls._full_kernels)
-        weights = {}
-        for name in (*attributes, "bias"):
-            if getattr(layer, name, None) is not None:
-                values = ops.convert_to_numpy(getattr(layer, name))
-                if not np.isfinite(values.astype("float64")).all():
-                    raise ValueError(
-                        f"`{cls.__name__}.from_full` takes finite weights. "
-                        f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
-                    )
-                weights[name] = values
+    def _from_full(cls, layer, calibration=None, **own_arguments):
+        weights = _finite_weights(cls, layer)
+        bilinear = cls._like(layer, **own_arguments)
+        bias = weights.pop("bias", None)
+        for row, (name, kernel) in enumerate(bilinear._kernels.items()):
+            if calibration is None:
+                kernel.assign(weights[name])
+                continue
+            missing = kernel.fit(calibration.moments[name], centred=bias is not None)
+            if bias is not None:
+                # Where each kernel has a bias of its own, they are rows of one variable.
+                of_kernel = bias if bias.ndim == 1 else bias[row]
+                of_kernel += missing
+        if bias is not None:
+            bilinear.bias.assign(bias)
+        return bilinear
+
+    @classmethod
+    def _like(cls, layer, **own_arguments):
+        """A built layer with the options of a full one, and factors of its own."""
         accepted = {*inspect.signature(cls.__init__).parameters, *OF_EVERY_LAYER}
         if "args" in accepted:  # those of the stock layer
             accepted |= {*inspect.signature(cls.full_class.__init__).parameters}
         config = {key: value for key, value in layer.get_config().items() if key in accepted}
         bilinear = cls.from_config({**config, **own_arguments})
-        first_kernel, *_ = weights.values()
-        bilinear.build(bilinear._input_shape(first_kernel.shape))
-        for name, values in weights.items():
-            getattr(bilinear, attributes.get(name, name)).assign(values)
+        first_kernel, _ = cls._full_kernels[0]
+        bilinear.build(bilinear._input_shape(getattr(layer, first_kernel).shape))
         return bilinear
+
+    @property
+    def _kernels(self):
+        """The `KroneckerKernel` for each kernel of the full layer, by that one's name."""
+        return {name: getattr(self, attribute) for name, attribute in self._full_kernels}
+
+    @classmethod
+    def _kernel_parts(cls, layer):
+        """For each kernel of a full layer those of its groups or gates, `(inputs, outputs)`."""
+        count = cls._count_parts(layer)
+        weights = _finite_weights(cls, layer)
+        return {
+            name: np.split(weights[name].reshape(-1, weights[name].shape[-1]), count, axis=1)
+            for name, _ in cls._full_kernels
+        }
+
+    @staticmethod
+    def _has_bias(layer):
+        """Whether a full layer has a bias, which can take the mean of an error."""
+        return getattr(layer, "bias", None) is not None
+
+    @staticmethod
+    def _count_parts(layer):
+        """The number of groups or gates of a full layer."""
+        return 1
+
+    @classmethod
+    def _kernel_inputs(cls, layer, inputs, **options):
+        """For each kernel of a full layer, and each part of it, the rows that it is applied to.
+
+        Args:
+            layer: the full layer.
+            inputs: of a call of the layer, an array.
+            **options: other arguments of that call.
+
+        Raises:
+            ValueError: if they are no inputs of the layer.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no calibration")
+
+    @staticmethod
+    def _moments(kernel):
+        """An empty sum over examples for one part of a kernel."""
+        return Moments(kernel)
 
     def expand(self) -> keras.layers.Layer:
         """Makes the stock Keras layer that computes the same.
@@ -376,7 +465,7 @@ class BilinearLayer(keras.layers.Layer):
             AttributeError: if the layer is not built.
         """
         self._built_kernel()
-        kernels = [getattr(self, name).materialize() for _, name in self._full_kernels]
+        kernels = [kernel.materialize() for kernel in self._kernels.values()]
         full = self._unbuilt_full_layer()
         full.build(self._input_shape(kernels[0].shape))
         full.set_weights([*kernels, *self.get_weights()[2 * len(kernels) :]])
@@ -404,4 +493,34 @@ def check_full(cls, layer):
         raise ValueError(
             f"`{cls.__name__}.from_full` takes a layer that is not quantized. "
             f"Received: layer={layer!r} with dtype policy {layer.dtype_policy.name!r}"
+        )
+
+
+def _finite_weights(cls, layer):
+    """The kernels and the bias of a full layer, in float32 or float64, by their names."""
+    weights = {}
+    for name in (*dict(cls._full_kernels), "bias"):
+        if getattr(layer, name, None) is not None:
+            values = ops.convert_to_numpy(getattr(layer, name))
+            # A copy of a precision that NumPy calculates in.
+            values = values.astype("float64" if values.dtype == "float64" else "float32")
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"`{cls.__name__}.from_full` takes finite weights. "
+                    f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
+                )
+            weights[name] = values
+    return weights
+
+
+def check_width(layer, inputs, width, axis=-1):
+    """Checks that calibration data can be inputs of a full layer.
+
+    Raises:
+        ValueError: if they have another width.
+    """
+    if inputs.ndim < 2 or inputs.shape[axis] != width:
+        raise ValueError(
+            f"`calibration_data` must be inputs of the layer {layer.name!r}, of width {width} on "
+            f"axis {axis}. Received: an array of shape {inputs.shape}"
         )

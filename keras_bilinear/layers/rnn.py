@@ -8,9 +8,17 @@ import numpy as np
 from keras import ops, tree
 
 from keras_bilinear import keras_private, kronecker
+from keras_bilinear.calibration import calibrate
 from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
-from keras_bilinear.layers.projection import SHARED, BilinearLayer, KroneckerKernel, check_full
+from keras_bilinear.fit import fit_kronecker_sum
+from keras_bilinear.layers.projection import (
+    SHARED,
+    BilinearLayer,
+    KroneckerKernel,
+    check_full,
+    check_width,
+)
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
 
@@ -46,9 +54,15 @@ class GateKernel(KroneckerKernel):
 
     def assign(self, kernel):
         plan = self.factorization
-        pairs = [
+        self._assign_gates(
             nearest_kronecker_sum(part, plan.gate) for part in np.split(kernel, plan.gates, axis=1)
-        ]
+        )
+
+    def _fit(self, moments, centred):
+        fits = [fit_kronecker_sum([one], self.factorization.gate, centred) for one in moments]
+        self._assign_gates((fit.left, fit.right) for fit in fits)
+
+    def _assign_gates(self, pairs):
         self._assign(*(np.stack(side) for side in zip(*pairs, strict=True)))
 
 
@@ -77,7 +91,7 @@ class BilinearCell(BilinearLayer):
             have them on both sides.
         implementation: `"factorized"` applies one factor after the other,
             `"materialized"` forms the kernels first, once for each call of the
-            layer; `"auto"` takes what needs fewer multiplications.
+            layer; `"auto"` takes what was measured to be faster for a batch.
         **kwargs: arguments of the stock cell.
     """
 
@@ -230,8 +244,10 @@ class BilinearCell(BilinearLayer):
     ) -> Self:
         """Makes a bilinear cell from a built full one.
 
-        As `BilinearDense.from_full`, gate by gate.
+        As `BilinearDense.from_full`, gate by gate, without calibration data,
+        which `from_full` of the layers takes.
         """
+        check_full(cls, layer)
         return cls._from_full(
             layer,
             rank=rank,
@@ -240,6 +256,15 @@ class BilinearCell(BilinearLayer):
             output_factors=output_factors,
             implementation=implementation,
         )
+
+    @classmethod
+    def _count_parts(cls, layer):
+        return cls.gates
+
+    @classmethod
+    def _state_rows(cls, cell, inputs, states):
+        """For each gate of a full cell the rows that its recurrent kernel is applied to."""
+        return [states] * cls.gates
 
 
 class BilinearRNN(keras.layers.RNN):
@@ -341,10 +366,13 @@ class BilinearRNN(keras.layers.RNN):
         input_factors: tuple | None = None,
         output_factors: tuple | None = None,
         implementation: str = "auto",
+        calibration_data=None,
     ) -> Self:
         """Makes a bilinear layer from a built full one.
 
-        As `BilinearDense.from_full`, gate by gate.
+        As `BilinearDense.from_full`, gate by gate. Calibration data are
+        sequences; the recurrent kernels are fitted on the states that the full
+        layer reaches in them.
         """
         own = {
             "rank": rank,
@@ -354,11 +382,64 @@ class BilinearRNN(keras.layers.RNN):
             "implementation": implementation,
         }
         check_full(cls, layer)
-        cell = cls.cell_class.from_full(layer.cell, **own)
+        return cls._from_full(layer, calibrate(cls, layer, calibration_data), **own)
+
+    @classmethod
+    def _from_full(cls, layer, calibration=None, **own):
+        cell = cls.cell_class._from_full(layer.cell, calibration, **own)
         bilinear = cls.from_config({**layer.get_config(), "seed": layer.cell.seed, **own})
         _build_like(bilinear, layer, cell.factorization.input_dim)
         bilinear.cell.set_weights(cell.get_weights())
         return bilinear
+
+    @classmethod
+    def _like(cls, layer, **own):
+        return cls.cell_class._like(layer.cell, **own)
+
+    @classmethod
+    def _kernel_parts(cls, layer):
+        return cls.cell_class._kernel_parts(layer.cell)
+
+    @classmethod
+    def _kernel_inputs(cls, layer, inputs, mask=None, initial_state=None, **options):
+        check_width(layer, inputs, layer.cell.kernel.shape[0])
+        if inputs.ndim != 3:
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {layer.name!r}, of 3 axes. "
+                f"Received: an array of shape {inputs.shape}"
+            )
+        config = {**layer.get_config(), "return_sequences": True, "return_state": False}
+        runner = type(layer).from_config({**config, "stateful": False, "unroll": False})
+        runner.build(inputs.shape)
+        runner.cell.set_weights(layer.cell.get_weights())
+        outputs = ops.convert_to_numpy(runner(inputs, mask=mask, initial_state=initial_state))
+        seen = np.ones(inputs.shape[:2], bool)
+        if mask is not None:
+            seen = ops.convert_to_numpy(mask).reshape(seen.shape).astype(bool)
+        if layer.go_backwards:
+            inputs, seen = inputs[:, ::-1], seen[:, ::-1]
+        if initial_state is None:
+            first = np.zeros_like(outputs[:, :1])
+        else:
+            first = ops.convert_to_numpy(tree.flatten(initial_state)[0])[:, None]
+        # The state before a step is the output of the last one that was not masked.
+        after = np.maximum.accumulate(np.where(seen, range(1, seen.shape[1] + 1), 0), axis=1)
+        before = np.pad(after, ((0, 0), (1, 0)))[:, :-1, None]
+        states = np.take_along_axis(np.concatenate([first, outputs], axis=1), before, axis=1)
+        inputs, states = inputs[seen], states[seen]
+        gates = cls.cell_class.gates
+        return {
+            "kernel": [inputs] * gates,
+            "recurrent_kernel": cls.cell_class._state_rows(layer.cell, inputs, states),
+        }
+
+    @staticmethod
+    def _has_bias(layer):
+        return layer.cell.bias is not None
+
+    @classmethod
+    def _moments(cls, kernel):
+        return cls.cell_class._moments(kernel)
 
     def expand(self) -> keras.layers.Layer:
         """Makes the stock Keras layer that computes the same.

@@ -1,0 +1,202 @@
+"""What a full layer sees of calibration data, as far as the fit of its kernels needs it."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+
+import keras
+import numpy as np
+from absl import logging
+from keras import ops
+
+from keras_bilinear.fit import fit_kronecker_sum
+
+
+class Calibration:
+    """Collects the inputs of a full layer's kernels.
+
+    Args:
+        bilinear_class: class of the layer that is to stand for the full one.
+        layer: the built full layer.
+    """
+
+    def __init__(self, bilinear_class: type, layer: keras.Layer):
+        self.layer = layer
+        self._class = bilinear_class
+        self.has_bias = bilinear_class._has_bias(layer)
+        self.moments = {
+            name: [bilinear_class._moments(part) for part in parts]
+            for name, parts in bilinear_class._kernel_parts(layer).items()
+        }
+
+    def add(self, inputs, full_inputs=None, **options) -> None:
+        """Adds the inputs of one call.
+
+        Args:
+            inputs: what the bilinear layer is going to see.
+            full_inputs: what the full layer sees in the full model; `None` for
+                the same.
+            **options: other arguments of the call, such as `mask`.
+
+        Raises:
+            ValueError: if the layer cannot take the inputs, or if some of them
+                are NaN or infinite.
+        """
+        examples = self._examples(inputs, options)
+        full = examples if full_inputs is None else self._examples(full_inputs, options)
+        for name, parts in self.moments.items():
+            for one, rows, full_rows in zip(parts, examples[name], full[name], strict=True):
+                one.add(rows, full_rows)
+
+    def _examples(self, inputs, options):
+        inputs = np.asarray(ops.convert_to_numpy(inputs))
+        if "int" not in inputs.dtype.name and inputs.dtype != "float64":
+            inputs = inputs.astype("float32")
+        if not np.isfinite(inputs).all():
+            raise ValueError(
+                "`calibration_data` must be finite. Received: calibration_data with NaN or "
+                f"infinite values for the layer {self.layer.name!r}"
+            )
+        return self._class._kernel_inputs(self.layer, inputs, **options)
+
+    def has_examples(self) -> bool:
+        """Whether each kernel has seen something."""
+        return all(one.count for parts in self.moments.values() for one in parts)
+
+    def error(self, factorizations, rank: int, sweeps: int = 5) -> float:
+        """The error of the fit at a rank: root mean square over the kernels, relative.
+
+        Args:
+            factorizations: of the kernels, in their order.
+            rank: number of Kronecker terms.
+            sweeps: see `keras_bilinear.fit.fit_kronecker_sum`.
+        """
+        squares = []
+        for plan, parts in zip(factorizations, self.moments.values(), strict=True):
+            plan = dataclasses.replace(plan, rank=rank)
+            problems = [[one] for one in parts] if plan.gates else [parts]
+            for problem in problems:
+                fit = fit_kronecker_sum(problem, plan.gate, self.has_bias, sweeps)
+                squares.append(fit.error**2)
+        return float(np.sqrt(np.mean(squares)))
+
+    def check(self) -> None:
+        """Checks that there are examples, and warns if they are few.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        for name, parts in self.moments.items():
+            for one in parts:
+                if not one.count:
+                    raise ValueError(
+                        "`calibration_data` must have at least one example. Received: none that "
+                        f"reaches {name!r} of the layer {self.layer.name!r}"
+                    )
+                if one.count < len(one.kernel):
+                    logging.warning(
+                        "%d calibration examples for the %d inputs of %r of the layer %r: "
+                        "the fit keeps near its kernel.",
+                        one.count,
+                        len(one.kernel),
+                        name,
+                        self.layer.name,
+                    )
+                    break
+
+
+def calibrate(bilinear_class: type, layer: keras.Layer, data) -> Calibration | None:
+    """The calibration of one layer by data of its own; `None` if that is `None`.
+
+    Args:
+        bilinear_class: class of the layer that is to stand for the full one.
+        layer: the built full layer.
+        data: inputs of the layer: an array, or an iterable of arrays.
+    """
+    if data is None:
+        return None
+    calibration = Calibration(bilinear_class, layer)
+    for batch in batches(data):
+        calibration.add(batch)
+    calibration.check()
+    return calibration
+
+
+def batches(data) -> Iterable:
+    """Calibration data, one batch at a time.
+
+    Args:
+        data: an array, or an iterable of arrays.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if hasattr(data, "shape"):
+        size = 128
+        return (data[start : start + size] for start in range(0, len(data), size))
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
+        return data
+    raise TypeError(
+        "`calibration_data` must be an array or an iterable of arrays. "
+        f"Received: calibration_data={data!r} (of type {type(data).__name__})"
+    )
+
+
+def model_batches(data) -> Iterable | None:
+    """Calibration data of a model, as batches that can be read again and again.
+
+    Args:
+        data: an array, a dictionary of arrays, or an iterable of batches. In a
+            tuple of a batch only the first element, the inputs, counts. An
+            iterator, which can be read only once, is kept in memory.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if there is no batch.
+    """
+    if data is None:
+        return None
+    if isinstance(data, Mapping):
+        parts = {name: list(batches(values)) for name, values in data.items()}
+        data = [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+    data = batches(data)
+    if iter(data) is data:
+        data = list(data)
+    if next(iter(data), None) is None:
+        raise ValueError("`calibration_data` must have at least one batch. Received: none")
+    return data
+
+
+def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch) -> dict[str, list]:
+    """Runs a model on a batch and notes what some of its layers are called with.
+
+    Args:
+        model: the model.
+        layers: layers of the model, by any key.
+        batch: inputs, or a tuple of inputs and something else.
+
+    Returns:
+        For each key the calls of the layer: `(inputs, other arguments)`.
+    """
+    inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+    seen = {key: [] for key in layers}
+    try:
+        for key, layer in layers.items():
+            layer.call = _noting(layer.call, seen[key])
+        model(keras.tree.map_structure(ops.convert_to_tensor, inputs), training=False)
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("call", None)
+    return seen
+
+
+def _noting(call, calls):
+    @functools.wraps(call)
+    def noting(inputs, *args, **kwargs):
+        options = {
+            name: kwargs[name] for name in ("mask", "initial_state") if kwargs.get(name) is not None
+        }
+        calls.append((inputs, options))
+        return call(inputs, *args, **kwargs)
+
+    return noting

@@ -1,0 +1,97 @@
+"""Saving layers and models that make the layers they hold themselves.
+
+A `keras.layers.MultiHeadAttention` or a subclassed model makes its layers from
+its own configuration, which knows nothing of those that became others. Such an
+owner becomes a `Rewritten` one: its configuration has the other layers as well,
+and puts them in their places when it is made again.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Self
+
+import keras
+
+from keras_bilinear.keras_private import become, is_functional, set_class, sublayers
+from keras_bilinear.sites import Site
+
+# Their configurations have the layers that they hold.
+_KEEPERS = (
+    keras.Sequential,
+    keras.layers.RNN,
+    keras.layers.StackedRNNCells,
+    keras.layers.TimeDistributed,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear", name="Rewritten")
+class Rewritten:
+    """Mixed into the class of an owner in which layers became others.
+
+    Attributes:
+        replaced: places of these layers: numbers among the sublayers of the
+            owner, of that sublayer, and so on.
+    """
+
+    replaced = ()
+
+    def get_config(self) -> dict:
+        rewritten = type(self)
+        set_class(self, rewritten.original)
+        try:
+            owner = keras.saving.serialize_keras_object(self)
+        finally:
+            set_class(self, rewritten)
+        owner.pop("compile_config", None)
+        layers = [
+            {"place": place, "layer": keras.saving.serialize_keras_object(_at(self, place))}
+            for place in self.replaced
+        ]
+        return {"owner": owner, "layers": layers}
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> Self:
+        owner = keras.saving.deserialize_keras_object(config["owner"], custom_objects)
+        for one in config["layers"]:
+            other = keras.saving.deserialize_keras_object(one["layer"], custom_objects)
+            become(_at(owner, one["place"]), other)
+        _mark(owner, [tuple(one["place"]) for one in config["layers"]])
+        return owner
+
+
+def remember(sites: Iterable[Site]) -> None:
+    """Makes the owners of layers that became others keep them when they are saved."""
+    for site in sites:
+        for depth, (owner, _) in enumerate(site.owners):
+            if type(owner) not in _KEEPERS and not is_functional(owner):
+                place = tuple(index for _, index in site.owners[depth:])
+                _mark(owner, dict.fromkeys([*getattr(owner, "replaced", ()), place]))
+                break
+
+
+def forget(owner: keras.Layer) -> None:
+    """Makes an owner whose layers are its own again what it was."""
+    if isinstance(owner, Rewritten):
+        set_class(owner, type(owner).original)
+        del vars(owner)["replaced"]
+
+
+def _mark(owner, places):
+    if not isinstance(owner, Rewritten):
+        set_class(owner, _rewritten(type(owner)))
+    # Not through Keras, which would track the list.
+    vars(owner)["replaced"] = tuple(places)
+
+
+def _at(owner, place):
+    for index in place:
+        owner = sublayers(owner)[index]
+    return owner
+
+
+@functools.cache
+def _rewritten(original):
+    """The class of the owners of a class, with the name that they have."""
+    cls = type(original.__name__, (Rewritten, original), {"original": original})
+    # One name for all of them: `from_config` knows which one is meant.
+    return keras.saving.register_keras_serializable("keras_bilinear", "Rewritten")(cls)

@@ -1,0 +1,360 @@
+"""Kronecker sums that are fitted to what a layer sees, in NumPy."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from keras_bilinear.decompose import (
+    arrange,
+    input_index,
+    leading_terms,
+    nearest_kronecker_sum,
+    output_index,
+    take,
+)
+
+# Sweeps over both factors; each is exact for one of them, so the error only falls.
+SWEEPS = 50
+# The fit ends when a sweep lowers the error by less than this share.
+TOLERANCE = 1e-4
+# Weight of the kernel itself beside the examples, for directions that these do
+# not show: the least, and the one where there are as many examples as inputs.
+LEAST_PRIOR, PRIOR = 1e-3, 0.1
+# A larger Gram matrix is kept in float32.
+LARGE_GRAM = 4096
+
+
+class Moments:
+    """Sums over examples of the inputs and outputs of a kernel: all that its fit needs.
+
+    Args:
+        kernel: `(input_dim, output_dim)`, of a full layer.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        inputs, outputs = kernel.shape
+        self._count = 0
+        self._inputs = np.zeros(inputs)
+        self._targets = np.zeros(outputs)
+        self._gram = np.zeros((inputs, inputs), "float64" if inputs <= LARGE_GRAM else "float32")
+        self._cross = np.zeros((inputs, outputs))
+        self._squares = np.zeros(outputs)
+
+    def add(self, inputs, full_inputs):
+        """Adds examples.
+
+        Args:
+            inputs: `(n, input_dim)`, what the fitted kernel is going to see.
+            full_inputs: of the same shape, what the full one sees; their products
+                with the full kernel are the targets.
+        """
+        targets = full_inputs @ self.kernel
+        self._count += len(inputs)
+        self._inputs += inputs.sum(0, dtype="float64")
+        self._targets += targets.sum(0, dtype="float64")
+        self._gram += inputs.T @ inputs
+        self._cross += inputs.T @ targets
+        self._squares += np.square(targets, dtype="float64").sum(0)
+
+    @property
+    def count(self):
+        """Number of examples."""
+        return self._count
+
+    @property
+    def size(self):
+        """The mean square of an input."""
+        return np.trace(self._gram) / (len(self._gram) * self._count)
+
+    def means(self):
+        """The mean input and the mean target."""
+        return self._inputs / self._count, self._targets / self._count
+
+    def second(self, centred=False):
+        """Means over examples of `x x^T`, `x y^T` and `y^2`, or of what differs from the means."""
+        gram, cross, squares = (
+            sums / self._count for sums in (self._gram, self._cross, self._squares)
+        )
+        if centred:
+            inputs, targets = self.means()
+            gram -= np.outer(inputs, inputs)
+            cross -= np.outer(inputs, targets)
+            squares = np.maximum(squares - targets**2, 0)
+        return gram, cross, squares
+
+
+class Frequencies:
+    """As `Moments`, of an embedding: of `x x^T` there is only the diagonal.
+
+    Args:
+        kernel: `(input_dim, output_dim)`, of a full layer.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self._counts = np.zeros(len(kernel))
+
+    def add(self, indices, full_indices=None):
+        """Adds examples: an array of row numbers."""
+        self._counts += np.bincount(indices, minlength=len(self._counts))
+
+    @property
+    def count(self):
+        return int(self._counts.sum())
+
+    @property
+    def size(self):
+        return 1 / len(self._counts)
+
+    def second(self, centred=False):
+        frequencies = self._counts / self.count
+        cross = frequencies[:, None] * self.kernel
+        return frequencies, cross, frequencies @ np.square(self.kernel, dtype="float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A Kronecker sum fitted to examples.
+
+    Attributes:
+        left, right: the factors, float64.
+        error: root of the mean squared error over that of answering with the
+            mean (without a bias: with zero), on the examples.
+        start_error: that of the sum that is nearest to the kernel.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    error: float
+    start_error: float
+
+
+def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
+    """Minimizes the mean of `|| y - x sum_r kron(L_r, R_r) ||^2` over examples.
+
+    Alternating least squares: with one factor given, the other one is the
+    solution of a linear system. It starts from the best of the sum that is
+    nearest to the kernel and of the one that is nearest in the metric of
+    Kronecker factors of the Gram matrix. Directions that the examples do not
+    show are held at the kernel's by a small prior, which weighs more the fewer
+    examples there are.
+
+    Args:
+        moments: `Moments` of the examples, or `Frequencies`; one for each group.
+        factorization: a `Factorization` without gates.
+        centred: whether a bias takes the means.
+        sweeps: at most so many; each solves for both factors.
+
+    Returns:
+        A `Fit`, never of a larger error on the examples than the nearest sum.
+    """
+    plan = factorization
+    problems = [_Problem(one, plan, centred) for one in moments]
+    kernel = np.stack([one.kernel for one in moments], axis=1).reshape(plan.full_shape)
+    nearest = _Factors.of(*nearest_kronecker_sum(kernel, plan), plan)
+    start_error = _error(problems, nearest)
+    best = min(
+        (nearest, _nearest_in_metric(plan, problems)), key=lambda factors: _loss(problems, factors)
+    )
+    loss = _loss(problems, best)
+    factors = best
+    for _ in range(sweeps):
+        factors = _sweep(problems, factors)
+        before, loss = loss, _loss(problems, factors)
+        if loss < before:
+            best = factors
+        if before - loss <= TOLERANCE * before:
+            break
+    # The prior may have cost some of what counts.
+    best = min((nearest, best), key=lambda factors: _error(problems, factors))
+    return Fit(*best.shaped(plan), _error(problems, best), start_error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """`left`: for each group `(rank, a, u)`; `right`: `(rank, b, v)`."""
+
+    left: list
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, left, right, plan):
+        left = left.reshape(plan.rank, -1, plan.groups, plan.output_factors[0])
+        right = right.reshape(plan.rank, -1, plan.output_factors[1])
+        return cls([left[:, :, group] for group in range(plan.groups)], right)
+
+    def shaped(self, plan):
+        left = np.stack(self.left, axis=2)
+        return left.reshape(plan.left_shape), self.right.reshape(plan.right_shape)
+
+
+class _Problem:
+    """The least squares of one group, its axes arranged as those of the factors."""
+
+    def __init__(self, moments, plan, centred):
+        kernel = np.asarray(moments.kernel, "float64")
+        gram, cross, squares = moments.second(centred)
+        inputs, outputs = input_index(plan), output_index(plan)
+        a, b = inputs.shape
+        # Of the prior counts the size of the inputs, not which of them they are.
+        diagonal = gram if gram.ndim == 1 else np.diagonal(gram)
+        prior = max(LEAST_PRIOR, PRIOR * len(diagonal) / moments.count)
+        # Inputs that are constant, or zero, show nothing.
+        prior *= max(diagonal.mean(), 1e-6 * moments.size) or 1.0
+        self.squares = squares.sum()
+        self.prior, self.prior_squares = prior, np.square(kernel).sum()
+        self.mask = (outputs >= 0).astype("float64")
+        self.kernel = arrange(kernel, plan)
+        self.cross = arrange(cross, plan)
+        self.diagonal = gram.ndim == 1
+        if self.diagonal:
+            self.gram = take(gram, inputs).reshape(a, b)
+        else:
+            gram = take(gram, inputs, inputs).reshape(a, b, a, b)
+            self.gram = np.ascontiguousarray(gram.transpose(0, 2, 1, 3)).reshape(a * a, b * b)
+        self.known = (inputs >= 0).astype("float64")
+
+    def traces(self):
+        """The partial traces of the Gram matrix, the prior included: `(a, a)` and `(b, b)`."""
+        known = self.prior * self.known
+        if self.diagonal:
+            known = known + self.gram
+            return np.diag(known.sum(1)), np.diag(known.sum(0))
+        a, b = known.shape
+        gram = self.gram.astype("float64")
+        left, right = gram[:, :: b + 1].sum(1), gram[:: a + 1].sum(0)
+        return (
+            left.reshape(a, a) + np.diag(known.sum(1)),
+            right.reshape(b, b) + np.diag(known.sum(0)),
+        )
+
+    def normal(self, other, mask, side, prior):
+        """The matrix of the normal equations of one side, `(rank, n, rank, n)`.
+
+        Args:
+            other: the factor of the other side, `(rank, m, outputs)`.
+            mask: which of its outputs count.
+            side: `"left"` or `"right"`.
+            prior: weight of the prior.
+        """
+        rank, m, _ = other.shape
+        products = np.tensordot(other * mask, other, ((2,), (2,)))  # rank, m, rank, m
+        own = products[:, np.arange(m), :, np.arange(m)]  # m, rank, rank
+        known = self.known if side == "left" else self.known.T
+        n = len(known)
+        weights = prior * known
+        if self.diagonal:
+            weights = weights + (self.gram if side == "left" else self.gram.T)
+        matrix = np.zeros((rank, n, rank, n))
+        if not self.diagonal:
+            gram = self.gram if side == "left" else self.gram.T
+            products = products.transpose(1, 3, 0, 2).reshape(m * m, rank * rank)
+            whole = (gram @ products.astype(gram.dtype)).reshape(n, n, rank, rank)
+            matrix += whole.transpose(2, 0, 3, 1)
+        diagonal = np.tensordot(weights, own, ((1,), (0,)))  # n, rank, rank
+        matrix[:, np.arange(n), :, np.arange(n)] += diagonal
+        return matrix
+
+    def target(self, other, side, prior):
+        """The right-hand side of the normal equations of one side, `(rank, n, outputs)`."""
+        cross = (self.cross + prior * self.kernel) * self.mask
+        axes = (1, 3) if side == "left" else (0, 2)
+        return np.tensordot(other, cross, ((1, 2), axes))
+
+    def error(self, left, right, prior):
+        """Mean squared error over the examples, with the prior's share."""
+        total = 0.0
+        target = self.target(right, "left", prior)
+        for columns, mask in _columns(self.mask):
+            rank, n, _ = left.shape
+            matrix = self.normal(right, mask, "left", prior).reshape(rank * n, rank * n)
+            part = left[:, :, columns].reshape(rank * n, -1)
+            total += np.sum(part * (matrix @ part))
+            total -= 2 * np.sum(part * target[:, :, columns].reshape(rank * n, -1))
+        return max(total + self.squares + prior * self.prior_squares, 0.0)
+
+
+def _nearest_in_metric(plan, problems):
+    """The factors of the nearest sum where an input counts as often as the examples show it.
+
+    The Gram matrix is taken for the Kronecker product of its partial traces.
+    """
+    traces = [problem.traces() for problem in problems]
+    of_left = [_root(left) for left, _ in traces]
+    root, inverse = _root(sum(right for _, right in traces))
+    kernels = [
+        np.einsum("ac,bd,cduv->aubv", one, root, problem.kernel, optimize=True)
+        for (one, _), problem in zip(of_left, problems, strict=True)
+    ]
+    a, u, b, v = kernels[0].shape
+    left, right = leading_terms(np.stack(kernels, 1).reshape(-1, b * v), plan.rank)
+    left = left.reshape(plan.rank, a, len(problems), u)
+    return _Factors(
+        [np.matmul(back, left[:, :, group]) for group, (_, back) in enumerate(of_left)],
+        np.matmul(inverse, right.reshape(plan.rank, b, v)),
+    )
+
+
+def _root(matrix):
+    """The square root of a positive semidefinite matrix, and its inverse, as far as it has one."""
+    values, vectors = np.linalg.eigh(matrix)
+    values = np.sqrt(np.maximum(values, 1e-9 * values[-1]))
+    inverse = np.divide(1, values, out=np.zeros_like(values), where=values > 0)
+    return vectors * values @ vectors.T, vectors * inverse @ vectors.T
+
+
+def _columns(mask):
+    """Pairs of columns of one side and of the mask that they share on the other side."""
+    rows, which = np.unique(mask, axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    return [(np.flatnonzero(which == i), row) for i, row in enumerate(rows) if row.any()]
+
+
+def _loss(problems, factors):
+    pairs = zip(problems, factors.left, strict=True)
+    return sum(problem.error(left, factors.right, problem.prior) for problem, left in pairs)
+
+
+def _error(problems, factors):
+    pairs = zip(problems, factors.left, strict=True)
+    squares = sum(problem.squares for problem in problems)
+    error = sum(problem.error(left, factors.right, 0.0) for problem, left in pairs)
+    return math.sqrt(error / squares) if squares else 0.0
+
+
+def _sweep(problems, factors):
+    lefts = [
+        _solve([problem], [factors.right], left, problem.mask, "left")
+        for problem, left in zip(problems, factors.left, strict=True)
+    ]
+    right = _solve(problems, lefts, factors.right, problems[0].mask.T, "right")
+    # Both sides of a term of the same size: it keeps the systems well conditioned.
+    sizes = [np.sqrt(sum(np.square(left[r]).sum() for left in lefts)) for r in range(len(right))]
+    norms = np.linalg.norm(right.reshape(len(right), -1), axis=1)
+    scale = np.sqrt(np.divide(norms, sizes, out=np.ones_like(norms), where=np.array(sizes) > 0))
+    scale = np.where(scale > 0, scale, 1.0)[:, None, None]
+    return _Factors([left * scale for left in lefts], right / scale)
+
+
+def _solve(problems, others, old, mask, side):
+    """One factor, given the other one of each problem."""
+    new = old.copy()
+    rank, n, _ = old.shape
+    target = sum(
+        problem.target(other, side, problem.prior)
+        for problem, other in zip(problems, others, strict=True)
+    )
+    for columns, shared in _columns(mask):
+        matrix = sum(
+            problem.normal(other, shared, side, problem.prior)
+            for problem, other in zip(problems, others, strict=True)
+        ).reshape(rank * n, rank * n)
+        # Where nothing is known, all stays as it is.
+        inertia = 1e-9 * np.trace(matrix) / len(matrix) + np.finfo("float64").tiny
+        matrix[np.diag_indices_from(matrix)] += inertia
+        part = old[:, :, columns].reshape(rank * n, -1)
+        values = target[:, :, columns].reshape(rank * n, -1) + inertia * part
+        new[:, :, columns] = np.linalg.solve(matrix, values).reshape(rank, n, -1)
+    return new

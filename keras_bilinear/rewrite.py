@@ -1,0 +1,168 @@
+"""Whole models: full layers become bilinear ones as a plan says, and the other way round."""
+
+import pathlib
+import tempfile
+from collections.abc import Iterable, Mapping
+
+import keras
+
+from keras_bilinear.calibration import Calibration, collect, model_batches
+from keras_bilinear.composites import Rewritten, forget, remember
+from keras_bilinear.keras_private import become, refresh
+from keras_bilinear.layers.projection import BilinearLayer
+from keras_bilinear.layers.rnn import BilinearRNN
+from keras_bilinear.search import RewritePlan, plan_rewrite
+from keras_bilinear.sites import COUNTERPARTS, walk
+
+# The layers are fitted in at most so many groups, for each of which the
+# calibration data run through both models.
+MOST_PASSES = 24
+
+
+def rewrite_model(
+    model: keras.Model,
+    plan: RewritePlan | None = None,
+    calibration_data=None,
+    budget: float | None = None,
+    max_params: int | None = None,
+    max_error: float | None = None,
+    rank: int | str = "auto",
+    layers: Iterable[str] | Mapping[str, int | None] | None = None,
+) -> keras.Model:
+    """Makes a smaller model from a trained one.
+
+    Args:
+        model: a built model. It is left untouched.
+        plan: what `plan_rewrite` made of the model, or `None` to call it with
+            the other arguments.
+        calibration_data: inputs of the model, see `plan_rewrite`. The layers are
+            fitted one after the other, such that each answers to what it gets
+            from those before it as the full model would.
+        budget, max_params, max_error, rank, layers: see `plan_rewrite`.
+
+    Returns:
+        A new model with the same names, weights and losses, whose planned
+        layers are bilinear. Its optimizer starts anew.
+
+    Raises:
+        ValueError: if an argument is not valid, if the plan is not one of this
+            model, if weights or calibration data are not finite, or if the model
+            cannot be copied.
+    """
+    if plan is None:
+        plan = plan_rewrite(
+            model, budget, max_params, max_error, calibration_data, rank=rank, layers=layers
+        )
+    elif any(limit is not None for limit in (budget, max_params, max_error, layers)):
+        raise ValueError("A plan and arguments for making one exclude each other.")
+    ranks = {path: layer.rank for path, layer in plan.items() if layer.rank is not None}
+    _check_plan(model, plan, ranks)
+    small = copy_model(model)
+    batches = model_batches(calibration_data)
+    for group in _groups([site for site in walk(small) if site.path in ranks], batches):
+        calibrations = _calibrate(model, small, group, batches)
+        for site in group:
+            bilinear_class = COUNTERPARTS[type(site.layer)]
+            calibration = calibrations.get(site.path)
+            become(
+                site.layer,
+                bilinear_class._from_full(site.layer, calibration, rank=ranks[site.path]),
+            )
+        remember(group)
+    return _finish(small, model)
+
+
+def expand_model(model: keras.Model) -> keras.Model:
+    """Makes a model of stock Keras layers from one with bilinear ones.
+
+    Args:
+        model: a built model. It is left untouched.
+
+    Returns:
+        A new model with the same outputs, which loads without this package.
+
+    Raises:
+        ValueError: if the model cannot be copied.
+    """
+    full = copy_model(model)
+    sites = [site for site in walk(full) if isinstance(site.layer, BilinearLayer | BilinearRNN)]
+    rewritten = {
+        id(owner): owner
+        for site in sites
+        for owner, _ in site.owners
+        if isinstance(owner, Rewritten)
+    }
+    for site in sites:
+        become(site.layer, site.layer.expand())
+    for owner in rewritten.values():
+        forget(owner)
+    remember(site for site in sites if not any(id(owner) in rewritten for owner, _ in site.owners))
+    return _finish(full, model)
+
+
+def _finish(copy, model):
+    refresh(copy)
+    if model.compiled:
+        copy.compile_from_config(model.get_compile_config())
+    return copy
+
+
+def copy_model(model: keras.Model) -> keras.Model:
+    """A model of its own with the same configuration and weights, not compiled.
+
+    Raises:
+        ValueError: if the model cannot be saved and loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "model.keras")
+        try:
+            model.save(file)
+            # Whatever code there is in it is in this process already.
+            return keras.models.load_model(file, compile=False, safe_mode=False)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"The model {model.name!r} cannot be copied, as Keras cannot save and load it. "
+                "Has each class of its own a `get_config`, and is it registered with "
+                f"`keras.saving.register_keras_serializable`? {type(error).__name__}: {error}"
+            ) from error
+
+
+def _check_plan(model, plan, ranks):
+    found = {site.path: site.layer for site in walk(model)}
+    for path, layer in plan.items():
+        if path not in found or type(found[path]).__name__ != layer.type:
+            raise ValueError(
+                f"The plan is not one of the model {model.name!r}, which has no {layer.type} "
+                f"{path!r}."
+            )
+        if path in ranks and type(found[path]) not in COUNTERPARTS:
+            raise ValueError(f"The layer {path!r} cannot be rewritten: {layer.reason}.")
+
+
+def _groups(sites, batches):
+    """The layers in the order of the model, those together that are fitted at once."""
+    if batches is None or not sites:
+        return [sites] if sites else []
+    size = -(-len(sites) // MOST_PASSES)
+    return [sites[start : start + size] for start in range(0, len(sites), size)]
+
+
+def _calibrate(model, small, group, batches):
+    """`{path: Calibration}` of the layers of a group."""
+    if batches is None:
+        return {}
+    full_layers = {site.path: site.layer for site in walk(model)}
+    layers = {site.path: site.layer for site in group}
+    calibrations = {
+        path: Calibration(COUNTERPARTS[type(layer)], full_layers[path])
+        for path, layer in layers.items()
+    }
+    for batch in batches:
+        seen = collect(small, layers, batch)
+        seen_full = collect(model, {path: full_layers[path] for path in layers}, batch)
+        for path, calibration in calibrations.items():
+            for (inputs, options), (full_inputs, _) in zip(
+                seen[path], seen_full[path], strict=True
+            ):
+                calibration.add(inputs, full_inputs, **options)
+    return {path: one for path, one in calibrations.items() if one.has_examples()}

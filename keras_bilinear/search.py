@@ -1,0 +1,420 @@
+"""From a budget to a plan: which layers of a model become bilinear, and of what rank."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping
+
+import keras
+import numpy as np
+import rich.console
+import rich.table
+from scipy import optimize, sparse
+
+from keras_bilinear.calibration import Calibration, collect, model_batches
+from keras_bilinear.decompose import remaining_energies
+from keras_bilinear.factors import Factorization, check_positive_int
+from keras_bilinear.sites import COUNTERPARTS, reason_to_leave, tied_variables, walk
+
+# Ranks that the search chooses from, as far as they save anything.
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@dataclasses.dataclass
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        path: names of the layers that hold it and its own, joined by `/`.
+        type: class of the full layer.
+        full_parameters: numbers that it stores.
+        factorizations: shapes of its kernels, with rank 1; none for a layer
+            that cannot be rewritten.
+        rank: number of Kronecker terms; `None` leaves the layer alone.
+        reason: why it is left alone.
+        errors: for each rank that was looked at, the predicted error: root mean
+            square, relative, of its kernels or, with calibration data, of its
+            output.
+    """
+
+    path: str
+    type: str
+    full_parameters: int
+    factorizations: list[Factorization] = dataclasses.field(default_factory=list)
+    rank: int | None = None
+    reason: str = ""
+    errors: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def __setattr__(self, name, value):
+        if name == "rank" and value is not None:
+            value = check_positive_int("rank", value)
+            if not self.factorizations:
+                raise ValueError(
+                    f"The layer {self.path!r} cannot be rewritten: {self.reason}. "
+                    f"Received: rank={value}"
+                )
+        super().__setattr__(name, value)
+
+    def parameters_at(self, rank: int | None) -> int:
+        """Numbers that the layer stores at a rank; `None` for the full one."""
+        if rank is None:
+            return self.full_parameters
+        saved = sum(
+            plan.full_parameters - dataclasses.replace(plan, rank=rank).parameters
+            for plan in self.factorizations
+        )
+        return self.full_parameters - saved
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the layer stores as planned."""
+        return self.parameters_at(self.rank)
+
+    @property
+    def error(self) -> float | None:
+        """The predicted error at the planned rank; `None` if it was not looked at."""
+        return 0.0 if self.rank is None else self.errors.get(self.rank)
+
+    def skip(self, reason: str = "on request") -> None:
+        """Leaves the layer alone."""
+        self.rank, self.reason = None, reason
+
+
+class RewritePlan(Mapping):
+    """What becomes of each layer of a model, by its path. It can be edited.
+
+    Args:
+        layers: a `LayerPlan` for each layer with weights.
+        other_parameters: numbers that the model stores besides them.
+
+    Example:
+
+    >>> plan = plan_rewrite(keras.Sequential([keras.Input((784,)), keras.layers.Dense(512)]))
+    >>> plan["dense"].rank = 4  # doctest: +SKIP
+    """
+
+    def __init__(self, layers: Iterable[LayerPlan], other_parameters: int = 0):
+        self._layers = {layer.path: layer for layer in layers}
+        self.other_parameters = other_parameters
+
+    def __getitem__(self, path: str) -> LayerPlan:
+        if path not in self._layers:
+            raise KeyError(f"no layer {path!r} in the plan, which has {', '.join(self._layers)}")
+        return self._layers[path]
+
+    def __iter__(self):
+        return iter(self._layers)
+
+    def __len__(self):
+        return len(self._layers)
+
+    @property
+    def full_parameters(self) -> int:
+        """Numbers that the full model stores."""
+        return self.other_parameters + sum(layer.full_parameters for layer in self.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the rewritten model stores."""
+        return self.other_parameters + sum(layer.parameters for layer in self.values())
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        layers = [dataclasses.asdict(layer) for layer in self.values()]
+        return json.dumps({"other_parameters": self.other_parameters, "layers": layers}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RewritePlan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no such plan.
+        """
+        try:
+            content = json.loads(text)
+            return cls(map(_layer_plan, content["layers"]), content["other_parameters"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"The text is no plan: {type(error).__name__}: {error}") from error
+
+    def _table(self):
+        share = self.parameters / self.full_parameters if self.full_parameters else 1.0
+        table = rich.table.Table(
+            "layer",
+            "type",
+            *(rich.table.Column(name, justify="right") for name in ("full", "planned", "rank")),
+            rich.table.Column("error", justify="right"),
+            "left alone because",
+            title=f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})",
+        )
+        for layer in self.values():
+            error = "" if layer.rank is None or layer.error is None else f"{layer.error:.3f}"
+            table.add_row(
+                layer.path,
+                layer.type,
+                f"{layer.full_parameters:,}",
+                f"{layer.parameters:,}",
+                "" if layer.rank is None else str(layer.rank),
+                error,
+                layer.reason if layer.rank is None else "",
+            )
+        return table
+
+    def __str__(self):
+        console = rich.console.Console(file=io.StringIO(), width=120)
+        console.print(self._table())
+        return console.file.getvalue()
+
+    def _repr_html_(self):
+        console = rich.console.Console(file=io.StringIO(), record=True, width=120)
+        console.print(self._table())
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def _layer_plan(content):
+    factorizations = [
+        Factorization(**{key: tuple(v) if isinstance(v, list) else v for key, v in one.items()})
+        for one in content["factorizations"]
+    ]
+    errors = {int(rank): error for rank, error in content["errors"].items()}
+    return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
+
+
+def plan_rewrite(
+    model: keras.Model,
+    budget: float | None = None,
+    max_params: int | None = None,
+    max_error: float | None = None,
+    calibration_data=None,
+    rank: int | str = "auto",
+    layers: Iterable[str] | Mapping[str, int | None] | None = None,
+) -> RewritePlan:
+    """Plans which layers of a model become bilinear, and of what rank.
+
+    The ranks are those with the smallest sum of squared predicted errors among
+    all that keep the model within the budget: a knapsack, solved exactly.
+
+    Args:
+        model: a built model.
+        budget: the share of the model's parameters to keep; 0.1 if none of the
+            three limits is given.
+        max_params: instead, the number of parameters to keep.
+        max_error: instead, the largest predicted error of a layer; the plan is
+            the smallest that keeps to it.
+        calibration_data: inputs of the model, an array, a dictionary of arrays,
+            or an iterable of batches, such as a `tf.data.Dataset`. With them, the
+            errors are those of each layer's output on them; without, those of
+            its kernels.
+        rank: `"auto"`, or the rank of every layer, where that saves anything.
+        layers: paths of the layers that may be rewritten, `None` for all; or a
+            mapping from the paths of some of them to their rank, or to `None` for
+            leaving them alone.
+
+    Returns:
+        A `RewritePlan`.
+
+    Raises:
+        ValueError: if an argument is not valid, if the model is not built, or if
+            no plan keeps to the limit.
+    """
+    limit = _limit(budget, max_params, max_error, rank)
+    if rank != "auto":
+        rank = check_positive_int("rank", rank)
+    plan = survey(model)
+    pinned = _choose_layers(plan, layers)
+    free = [layer for layer in plan.values() if layer.factorizations and not layer.reason]
+    if rank != "auto":
+        for layer in free:
+            if layer.path in pinned:
+                continue
+            if layer.parameters_at(rank) < layer.full_parameters:
+                layer.rank = rank
+            else:
+                layer.skip("too small to gain at this rank")
+        predict_errors(model, plan, {p.path: [p.rank] for p in free if p.rank}, calibration_data)
+        return plan
+    candidates = {}
+    for layer in free:
+        ranks = [layer.rank] if layer.path in pinned else RANKS
+        candidates[layer.path] = [
+            r for r in ranks if layer.parameters_at(r) < layer.full_parameters or r == layer.rank
+        ]
+        if not candidates[layer.path]:
+            layer.skip("too small to gain")
+    predict_errors(model, plan, candidates, calibration_data)
+    _search(plan, candidates, pinned, limit)
+    return plan
+
+
+def _limit(budget, max_params, max_error, rank):
+    """`(name, value)` of the one limit that is given."""
+    given = {"budget": budget, "max_params": max_params, "max_error": max_error}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1 or (given and rank != "auto"):
+        raise ValueError(
+            "At most one of `budget`, `max_params`, `max_error` and a `rank` can be given. "
+            f"Received: {', '.join(f'{name}={value!r}' for name, value in given.items())}, "
+            f"rank={rank!r}"
+        )
+    ((name, value),) = given.items() or [("budget", 0.1)]
+    try:
+        valid = not isinstance(value, bool) and 0 < value < float("inf")
+        valid = valid and (name != "budget" or value <= 1)
+    except TypeError:
+        valid = False
+    if not valid:
+        rule = "above 0 and at most 1" if name == "budget" else "a positive number"
+        raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
+    return name, value
+
+
+def survey(model: keras.Model) -> RewritePlan:
+    """The layers of a model, none of them planned to be rewritten yet.
+
+    Raises:
+        ValueError: if the model is not built.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            f"`model` must be a built Keras model: call it on data first. Received: model={model!r}"
+        )
+    tied = tied_variables(model)
+    plans = []
+    for site in walk(model):
+        layer, reason = site.layer, reason_to_leave(site, tied)
+        factorizations = []
+        if not reason:
+            like = COUNTERPARTS[type(layer)]._like(layer)
+            factorizations = [kernel.factorization for kernel in like._kernels.values()]
+        plans.append(
+            LayerPlan(
+                path=site.path,
+                type=type(layer).__name__,
+                full_parameters=layer.count_params() if layer.built else 0,
+                factorizations=factorizations,
+                reason=reason,
+            )
+        )
+    return RewritePlan(plans, model.count_params() - sum(plan.full_parameters for plan in plans))
+
+
+def _choose_layers(plan, layers):
+    """Leaves alone what `layers` does not allow; returns the paths whose rank it gives."""
+    if layers is None:
+        return set()
+    if isinstance(layers, str):
+        raise ValueError(f"`layers` must be paths or a mapping of them. Received: {layers!r}")
+    for path in layers:
+        if path not in plan:
+            raise ValueError(
+                f"`layers` must be among the paths of the model's layers: {', '.join(plan)}. "
+                f"Received: {path!r}"
+            )
+    if not isinstance(layers, Mapping):
+        for path, layer in plan.items():
+            if path not in set(layers) and not layer.reason:
+                layer.skip()
+        return set()
+    for path, rank in layers.items():
+        if rank is None:
+            plan[path].skip()
+        else:
+            plan[path].rank = rank
+    return {path for path, rank in layers.items() if rank is not None}
+
+
+def predict_errors(model, plan, candidates, calibration_data):
+    """Fills in `errors` of each layer, for `{path: ranks}`."""
+    sites = {site.path: site.layer for site in walk(model)}
+    for path, ranks in candidates.items():
+        if ranks:
+            plan[path].errors.update(_kernel_errors(sites[path], plan[path], ranks))
+    batches = model_batches(calibration_data)
+    if batches is None:
+        return
+    layers = {path: sites[path] for path, ranks in candidates.items() if ranks}
+    calibrations = {
+        path: Calibration(COUNTERPARTS[type(layer)], layer) for path, layer in layers.items()
+    }
+    for batch in batches:
+        for path, calls in collect(model, layers, batch).items():
+            for inputs, options in calls:
+                calibrations[path].add(inputs, **options)
+    for path, calibration in calibrations.items():
+        # A layer that no batch reaches keeps the errors of its kernels.
+        if calibration.has_examples():
+            for rank in candidates[path]:
+                plan[path].errors[rank] = calibration.error(plan[path].factorizations, rank)
+
+
+def _kernel_errors(layer, plan, ranks):
+    """`{rank: error}` of the kernels of a full layer."""
+    parts = COUNTERPARTS[type(layer)]._kernel_parts(layer)
+    left, total = np.zeros(max(ranks) + 1), 0.0
+    for kernels, factorization in zip(parts.values(), plan.factorizations, strict=True):
+        energies = remaining_energies(kernels, factorization, max(ranks))
+        # Each kernel counts the same, whatever its size.
+        left += energies / energies[0] if energies[0] else 0
+        total += 1
+    return {rank: float(np.sqrt(left[rank] / total)) for rank in ranks}
+
+
+def _search(plan, candidates, pinned, limit):
+    """Sets the ranks: an integer program with one variable for each layer and rank."""
+    name, value = limit
+    if name == "max_error":
+        for path, ranks in candidates.items():
+            if path in pinned:
+                continue
+            good = [rank for rank in ranks if plan[path].errors[rank] <= value]
+            if good:
+                plan[path].rank = min(good)
+            elif ranks:
+                plan[path].skip(f"no rank that saves anything has an error below {value}")
+        return
+    most = value if name == "max_params" else value * plan.full_parameters
+    choices = [
+        (layer, rank)
+        for layer in (plan[path] for path, ranks in candidates.items() if ranks)
+        for rank in [*candidates[layer.path], *([] if layer.path in pinned else [None])]
+    ]
+    least = plan.other_parameters + sum(
+        min(
+            (layer.parameters_at(r) for r in candidates.get(layer.path, ())),
+            default=layer.parameters,
+        )
+        for layer in plan.values()
+    )
+    if least > most:
+        raise ValueError(
+            f"No plan keeps to the limit: with every rank at its least, the model still has "
+            f"{least:,} parameters ({least / plan.full_parameters:.2%}). Received: {name}={value}"
+        )
+    if not choices:
+        return
+    errors = [0.0 if rank is None else layer.errors[rank] ** 2 for layer, rank in choices]
+    sizes = [layer.parameters_at(rank) for layer, rank in choices]
+    fixed = plan.parameters - sum({layer.path: layer.parameters for layer, _ in choices}.values())
+    order = {
+        path: row for row, path in enumerate(dict.fromkeys(layer.path for layer, _ in choices))
+    }
+    one_each = sparse.csr_array(
+        (
+            np.ones(len(choices)),
+            ([order[layer.path] for layer, _ in choices], range(len(choices))),
+        )
+    )
+    solution = optimize.milp(
+        # Among equal errors the smaller plan.
+        np.array(errors) + 1e-9 * np.array(sizes) / plan.full_parameters,
+        integrality=np.ones(len(choices)),
+        bounds=(0, 1),
+        constraints=[
+            optimize.LinearConstraint(one_each, 1, 1),
+            optimize.LinearConstraint(np.array(sizes, "float64"), ub=most - fixed),
+        ],
+    )
+    for (layer, rank), chosen in zip(choices, solution.x, strict=True):
+        if chosen > 0.5:
+            layer.rank = rank
+            if rank is None:
+                layer.skip("kept full: within the budget")

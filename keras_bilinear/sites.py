@@ -1,0 +1,115 @@
+"""Where a model has layers that bilinear ones can stand for."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import keras
+
+from keras_bilinear import layers
+from keras_bilinear.keras_private import sublayers
+from keras_bilinear.layers.projection import BilinearLayer
+from keras_bilinear.layers.rnn import BilinearRNN
+
+# The bilinear class for each stock class.
+COUNTERPARTS = {
+    bilinear.full_class: bilinear
+    for bilinear in vars(layers).values()
+    if isinstance(bilinear, type) and issubclass(bilinear, BilinearLayer | BilinearRNN)
+}
+# Layers that read or write the kernel of a layer they hold.
+_MEDDLERS = (keras.layers.SpectralNormalization,)
+_DEPTHWISE = (
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One layer of a model.
+
+    Attributes:
+        path: names of the layers that hold it and its own, joined by `/`.
+        layer: the layer.
+        owners: the layers that hold it, from the model on, and for each of them
+            the number that the next one has among its sublayers.
+    """
+
+    path: str
+    layer: keras.Layer
+    owners: tuple
+
+
+def walk(model: keras.Model) -> Iterator[Site]:
+    """Every layer with weights that holds no others, once, in the order of the model.
+
+    A layer that has a bilinear counterpart, or is one, counts as one that holds
+    no others.
+    """
+    seen, paths = set(), set()
+
+    def visit(layer, prefix, owners):
+        for index, child in enumerate(sublayers(layer)):
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            path, count = f"{prefix}{child.name}", 1
+            while path in paths:
+                count += 1
+                path = f"{prefix}{child.name}_{count}"
+            paths.add(path)
+            held = (*owners, (layer, index))
+            if is_leaf(child):
+                if child.weights or not child.built:
+                    yield Site(path, child, held)
+            else:
+                yield from visit(child, f"{path}/", held)
+
+    return visit(model, "", ())
+
+
+def is_leaf(layer):
+    """Whether a layer is rewritten, expanded or left alone as a whole."""
+    if type(layer) in COUNTERPARTS or isinstance(layer, BilinearLayer | BilinearRNN):
+        return True
+    return not any(child.weights or not child.built for child in sublayers(layer))
+
+
+def reason_to_leave(site: Site, tied: set) -> str:
+    """Why a layer cannot be rewritten; empty if it can.
+
+    Args:
+        site: the layer.
+        tied: ids of the variables that several layers of the model have.
+    """
+    layer = site.layer
+    if isinstance(layer, BilinearLayer | BilinearRNN):
+        return "bilinear already"
+    if isinstance(layer, _DEPTHWISE):
+        return "depthwise: one small filter for each channel, little to save"
+    if type(layer) not in COUNTERPARTS:
+        return "no projection in it that a bilinear layer stands for"
+    if not layer.built:
+        return "not built: call the model on data first"
+    if any(id(variable) in tied for variable in layer.variables):
+        return "shares a variable with another layer"
+    for owner, _ in site.owners:
+        if isinstance(owner, _MEDDLERS):
+            return f"{type(owner).__name__} works on its kernel"
+    if layer.dtype_policy.quantization_mode is not None:
+        return "quantized"
+    if getattr(layer, "lora_enabled", False):
+        return "has LoRA enabled"
+    return ""
+
+
+def tied_variables(model: keras.Model) -> set:
+    """Ids of the variables that several layers of a model have as their own."""
+    owner, tied = {}, set()
+    for site in walk(model):
+        for variable in site.layer.variables:
+            if owner.setdefault(id(variable), site.path) != site.path:
+                tied.add(id(variable))
+    return tied

@@ -1,0 +1,328 @@
+import itertools
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import keras_bilinear
+from keras_bilinear.decompose import arrange, nearest_kronecker_sum
+from keras_bilinear.factors import Factorization
+from keras_bilinear.fit import Frequencies, Moments, fit_kronecker_sum
+
+WINDOWS = {"dense": ((), ()), "channel": ((1, 1), (3, 2)), "spatial": ((3, 1), (1, 2))}
+
+
+def problem(rng, plan, examples=300):
+    """A kernel, and for each group examples whose directions differ in size."""
+    kernel = rng.normal(size=plan.full_shape)
+    parts = np.split(kernel.reshape(-1, plan.full_shape[-1]), plan.groups, axis=1)
+    inputs = len(parts[0])
+    rows = [
+        rng.normal(size=(examples, inputs)) @ rng.normal(size=(inputs, inputs)) + 1 for _ in parts
+    ]
+    moments = []
+    for part, x in zip(parts, rows, strict=True):
+        one = Moments(part)
+        for half in np.array_split(x, 2):
+            one.add(half, half)
+        moments.append(one)
+    return kernel, rows, moments
+
+
+def kernels(plan, left, right):
+    """The kernel of each group that two factors stand for."""
+    kernel = oracle.kronecker_sum(left, right)
+    kernel = kernel.reshape(*kernel.shape[:-1], plan.groups, plan.padded_output_dim)
+    kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
+    return kernel.reshape(-1, plan.groups, plan.output_dim).transpose(1, 0, 2)
+
+
+def relative_error(plan, rows, moments, fit, centred):
+    squares, total = 0.0, 0.0
+    fitted = kernels(plan, fit.left, fit.right)
+    for x, one, kernel in zip(rows, moments, fitted, strict=True):
+        target = x @ one.kernel
+        error = target - x @ kernel
+        if centred:
+            target, error = target - target.mean(0), error - error.mean(0)
+        squares, total = squares + np.sum(target**2), total + np.sum(error**2)
+    return np.sqrt(total / squares)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 13),
+    st.integers(1, 13),
+    st.integers(1, 4),
+    st.sampled_from(sorted(WINDOWS)),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_errors_are_those_of_the_examples_and_not_above_the_nearest_sums(
+    inputs, outputs, rank, pattern, groups, centred, seed
+):
+    groups = 1 if pattern == "dense" else groups
+    plan = Factorization.create(inputs, outputs, None, None, rank, *WINDOWS[pattern], groups)
+    kernel, rows, moments = problem(np.random.default_rng(seed), plan)
+    fit = fit_kronecker_sum(moments, plan, centred)
+    error = relative_error(plan, rows, moments, fit, centred)
+    np.testing.assert_allclose(fit.error, error, rtol=1e-3, atol=1e-6)
+    assert fit.error <= fit.start_error
+    nearest = nearest_kronecker_sum(kernel, plan)
+    for exact, side in zip(nearest, (fit.left, fit.right), strict=True):
+        assert side.shape == exact.shape
+    if rank >= plan.sufficient_rank:
+        assert fit.error < 1e-6
+
+
+@pytest.mark.parametrize("pattern", WINDOWS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
+    monkeypatch.setattr("keras_bilinear.fit.TOLERANCE", 0.0)
+    monkeypatch.setattr("keras_bilinear.fit.LEAST_PRIOR", 0.0)
+    monkeypatch.setattr("keras_bilinear.fit.PRIOR", 0.0)
+    plan = Factorization.create(12, 9, None, None, 2, *WINDOWS[pattern], 1)
+    rng = np.random.default_rng(0)
+    _, rows, moments = problem(rng, plan)
+    fit = fit_kronecker_sum(moments, plan, centred, sweeps=2000)
+    best = relative_error(plan, rows, moments, fit, centred)
+    assert best < 0.95 * fit.start_error
+    for name in ("left", "right"):
+        for _ in range(5):
+            step = 1e-3 * rng.normal(size=getattr(fit, name).shape)
+            sides = {"left": fit.left, "right": fit.right}
+            for sign in (1, -1):
+                moved = type(fit)(
+                    **{**sides, name: sides[name] + sign * step}, error=0, start_error=0
+                )
+                assert relative_error(plan, rows, moments, moved, centred) > best
+
+
+def test_frequencies_are_moments_of_single_rows():
+    rng = np.random.default_rng(0)
+    kernel, plan = rng.normal(size=(23, 10)), Factorization.create(23, 10, rank=2)
+    indices = rng.zipf(1.5, size=1000) % 23
+    frequencies, moments = Frequencies(kernel), Moments(kernel)
+    frequencies.add(indices)
+    moments.add(np.eye(23)[indices], np.eye(23)[indices])
+    a, b = (fit_kronecker_sum([one], plan) for one in (frequencies, moments))
+    np.testing.assert_allclose(a.error, b.error, rtol=1e-6)
+    np.testing.assert_allclose(
+        oracle.kronecker_sum(a.left, a.right),
+        oracle.kronecker_sum(b.left, b.right),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert a.error < 0.9 * a.start_error
+
+
+def test_targets_may_come_from_other_inputs():
+    rng = np.random.default_rng(0)
+    kernel, plan = rng.normal(size=(16, 16)), Factorization.create(16, 16, rank=16)
+    x, mixing = rng.normal(size=(400, 16)), 2 * np.eye(16) + 0.1 * rng.normal(size=(16, 16))
+    moments = Moments(kernel)
+    moments.add(x @ mixing, x)
+    fit = fit_kronecker_sum([moments], plan)
+    fitted = oracle.kronecker_sum(fit.left, fit.right)
+    # The prior holds to the kernel, which would answer twice as much.
+    assert np.linalg.norm(x @ mixing @ fitted - x @ kernel) < 0.02 * np.linalg.norm(x @ kernel)
+
+
+def test_what_examples_do_not_show_stays_near_the_kernel():
+    rng = np.random.default_rng(0)
+    kernel, plan = rng.normal(size=(16, 16)), Factorization.create(16, 16, rank=4)
+    moments = Moments(kernel)
+    x = np.zeros((3, 16))
+    x[:, 0] = 1
+    moments.add(x, x)
+    fit = fit_kronecker_sum([moments], plan)
+    fitted = oracle.kronecker_sum(fit.left, fit.right)
+    nearest = oracle.kronecker_sum(*nearest_kronecker_sum(kernel, plan))
+    assert fit.error < 0.1 * fit.start_error
+    assert np.linalg.norm(fitted - kernel) < 1.2 * np.linalg.norm(nearest - kernel)
+
+
+def test_an_input_that_is_always_zero_does_no_harm():
+    rng = np.random.default_rng(0)
+    kernel, plan = rng.normal(size=(12, 12)), Factorization.create(12, 12, rank=2)
+    moments = Moments(kernel)
+    x = np.zeros((50, 12))
+    moments.add(x, x)
+    fit = fit_kronecker_sum([moments], plan)
+    assert fit.error == 0
+    assert np.isfinite(fit.left).all()
+    assert np.isfinite(fit.right).all()
+
+
+def test_arranged_kernels_are_those_of_the_axes():
+    plan = Factorization.create(6, 4, (2, 3), (2, 2), 1, (3, 1), (1, 2))
+    kernel = np.arange(3 * 2 * 6 * 4).reshape(3, 2, 6, 4)
+    arranged = arrange(kernel.reshape(-1, 4), plan).reshape(3, 2, 2, 3, 2, 2)
+    expected = kernel.reshape(3, 2, 2, 3, 2, 2).transpose(0, 2, 1, 3, 4, 5)
+    np.testing.assert_array_equal(arranged, expected)
+
+
+CONVOLUTIONS = [
+    {},
+    {"strides": 2, "padding": "same"},
+    {"dilation_rate": 2, "padding": "same"},
+    {"groups": 3},
+    {"data_format": "channels_first", "padding": "same"},
+]
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("arguments", [*CONVOLUTIONS, {"padding": "causal", "dilation_rate": 2}])
+def test_calibration_sees_the_patches_of_a_convolution(dimensions, arguments, monkeypatch):
+    if arguments.get("padding") == "causal" and dimensions > 1:
+        pytest.skip("causal padding is for one dimension")
+    if keras.config.backend() == "tensorflow" and "data_format" in arguments:
+        pytest.skip("TensorFlow convolves with the channels first on a GPU only")
+    layer = getattr(keras.layers, f"Conv{dimensions}D")(6, 3, use_bias=False, **arguments)
+    bilinear = getattr(keras_bilinear, f"BilinearConv{dimensions}D")
+    shape = (2, *(7, 8, 9)[:dimensions], 3)
+    if "data_format" in arguments:
+        shape = (2, 3, *shape[1:-1])
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    expected = keras.ops.convert_to_numpy(layer(x))
+    if "data_format" in arguments:
+        expected = np.moveaxis(expected, 1, -1)
+    kernel = keras.ops.convert_to_numpy(layer.kernel)
+    parts = bilinear._kernel_inputs(layer, x)["kernel"]
+    parts = [
+        rows @ part
+        for rows, part in zip(parts, bilinear._kernel_parts(layer)["kernel"], strict=True)
+    ]
+    actual = np.concatenate(parts, axis=1).reshape(expected.shape)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("keras_bilinear.layers.conv.MOST_PATCHES", 5)
+    few = bilinear._kernel_inputs(layer, x)["kernel"][0]
+    assert few.shape == (5, kernel.size // 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("SimpleRNN", {}),
+        ("GRU", {"reset_after": True}),
+        ("GRU", {"reset_after": False}),
+        ("GRU", {"reset_after": False, "use_bias": False, "go_backwards": True}),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_calibration_sees_the_states_of_a_sequence(kind, arguments, masked):
+    rng = np.random.default_rng(0)
+    layer = getattr(keras.layers, kind)(5, return_sequences=True, **arguments)
+    x = rng.normal(size=(3, 4, 6)).astype("float32")
+    mask = np.array([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], bool) if masked else None
+    first = rng.normal(size=(3, 5)).astype("float32")
+    layer.build(x.shape)
+    for variable in layer.weights:
+        variable.assign(rng.normal(size=variable.shape))
+    after = layer(x, mask=mask, initial_state=first)
+    after = keras.ops.convert_to_numpy(after)
+    seen = np.ones((3, 4), bool) if mask is None else mask
+    seen = seen[:, ::-1] if layer.go_backwards else seen
+    bilinear = getattr(keras_bilinear, f"Bilinear{kind}")
+    rows = bilinear._kernel_inputs(layer, x, mask=mask, initial_state=first)
+    inputs, states = rows["kernel"][0], rows["recurrent_kernel"][0]
+    assert all(part is inputs for part in rows["kernel"])
+    output, _ = layer.cell(inputs, [keras.ops.convert_to_tensor(states)])
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(output), after[seen], rtol=1e-4, atol=1e-5
+    )
+    if not arguments.get("reset_after", True):
+        weights = map(keras.ops.convert_to_numpy, layer.cell.weights)
+        kernel, recurrent, *bias = weights
+        z = inputs @ kernel + (bias[0] if bias else 0)
+        pair = (slice(0, 5), slice(10, 15))
+        update = 1 / (1 + np.exp(-(z + states @ recurrent)[:, pair[0]]))
+        new = np.tanh(z[:, pair[1]] + rows["recurrent_kernel"][2] @ recurrent[:, pair[1]])
+        np.testing.assert_allclose(
+            update * states + (1 - update) * new, after[seen], rtol=1e-4, atol=1e-5
+        )
+
+
+def layers(rng):
+    """Full layers, what stands for them, and inputs of little variety."""
+    directions = rng.normal(size=(4, 36))
+    vectors = (rng.normal(size=(500, 4)) @ directions + 1).astype("float32")
+    images = rng.normal(size=(20, 6, 6, 4)) @ rng.normal(size=(4, 36)) + 1
+    sequences = rng.normal(size=(30, 7, 3)) @ rng.normal(size=(3, 36)) / 6
+    tokens = rng.zipf(1.5, size=(50, 9)) % 36
+    yield keras.layers.Dense(36), keras_bilinear.BilinearDense, vectors
+    yield keras.layers.Dense(36, use_bias=False), keras_bilinear.BilinearDense, vectors[:, None]
+    yield keras.layers.Conv2D(36, 3), keras_bilinear.BilinearConv2D, images
+    yield keras.layers.Conv2D(36, 3, groups=4), keras_bilinear.BilinearConv2D, images
+    yield keras.layers.Embedding(36, 36), keras_bilinear.BilinearEmbedding, tokens
+    for kind in ("SimpleRNN", "GRU", "LSTM"):
+        full = getattr(keras.layers, kind)(16, return_sequences=True)
+        yield full, getattr(keras_bilinear, f"Bilinear{kind}"), sequences
+    full = keras.layers.GRU(16, reset_after=False, return_sequences=True)
+    yield full, keras_bilinear.BilinearGRU, sequences
+
+
+@pytest.mark.parametrize("which", range(9))
+def test_calibrated_layers_are_nearer_on_the_data(which):
+    rng = np.random.default_rng(0)
+    layer, bilinear, x = next(itertools.islice(layers(rng), which, None))
+    x = x if x.dtype.kind == "i" else x.astype("float32")
+    expected = keras.ops.convert_to_numpy(layer(x))
+    weights = layer.get_weights()
+    nearest = bilinear.from_full(layer, rank=1)
+    fitted = bilinear.from_full(layer, rank=1, calibration_data=x)
+    batches = (batch for batch in np.array_split(x, 3))
+    streamed = bilinear.from_full(layer, rank=1, calibration_data=batches)
+    outputs = [keras.ops.convert_to_numpy(one(x)) - expected for one in (nearest, fitted, streamed)]
+    errors = [np.sqrt(np.mean(output**2)) for output in outputs]
+    assert errors[1] < 0.9 * errors[0]
+    np.testing.assert_allclose(errors[2], errors[1], rtol=0.05)
+    for before, after in zip(weights, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    if which == 0:
+        np.testing.assert_allclose(outputs[1].mean(0), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "text"),
+    [
+        (np.full((4, 12), np.nan, "float32"), ValueError, "must be finite"),
+        (np.ones((4, 11), "float32"), ValueError, "of width 12"),
+        (np.ones((12,), "float32"), ValueError, "of width 12"),
+        (np.ones((0, 12), "float32"), ValueError, "at least one example"),
+        ([], ValueError, "at least one example"),
+        (3, TypeError, "an array or an iterable"),
+        ("digits", TypeError, "an array or an iterable"),
+    ],
+)
+def test_calibration_data_that_are_no_inputs_are_refused(data, error, text):
+    layer = keras.layers.Dense(12)
+    layer.build((None, 12))
+    with pytest.raises(error, match=text):
+        keras_bilinear.BilinearDense.from_full(layer, calibration_data=data)
+
+
+@pytest.mark.parametrize("data", [np.array([[0, 12]]), np.array([[-1]]), np.ones((2, 3))])
+def test_calibration_data_that_are_no_tokens_are_refused(data):
+    layer = keras.layers.Embedding(12, 12)
+    layer.build()
+    with pytest.raises(ValueError, match="integers from 0 to 11"):
+        keras_bilinear.BilinearEmbedding.from_full(layer, calibration_data=data)
+
+
+def test_calibration_data_that_are_no_sequences_are_refused():
+    layer = keras.layers.GRU(4)
+    layer.build((None, None, 12))
+    with pytest.raises(ValueError, match="of 3 axes"):
+        keras_bilinear.BilinearGRU.from_full(layer, calibration_data=np.ones((2, 12)))
+
+
+def test_few_examples_are_reported(caplog):
+    layer = keras.layers.Dense(12)
+    layer.build((None, 12))
+    keras_bilinear.BilinearDense.from_full(layer, calibration_data=np.ones((3, 12), "float32"))
+    assert "3 calibration examples for the 12 inputs" in caplog.text
