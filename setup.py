@@ -32,6 +32,7 @@ setup(
         "keras>=3.13",
         "numpy>=1.26",
         "rich>=13",
+        "scipy>=1.11",
         "tensorflow>=2.20",
     ],
     extras_require={

@@ -13,7 +13,7 @@ from keras_bilinear.layers import (
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
-from keras_bilinear.rewrite import expand_model, rewrite_model
+from keras_bilinear.rewrite import Rewriter, expand_model, rewrite_model
 from keras_bilinear.search import RewritePlan, plan_rewrite
 from keras_bilinear.version import __version__
 
@@ -30,6 +30,7 @@ __all__ = [
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
     "RewritePlan",
+    "Rewriter",
     "__version__",
     "expand_model",
     "plan_rewrite",

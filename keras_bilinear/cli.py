@@ -12,11 +12,14 @@ from absl import flags
 
 from keras_bilinear.errors import CommandError
 
-# Each command is the module of the same name. It has a docstring, a
-# `define_flags()` and a `main(argv)` that reads `absl.flags.FLAGS`.
+# Each command is a module, with a docstring, a `define_flags()` and a
+# `main(argv)` that reads `absl.flags.FLAGS`.
 COMMANDS = {
-    "demo": "train a full and a bilinear network the same way and compare them",
-    "benchmark": "time bilinear layers against the full ones",
+    "demo": ("demo", "train a full and a bilinear network the same way and compare them"),
+    "plan": ("commands.plan", "show what a saved model would become under a budget"),
+    "rewrite": ("commands.rewrite", "make a smaller model from a saved one"),
+    "expand": ("commands.expand", "make a model of stock layers from a rewritten one"),
+    "benchmark": ("benchmark", "time bilinear layers against the full ones"),
 }
 
 
@@ -55,7 +58,8 @@ def run(arguments: Sequence[str]) -> None:
         return
     if command not in COMMANDS:
         raise CommandError(f"unknown command {command!r}, choose one of: {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"keras_bilinear.{command}")
+    module, _ = COMMANDS[command]
+    module = importlib.import_module(f"keras_bilinear.{module}")
     module.define_flags()
     if {"-h", "--help"} & set(rest):
         print(f"usage: keras-bilinear {command} [--flag=value ...]\n\n{module.__doc__}")
@@ -71,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
 def usage() -> str:
     """One line for each command."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: keras-bilinear COMMAND [--flag=value ...]",

@@ -1,5 +1,6 @@
 """Whole models: full layers become bilinear ones as a plan says, and the other way round."""
 
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -8,11 +9,20 @@ import keras
 
 from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.composites import Rewritten, forget, remember
+from keras_bilinear.factors import check_positive_int
 from keras_bilinear.keras_private import become, refresh
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
-from keras_bilinear.search import RewritePlan, plan_rewrite
-from keras_bilinear.sites import COUNTERPARTS, walk
+from keras_bilinear.search import RewritePlan, plan_layer, plan_rewrite
+from keras_bilinear.sites import (
+    COUNTERPARTS,
+    Site,
+    can_calibrate,
+    is_leaf,
+    reason_to_leave,
+    tied_variables,
+    walk,
+)
 
 # The layers are fitted in at most so many groups, for each of which the
 # calibration data run through both models.
@@ -59,7 +69,13 @@ def rewrite_model(
     _check_plan(model, plan, ranks)
     small = copy_model(model)
     batches = model_batches(calibration_data)
-    for group in _groups([site for site in walk(small) if site.path in ranks], batches):
+    # Layers without a name of their own have another one in the copy.
+    sites = [
+        dataclasses.replace(site, path=full.path)
+        for full, site in zip(walk(model), walk(small), strict=True)
+        if full.path in ranks
+    ]
+    for group in _groups(sites, batches):
         calibrations = _calibrate(model, small, group, batches)
         for site in group:
             bilinear_class = COUNTERPARTS[type(site.layer)]
@@ -70,6 +86,62 @@ def rewrite_model(
             )
         remember(group)
     return _finish(small, model)
+
+
+class Rewriter:
+    """Rewrites the layers of a model that `keras.models.clone_model` clones.
+
+    Other layers are cloned with their weights, which `clone_model` alone does
+    not do.
+
+    Args:
+        plan: what `plan_rewrite` made of the model, or the rank of every layer
+            where it saves anything.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    >>> small = keras.models.clone_model(model, clone_function=Rewriter(2))
+    >>> model.count_params(), small.count_params()
+    (4160, 320)
+    """
+
+    def __init__(self, plan: RewritePlan | int):
+        if not isinstance(plan, RewritePlan):
+            plan = check_positive_int("plan", plan)
+        self.plan = plan
+
+    def __call__(self, layer: keras.Layer) -> keras.Layer:
+        if not isinstance(layer, keras.Layer):  # an operation, such as `keras.ops.relu`
+            return layer
+        if isinstance(layer, keras.Model):
+            copy = copy_model(layer)
+        else:
+            copy = keras.layers.deserialize(keras.layers.serialize(layer))
+            copy.set_weights(layer.get_weights())
+        if is_leaf(copy):
+            pairs = [(Site(layer.name, layer, ()), Site(layer.name, copy, ()))]
+        else:
+            pairs = [*zip(walk(layer), walk(copy), strict=True)]
+            pairs = [
+                (dataclasses.replace(site, path=f"{layer.name}/{site.path}"), mine)
+                for site, mine in pairs
+            ]
+        tied = tied_variables(layer)
+        replaced = [(mine, self._rank(site, tied)) for site, mine in pairs]
+        replaced = [(mine, rank) for mine, rank in replaced if rank is not None]
+        for mine, rank in replaced:
+            bilinear_class = COUNTERPARTS[type(mine.layer)]
+            become(mine.layer, bilinear_class._from_full(mine.layer, rank=rank))
+        remember(mine for mine, _ in replaced)
+        refresh(copy)
+        return copy
+
+    def _rank(self, site, tied):
+        if isinstance(self.plan, RewritePlan):
+            return self.plan[site.path].rank if site.path in self.plan else None
+        saves = not reason_to_leave(site, tied) and plan_layer(site).saves(self.plan)
+        return self.plan if saves else None
 
 
 def expand_model(model: keras.Model) -> keras.Model:
@@ -156,7 +228,9 @@ def _calibrate(model, small, group, batches):
     calibrations = {
         path: Calibration(COUNTERPARTS[type(layer)], full_layers[path])
         for path, layer in layers.items()
+        if can_calibrate(layer)
     }
+    layers = {path: layers[path] for path in calibrations}
     for batch in batches:
         seen = collect(small, layers, batch)
         seen_full = collect(model, {path: full_layers[path] for path in layers}, batch)

@@ -14,7 +14,14 @@ from scipy import optimize, sparse
 from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.decompose import remaining_energies
 from keras_bilinear.factors import Factorization, check_positive_int
-from keras_bilinear.sites import COUNTERPARTS, reason_to_leave, tied_variables, walk
+from keras_bilinear.sites import (
+    COUNTERPARTS,
+    Site,
+    can_calibrate,
+    reason_to_leave,
+    tied_variables,
+    walk,
+)
 
 # Ranks that the search chooses from, as far as they save anything.
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -64,6 +71,10 @@ class LayerPlan:
             for plan in self.factorizations
         )
         return self.full_parameters - saved
+
+    def saves(self, rank: int) -> bool:
+        """Whether the layer stores fewer numbers at a rank than in full."""
+        return self.parameters_at(rank) < self.full_parameters
 
     @property
     def parameters(self) -> int:
@@ -133,7 +144,7 @@ class RewritePlan(Mapping):
         try:
             content = json.loads(text)
             return cls(map(_layer_plan, content["layers"]), content["other_parameters"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"The text is no plan: {type(error).__name__}: {error}") from error
 
     def _table(self):
@@ -226,7 +237,7 @@ def plan_rewrite(
         for layer in free:
             if layer.path in pinned:
                 continue
-            if layer.parameters_at(rank) < layer.full_parameters:
+            if layer.saves(rank):
                 layer.rank = rank
             else:
                 layer.skip("too small to gain at this rank")
@@ -235,9 +246,7 @@ def plan_rewrite(
     candidates = {}
     for layer in free:
         ranks = [layer.rank] if layer.path in pinned else RANKS
-        candidates[layer.path] = [
-            r for r in ranks if layer.parameters_at(r) < layer.full_parameters or r == layer.rank
-        ]
+        candidates[layer.path] = [r for r in ranks if layer.saves(r) or r == layer.rank]
         if not candidates[layer.path]:
             layer.skip("too small to gain")
     predict_errors(model, plan, candidates, calibration_data)
@@ -278,23 +287,28 @@ def survey(model: keras.Model) -> RewritePlan:
             f"`model` must be a built Keras model: call it on data first. Received: model={model!r}"
         )
     tied = tied_variables(model)
-    plans = []
-    for site in walk(model):
-        layer, reason = site.layer, reason_to_leave(site, tied)
-        factorizations = []
-        if not reason:
-            like = COUNTERPARTS[type(layer)]._like(layer)
-            factorizations = [kernel.factorization for kernel in like._kernels.values()]
-        plans.append(
-            LayerPlan(
-                path=site.path,
-                type=type(layer).__name__,
-                full_parameters=layer.count_params() if layer.built else 0,
-                factorizations=factorizations,
-                reason=reason,
-            )
-        )
+    plans = [plan_layer(site, reason_to_leave(site, tied)) for site in walk(model)]
     return RewritePlan(plans, model.count_params() - sum(plan.full_parameters for plan in plans))
+
+
+def plan_layer(site: Site, reason: str = "") -> LayerPlan:
+    """The plan of one layer, not yet to be rewritten.
+
+    Args:
+        site: the layer.
+        reason: why it cannot be rewritten; empty if it can.
+    """
+    layer, factorizations = site.layer, []
+    if not reason:
+        like = COUNTERPARTS[type(layer)]._like(layer)
+        factorizations = [kernel.factorization for kernel in like._kernels.values()]
+    return LayerPlan(
+        path=site.path,
+        type=type(layer).__name__,
+        full_parameters=layer.count_params() if layer.built else 0,
+        factorizations=factorizations,
+        reason=reason,
+    )
 
 
 def _choose_layers(plan, layers):
@@ -331,7 +345,11 @@ def predict_errors(model, plan, candidates, calibration_data):
     batches = model_batches(calibration_data)
     if batches is None:
         return
-    layers = {path: sites[path] for path, ranks in candidates.items() if ranks}
+    layers = {
+        path: sites[path]
+        for path, ranks in candidates.items()
+        if ranks and can_calibrate(sites[path])
+    }
     calibrations = {
         path: Calibration(COUNTERPARTS[type(layer)], layer) for path, layer in layers.items()
     }

@@ -105,6 +105,11 @@ def reason_to_leave(site: Site, tied: set) -> str:
     return ""
 
 
+def can_calibrate(layer: keras.Layer) -> bool:
+    """Whether a full layer can be fitted to its inputs: a cell, which sees one step, cannot."""
+    return hasattr(COUNTERPARTS[type(layer)], "_kernel_inputs")
+
+
 def tied_variables(model: keras.Model) -> set:
     """Ids of the variables that several layers of a model have as their own."""
     owner, tied = {}, set()

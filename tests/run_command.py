@@ -11,7 +11,7 @@ def run_command(*arguments):
     before = set(flags.FLAGS)
     try:
         with pytest.raises(SystemExit) as exit:
-            cli.main(["keras-bilinear", *arguments])
+            cli.main(["keras-bilinear", *map(str, arguments)])
         return exit.value.code
     finally:
         flags.FLAGS.remove_flag_values(set(flags.FLAGS) - before)

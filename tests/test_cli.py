@@ -55,8 +55,8 @@ def test_help_of_a_command_lists_its_flags(run):
 
 
 def test_every_command_is_a_module():
-    for command in cli.COMMANDS:
-        assert importlib.util.find_spec(f"keras_bilinear.{command}")
+    for module, _ in cli.COMMANDS.values():
+        assert importlib.util.find_spec(f"keras_bilinear.{module}")
 
 
 @pytest.fixture

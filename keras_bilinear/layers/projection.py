@@ -264,6 +264,11 @@ class BilinearLayer(keras.layers.Layer):
     `_full_kernels`, pairs of the name of a kernel there and of their attribute
     that stands for it, a `KroneckerKernel` that `build` makes. `_own_arguments`
     are those of the constructor that the stock layer does not have.
+
+    Those that can be fitted to calibration data have a class method
+    `_kernel_inputs(layer, inputs, **options)`. For each kernel of the full layer,
+    and each group or gate of it, it returns the rows that it is applied to when
+    the layer is called with these inputs, a NumPy array, and other arguments.
     """
 
     full_class = None
@@ -434,20 +439,6 @@ class BilinearLayer(keras.layers.Layer):
     def _count_parts(layer):
         """The number of groups or gates of a full layer."""
         return 1
-
-    @classmethod
-    def _kernel_inputs(cls, layer, inputs, **options):
-        """For each kernel of a full layer, and each part of it, the rows that it is applied to.
-
-        Args:
-            layer: the full layer.
-            inputs: of a call of the layer, an array.
-            **options: other arguments of that call.
-
-        Raises:
-            ValueError: if they are no inputs of the layer.
-        """
-        raise NotImplementedError(f"{cls.__name__} has no calibration")
 
     @staticmethod
     def _moments(kernel):

@@ -1,0 +1,29 @@
+"""Makes a model of stock Keras layers from a saved one with bilinear layers.
+
+keras-bilinear expand SMALL.keras FULL.keras
+"""
+
+from keras_bilinear.commands import saved
+from keras_bilinear.rewrite import expand_model
+
+
+def define_flags() -> None:
+    """Defines the flags of `keras-bilinear expand`."""
+    saved.define_model_flags()
+    saved.define_output_flags()
+
+
+def main(argv: list[str]) -> None:
+    """Expands with the flags as they are.
+
+    Raises:
+        CommandError: if a file cannot be read or written.
+    """
+    source, output = saved.arguments(argv, "SMALL.keras", "FULL.keras")
+    saved.check_output(output, ".keras")
+    with saved.console().status(f"expanding {source}"):
+        model = saved.load(source)
+        with saved.command_errors(ValueError):
+            full = expand_model(model)
+        saved.save(full, output)
+    print(f"{model.count_params():,} -> {full.count_params():,} parameters")

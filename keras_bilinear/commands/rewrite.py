@@ -1,0 +1,53 @@
+"""Makes a smaller model from a saved one.
+
+keras-bilinear rewrite MODEL.keras SMALL.keras --budget=0.1 --calibration=inputs.npy
+keras-bilinear rewrite MODEL.keras SMALL.keras --plan=plan.json
+"""
+
+import pathlib
+
+from absl import flags
+
+from keras_bilinear.commands import saved
+from keras_bilinear.errors import CommandError
+from keras_bilinear.rewrite import rewrite_model
+from keras_bilinear.search import RewritePlan
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the flags of `keras-bilinear rewrite`."""
+    saved.define_model_flags()
+    saved.define_plan_flags()
+    saved.define_output_flags()
+    flags.DEFINE_string("plan", None, "A plan that `keras-bilinear plan` wrote.")
+
+
+def main(argv: list[str]) -> None:
+    """Rewrites with the flags as they are.
+
+    Raises:
+        CommandError: if a file cannot be read or written, or no plan keeps to
+            the limit.
+    """
+    source, output = saved.arguments(argv, "MODEL.keras", "SMALL.keras")
+    saved.check_output(output, ".keras")
+    limits = ("budget", "max_params", "max_error", "rank")
+    if FLAGS.plan and any(getattr(FLAGS, name) is not None for name in limits):
+        raise CommandError(f"--plan and --{', --'.join(limits)} exclude each other")
+    with saved.console().status(f"rewriting {source}"):
+        model = saved.load(source)
+        data = saved.calibration(model)
+        plan = _read_plan(pathlib.Path(FLAGS.plan)) if FLAGS.plan else saved.make_plan(model, data)
+        with saved.command_errors(ValueError):
+            small = rewrite_model(model, plan, data)
+        saved.save(small, output)
+    print(plan, end="")
+
+
+def _read_plan(path):
+    try:
+        return RewritePlan.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read {str(path)!r}: {error}") from error

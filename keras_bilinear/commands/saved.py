@@ -1,0 +1,176 @@
+"""What the commands on saved models share: reading, writing, the flags of a plan."""
+
+import contextlib
+import pathlib
+import zipfile
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+import rich.console
+from absl import flags
+
+from keras_bilinear import datasets, search
+from keras_bilinear.errors import CommandError
+from keras_bilinear.files import check_writable, staged
+
+FLAGS = flags.FLAGS
+
+
+def define_model_flags() -> None:
+    """Defines the flags of every command that reads a model."""
+    flags.DEFINE_bool(
+        "unsafe",
+        False,
+        "Load code that is stored in the file, such as that of a Lambda layer. It can do anything.",
+    )
+
+
+def define_output_flags() -> None:
+    """Defines the flags of every command that writes a file."""
+    flags.DEFINE_bool("overwrite", False, "Replace a file that is there.")
+
+
+def define_plan_flags() -> None:
+    """Defines the flags that decide a plan."""
+    flags.DEFINE_float("budget", None, "Share of the parameters to keep; 0.1 if nothing is given.")
+    flags.DEFINE_integer("max_params", None, "Number of parameters to keep.")
+    flags.DEFINE_float("max_error", None, "Largest predicted error of a layer.")
+    flags.DEFINE_integer("rank", None, "Kronecker terms of every layer.")
+    flags.DEFINE_string(
+        "calibration",
+        None,
+        "Inputs of the model: a .npy file, a .npz file with an array for each input, or the name "
+        "of an image or text classification set of TensorFlow Datasets.",
+    )
+    flags.DEFINE_integer(
+        "examples", 1024, "Examples of the calibration data to use.", lower_bound=1
+    )
+    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
+
+
+def arguments(argv: list[str], *names: str) -> list[pathlib.Path]:
+    """The files that are named on the command line.
+
+    Raises:
+        CommandError: if there are not as many as names.
+    """
+    command, *given = argv
+    if len(given) != len(names):
+        raise CommandError(
+            f"usage: keras-bilinear {command} {' '.join(names)} [--flag=value ...]; received "
+            f"{len(given)} file names"
+        )
+    return [pathlib.Path(name) for name in given]
+
+
+def check_output(path: pathlib.Path, suffix: str) -> None:
+    """Checks, before any work, that a file can be written.
+
+    Raises:
+        CommandError: if its name has another suffix, if it is there and may not
+            be replaced, or if its folder is not writable.
+    """
+    if path.suffix != suffix:
+        raise CommandError(f"the output must be a {suffix} file, not {str(path)!r}")
+    if path.exists() and not FLAGS.overwrite:
+        raise CommandError(f"{str(path)!r} is there already: give --overwrite to replace it")
+    check_writable(path.parent)
+
+
+def load(path: pathlib.Path) -> keras.Model:
+    """Loads a model.
+
+    Raises:
+        CommandError: if the file is missing, is no whole `.keras` file, or holds
+            what Keras cannot load, or does not load in its safe mode.
+    """
+    if path.suffix != ".keras":
+        raise CommandError(f"{str(path)!r} is no .keras file")
+    if not path.is_file():
+        raise CommandError(f"there is no file {str(path)!r}")
+    if not zipfile.is_zipfile(path):
+        raise CommandError(f"{str(path)!r} is no .keras file, or only a part of one")
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=not FLAGS.unsafe)
+    except Exception as error:  # Keras, its backends and what they call raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "safe_mode" in str(error) or "unsafe" in str(error):
+            reason = "it has code in it, which is loaded with --unsafe only"
+        raise CommandError(f"cannot load {str(path)!r}: {reason}") from error
+
+
+def save(model: keras.Model, path: pathlib.Path) -> None:
+    """Saves a model beside and renames it."""
+    with staged(path.parent) as folder:
+        model.save(folder / path.name)
+
+
+def write(text: str, path: pathlib.Path) -> None:
+    """Writes a text beside and renames it."""
+    with staged(path.parent) as folder:
+        (folder / path.name).write_text(text)
+
+
+def calibration(model: keras.Model):
+    """The calibration data that `--calibration` names; `None` without the flag.
+
+    Raises:
+        CommandError: if they cannot be read or are no inputs of the model.
+    """
+    name = FLAGS.calibration
+    if name is None:
+        return None
+    data = _read(name)
+    for key, values in data.items() if isinstance(data, dict) else [("input", data)]:
+        if values.dtype == object or values.ndim < 2 or not len(values):
+            raise CommandError(f"{name!r} has no examples of the model's {key}")
+    try:
+        inputs = keras.tree.map_structure(lambda values: values[:1], data)
+        keras.ops.convert_to_numpy(keras.tree.flatten(model(inputs))[0])
+    except Exception as error:  # whatever a model says of inputs that are not its own
+        reason = str(error).strip().splitlines()[0]
+        raise CommandError(f"{name!r} has no inputs of the model: {reason}") from error
+    return keras.tree.map_structure(lambda values: values[: FLAGS.examples], data)
+
+
+def _read(name):
+    path = pathlib.Path(name)
+    if path.suffix not in (".npy", ".npz"):
+        return datasets.load(name, FLAGS.data_dir).x_train
+    try:
+        data = np.load(path)
+        return data if path.suffix == ".npy" else dict(data)
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise CommandError(f"cannot read {name!r}: {error}") from error
+
+
+def make_plan(model: keras.Model, data) -> search.RewritePlan:
+    """The plan that the flags ask for.
+
+    Raises:
+        CommandError: if they are not valid, or no plan keeps to the limit.
+    """
+    with command_errors(ValueError):
+        return search.plan_rewrite(
+            model,
+            budget=FLAGS.budget,
+            max_params=FLAGS.max_params,
+            max_error=FLAGS.max_error,
+            calibration_data=data,
+            rank="auto" if FLAGS.rank is None else FLAGS.rank,
+        )
+
+
+@contextlib.contextmanager
+def command_errors(*types: type) -> Iterator[None]:
+    """Turns errors of these types into errors of the command."""
+    try:
+        yield
+    except types as error:
+        raise CommandError(str(error)) from error
+
+
+def console() -> rich.console.Console:
+    """Where progress is shown."""
+    return rich.console.Console(stderr=True)

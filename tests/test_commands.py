@@ -1,0 +1,141 @@
+import json
+
+import keras
+import model_kinds
+import numpy as np
+import pytest
+from keras import ops
+from test_cli import fails, run  # noqa: F401
+
+from keras_bilinear import plan_rewrite
+
+
+@pytest.fixture
+def model():
+    return model_kinds.sequential()[0]
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save(tmp_path / "full.keras")
+    np.save(tmp_path / "x.npy", model_kinds.VECTORS)
+    return tmp_path
+
+
+def test_a_saved_model_is_planned_rewritten_and_expanded(run, saved, model):  # noqa: F811
+    full, small, plan = saved / "full.keras", saved / "small.keras", saved / "plan.json"
+    data = f"--calibration={saved / 'x.npy'}"
+    status, output, _ = run("plan", full, "--budget=0.5", data, f"--output={plan}")
+    assert status == 0
+    assert "BatchNormalization" in output
+    size = plan_rewrite(model, budget=0.5, calibration_data=model_kinds.VECTORS).parameters
+    status, output, _ = run("rewrite", full, small, f"--plan={plan}", data)
+    assert status == 0
+    assert f"-> {size:,} parameters" in output
+    loaded = keras.models.load_model(small)
+    assert loaded.count_params() == size
+    status, output, _ = run("expand", small, saved / "again.keras")
+    assert status == 0
+    assert f"{size:,} -> {model.count_params():,} parameters" in output
+    again = keras.models.load_model(saved / "again.keras")
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(again(model_kinds.VECTORS)),
+        ops.convert_to_numpy(loaded(model_kinds.VECTORS)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("limit", ["--rank=2", "--max_params=1200", "--max_error=0.9"])
+def test_every_limit_can_be_given(run, saved, limit):  # noqa: F811
+    assert run("rewrite", saved / "full.keras", saved / "small.keras", limit)[0] == 0
+
+
+def test_several_inputs_come_from_one_file(run, tmp_path):  # noqa: F811
+    model, x = model_kinds.two_inputs()
+    model.save(tmp_path / "full.keras")
+    np.savez(tmp_path / "x.npz", **x)
+    data = f"--calibration={tmp_path / 'x.npz'}"
+    arguments = (tmp_path / "full.keras", tmp_path / "small.keras", "--rank=1", data)
+    assert run("rewrite", *arguments, "--examples=20")[0] == 0
+
+
+def test_files_are_replaced_only_if_asked_for(run, fails, saved):  # noqa: F811
+    full = (saved / "full.keras").read_bytes()
+    error = fails("rewrite", saved / "full.keras", saved / "full.keras")
+    assert "is there already: give --overwrite" in error
+    assert (saved / "full.keras").read_bytes() == full
+    status, *_ = run(
+        "rewrite", saved / "full.keras", saved / "full.keras", "--overwrite", "--rank=1"
+    )
+    assert status == 0
+    assert (saved / "full.keras").read_bytes() != full
+
+
+@pytest.mark.parametrize("command", ["plan", "rewrite", "expand"])
+def test_files_that_are_no_models_are_refused(command, fails, saved):  # noqa: F811
+    more = [] if command == "plan" else [saved / "out.keras"]
+    whole = (saved / "full.keras").read_bytes()
+    (saved / "part.keras").write_bytes(whole[: len(whole) // 2])
+    (saved / "text.keras").write_text("hello")
+    (saved / "model.h5").write_text("hello")
+    np.savez(saved / "zip", a=1)
+    (saved / "zip.npz").rename(saved / "zip.keras")
+    assert "there is no file" in fails(command, saved / "missing.keras", *more)
+    assert "is no .keras file, or only a part" in fails(command, saved / "part.keras", *more)
+    assert "is no .keras file, or only a part" in fails(command, saved / "text.keras", *more)
+    assert "is no .keras file" in fails(command, saved / "model.h5", *more)
+    assert "cannot load" in fails(command, saved / "zip.keras", *more)
+
+
+def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):  # noqa: F811
+    model = keras.Sequential(
+        [keras.Input((24,)), keras.layers.Lambda(lambda x: x * 2), keras.layers.Dense(24)]
+    )
+    model.save(tmp_path / "full.keras")
+    arguments = ("rewrite", tmp_path / "full.keras", tmp_path / "small.keras", "--rank=1")
+    assert "with --unsafe only" in fails(*arguments)
+    assert run(*arguments, "--unsafe")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["plan"], "usage: keras-bilinear plan MODEL.keras"),
+        (["rewrite", "{}/full.keras"], "usage: keras-bilinear rewrite MODEL.keras SMALL.keras"),
+        (["rewrite", "{}/full.keras", "{}/small.h5"], "the output must be a .keras file"),
+        (["plan", "{}/full.keras", "--output={}/a.txt"], "the output must be a .json file"),
+        (["rewrite", "{}/full.keras", "{}/full.keras/small.keras"], "cannot write into"),
+        (["plan", "{}/full.keras", "--budget=0"], "`budget` must be above 0"),
+        (["plan", "{}/full.keras", "--budget=0.01"], "No plan keeps to the limit"),
+        (["plan", "{}/full.keras", "--budget=0.1", "--rank=3"], "At most one of"),
+        (["plan", "{}/full.keras", "--calibration={}/full.keras.npy"], "cannot read"),
+        (["plan", "{}/full.keras", "--calibration={}/text.npy"], "cannot read"),
+        (["plan", "{}/full.keras", "--calibration={}/wide.npy"], "has no inputs of the model"),
+        (["plan", "{}/full.keras", "--calibration={}/empty.npy"], "has no examples"),
+        (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/text.npy"], "cannot read"),
+        (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/none.json"], "cannot read"),
+        (
+            ["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/plan.json", "--rank=2"],
+            "exclude each other",
+        ),
+        (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/plan.json"], "not one of the model"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(arguments, text, fails, saved):  # noqa: F811
+    (saved / "text.npy").write_text("hello")
+    np.save(saved / "wide.npy", np.ones((4, 25), "float32"))
+    np.save(saved / "empty.npy", np.ones((0, 24), "float32"))
+    other = plan_rewrite(model_kinds.convolutional()[0], rank=1)
+    (saved / "plan.json").write_text(other.to_json())
+    assert text in fails(*(argument.replace("{}", str(saved)) for argument in arguments))
+
+
+def test_plans_are_json(run, saved):  # noqa: F811
+    run("plan", saved / "full.keras", f"--output={saved / 'plan.json'}", "--rank=1")
+    content = json.loads((saved / "plan.json").read_text())
+    assert [layer["type"] for layer in content["layers"]] == [
+        "Dense",
+        "BatchNormalization",
+        "Dense",
+    ]

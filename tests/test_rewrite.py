@@ -1,0 +1,258 @@
+import subprocess
+import sys
+
+import keras
+import model_kinds
+import numpy as np
+import pytest
+from keras import layers, ops, tree
+
+import keras_bilinear
+from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model
+from keras_bilinear.sites import walk
+
+BILINEAR = tuple(keras_bilinear.sites.COUNTERPARTS.values())
+
+
+def outputs(model, x):
+    return [ops.convert_to_numpy(y) for y in tree.flatten(model(x, training=False))]
+
+
+def assert_same(actual, expected, atol=1e-5):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
+
+
+def types(model):
+    return [type(site.layer) for site in walk(model)]
+
+
+@pytest.fixture(params=model_kinds.KINDS, ids=lambda make: make.__name__)
+def kind(request):
+    keras.utils.set_random_seed(0)
+    return request.param()
+
+
+def test_every_kind_of_model_is_rewritten_saved_and_expanded(kind, tmp_path):
+    model, x = kind
+    before, expected = model.get_weights(), outputs(model, x)
+    plan = plan_rewrite(model, rank=1)
+    small = rewrite_model(model, plan)
+    for layer_type, rank in zip(types(small), (plan[path].rank for path in plan), strict=True):
+        assert (layer_type in BILINEAR) == (rank is not None)
+    assert small.count_params() == plan.parameters < model.count_params()
+    assert small.name == model.name
+    actual = outputs(small, x)
+
+    for values, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(values, now)
+    assert_same(outputs(model, x), expected, atol=0)
+
+    small.save(tmp_path / "small.keras")
+    loaded = keras.models.load_model(tmp_path / "small.keras")
+    assert types(loaded) == types(small)
+    assert_same(outputs(loaded, x), actual)
+
+    full = expand_model(small)
+    assert types(full) == types(model)
+    assert full.count_params() == model.count_params()
+    assert_same(outputs(full, x), actual)
+    full.save(tmp_path / "full.keras")
+    assert_same(outputs(keras.models.load_model(tmp_path / "full.keras"), x), actual)
+
+
+def test_every_kind_of_model_is_fitted_and_trains(kind):
+    model, x = kind
+    batches = [tree.map_structure(lambda a, i=i: a[i::2], x) for i in range(2)]
+    small = rewrite_model(model, rank=1, calibration_data=batches)
+    targets = [y + 1 for y in outputs(small, x)]
+    small.compile("adam", ["mse"] * len(targets) if len(targets) > 1 else "mse")
+    before = [(v.path, ops.convert_to_numpy(v)) for v in small.trainable_variables]
+    small.fit(x, targets if len(targets) > 1 else targets[0], batch_size=8, verbose=0)
+    for (path, values), variable in zip(before, small.trainable_variables, strict=True):
+        assert not np.array_equal(values, ops.convert_to_numpy(variable)), path
+
+
+def trained_digits():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = (digits.images / 16).astype("float32").reshape(-1, 64), digits.target
+    keras.utils.set_random_seed(0)
+    hidden = (layers.Dense(64, activation="relu") for _ in range(2))
+    model = keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(10)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
+    model.fit(x[:1500], y[:1500], epochs=8, verbose=0)
+    return model, x, y
+
+
+def test_calibration_keeps_what_a_trained_model_has_learned():
+    model, x, y = trained_digits()
+    rng = np.random.default_rng(0)
+
+    def accuracy(model):
+        return model.evaluate(x[1500:], y[1500:], verbose=0, return_dict=True)["accuracy"]
+
+    full = accuracy(model)
+    assert full > 0.9
+    nearest = accuracy(rewrite_model(model, rank=2))
+    fitted = accuracy(rewrite_model(model, rank=2, calibration_data=x[:1500]))
+    assert fitted > nearest + 0.2
+    assert fitted > full - 0.15
+    # What is no data of the model does worse.
+    noise = rng.normal(size=x[:1500].shape).astype("float32")
+    assert fitted > accuracy(rewrite_model(model, rank=2, calibration_data=noise))
+
+
+def test_compile_state_carries_over():
+    model, x = model_kinds.sequential()
+    model.compile(keras.optimizers.SGD(0.25, momentum=0.5), "mae", metrics=["mse"])
+    small = rewrite_model(model, rank=1)
+    assert small.optimizer is not model.optimizer
+    assert isinstance(small.optimizer, keras.optimizers.SGD)
+    assert float(small.optimizer.learning_rate) == 0.25
+    assert small.loss == "mae"
+    names = small.evaluate(x, np.zeros((40, 30)), return_dict=True, verbose=0)
+    assert set(names) == {"loss", "mse"}
+    assert not rewrite_model(model_kinds.sequential()[0], rank=1).compiled
+
+
+def test_flags_and_policies_carry_over():
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    dense = layers.Dense(24, dtype=policy, name="mixed", activation="tanh")
+    frozen = layers.Dense(24, trainable=False, kernel_regularizer="l2", name="frozen")
+    model = keras.Sequential([keras.Input((24,)), dense, frozen])
+    small = rewrite_model(model, rank=1)
+    assert small.get_layer("mixed").dtype_policy.name == "mixed_bfloat16"
+    assert small.get_layer("mixed").activation is keras.activations.tanh
+    assert not small.get_layer("frozen").trainable
+    assert isinstance(small.get_layer("frozen").kernel_regularizer, keras.regularizers.L2)
+    assert len(small.trainable_variables) == 3
+
+
+def test_shared_layers_stay_shared():
+    model, x = model_kinds.shared()
+    small = rewrite_model(model, rank=1)
+    assert len([*walk(small)]) == 2
+    name = next(walk(small)).layer.name
+    dense = small.get_layer(name)
+    once = dense(x)
+    expected = small.layers[-1](ops.add(dense(once), x))
+    assert_same(outputs(small, x), [ops.convert_to_numpy(expected)])
+
+
+def test_models_built_from_a_model_keep_working():
+    model, x = model_kinds.sequential()
+    inner = keras.Model(model.inputs, model.layers[0].output)
+    before = outputs(inner, x)
+    rewrite_model(model, rank=1)
+    assert_same(outputs(inner, x), before, atol=0)
+    small = rewrite_model(model, rank=1)
+    inner = keras.Model(small.inputs, small.layers[0].output)
+    assert_same(outputs(inner, x), [ops.convert_to_numpy(small.layers[0](x))])
+
+
+SCRIPT = """
+import sys
+import numpy as np
+import keras
+import keras_bilinear
+sys.path.insert(0, sys.argv[3])
+import model_kinds
+model = keras.models.load_model(sys.argv[1])
+x = np.load(sys.argv[2])
+np.save(sys.argv[2], keras.ops.convert_to_numpy(model(x)))
+"""
+
+
+@pytest.mark.parametrize("make", [model_kinds.composite, model_kinds.subclassed])
+def test_rewritten_composites_load_in_a_fresh_process(make, tmp_path):
+    model, x = make()
+    small = rewrite_model(model, rank=1)
+    small.save(tmp_path / "small.keras")
+    np.save(tmp_path / "x.npy", x)
+    folder = keras_bilinear.__file__.removesuffix("keras_bilinear/__init__.py") + "tests"
+    arguments = [tmp_path / "small.keras", tmp_path / "x.npy", folder]
+    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), outputs(small, x)[0], atol=1e-5)
+
+
+def test_owners_keep_their_class_name_and_become_plain_again():
+    model, _ = model_kinds.composite()
+    small = rewrite_model(model, rank=1)
+    block = small.layers[1]
+    assert type(block).__name__ == "Block"
+    assert isinstance(block, model_kinds.Block)
+    assert type(block) is not model_kinds.Block
+    assert type(expand_model(small).layers[1]) is model_kinds.Block
+
+
+def test_rewriting_twice_leaves_bilinear_layers_alone():
+    model, _ = model_kinds.subclassed()
+    small = rewrite_model(model, rank=1)
+    plan = plan_rewrite(small, rank=1)
+    assert {layer.reason for layer in plan.values()} == {"bilinear already"}
+    again = rewrite_model(small, plan)
+    for a, b in zip(small.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("make", [model_kinds.nested, model_kinds.attention, model_kinds.composite])
+def test_cloning_with_a_rewriter_is_rewriting(make, tmp_path):
+    model, x = make()
+    plan = plan_rewrite(model, rank=1)
+    for argument in (plan, 1):
+        small = keras.models.clone_model(model, clone_function=Rewriter(argument))
+        assert small.count_params() == plan.parameters
+        assert_same(outputs(small, x), outputs(rewrite_model(model, plan), x))
+        small.save(tmp_path / "small.keras")
+        loaded = keras.models.load_model(tmp_path / "small.keras")
+        assert_same(outputs(loaded, x), outputs(small, x))
+
+
+def test_rewriters_take_a_plan_or_a_rank():
+    with pytest.raises(ValueError, match="`plan` must be a positive integer"):
+        Rewriter("everything")
+
+
+class Unregistered(keras.Model):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.dense = layers.Dense(24)
+
+    def call(self, x):
+        return self.function(self.dense(x))
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = Unregistered(lambda x: x)
+    model(np.ones((1, 24), "float32"))
+    with pytest.raises(ValueError, match="cannot be copied, as Keras cannot save and load it"):
+        rewrite_model(model, rank=1)
+
+
+def test_a_plan_of_another_model_is_refused():
+    model, _ = model_kinds.sequential()
+    plan = plan_rewrite(model_kinds.convolutional()[0], rank=1)
+    with pytest.raises(ValueError, match="not one of the model"):
+        rewrite_model(model, plan)
+
+
+def test_a_plan_and_a_limit_exclude_each_other():
+    model, _ = model_kinds.sequential()
+    with pytest.raises(ValueError, match="exclude each other"):
+        rewrite_model(model, plan_rewrite(model, rank=1), budget=0.5)
+
+
+def test_bad_weights_and_data_are_refused_before_anything_changes():
+    model, x = model_kinds.sequential()
+    with pytest.raises(ValueError, match="must be finite"):
+        rewrite_model(model, rank=1, calibration_data=np.full_like(x, np.nan))
+    with pytest.raises(ValueError, match="at least one batch"):
+        rewrite_model(model, rank=1, calibration_data=[])
+    model.layers[0].kernel.assign(np.full((24, 32), np.inf))
+    with pytest.raises(ValueError, match="finite weights"):
+        rewrite_model(model, rank=1)
+    assert type(model.layers[0]) is layers.Dense

@@ -1,0 +1,196 @@
+import itertools
+
+import keras
+import model_kinds
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_bilinear
+from keras_bilinear import RewritePlan, plan_rewrite
+from keras_bilinear.decompose import nearest_kronecker_sum, remaining_energies
+from keras_bilinear.factors import Factorization
+from keras_bilinear.search import RANKS
+
+
+def mlp(*widths):
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(w, name=f"dense_{i}") for i, w in enumerate(widths[1:])]
+    return keras.Sequential([keras.Input((widths[0],)), *hidden])
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.25, 0.6, 1.0])
+def test_the_plan_is_the_best_within_the_budget(budget):
+    model = mlp(64, 100, 64, 48)
+    plan = plan_rewrite(model, budget=budget)
+    assert plan.parameters <= budget * plan.full_parameters
+    assert plan.full_parameters == model.count_params()
+    tables = []
+    for path, layer in plan_rewrite(model, budget=1.0).items():
+        ranks = [r for r in RANKS if layer.parameters_at(r) < layer.full_parameters]
+        kernel = keras.ops.convert_to_numpy(model.get_layer(path).kernel)
+        tables.append([(0.0, layer.full_parameters)])
+        for rank in ranks:
+            one = keras_bilinear.BilinearDense.from_full(model.get_layer(path), rank=rank)
+            rest = kernel - keras.ops.convert_to_numpy(one.kernel)
+            share = np.sum(rest**2) / np.sum(kernel**2)
+            tables[-1].append((share, one.count_params()))
+    best = min(
+        sum(error for error, _ in choice)
+        for choice in itertools.product(*tables)
+        if sum(size for _, size in choice) <= budget * plan.full_parameters
+    )
+    assert sum(layer.error**2 for layer in plan.values()) == pytest.approx(best, rel=1e-3, abs=1e-6)
+
+
+def test_limits_on_parameters_and_on_errors():
+    model = mlp(64, 100, 64)
+    plan = plan_rewrite(model, max_params=2000)
+    assert plan.parameters <= 2000
+    plan = plan_rewrite(model, max_error=0.5)
+    for layer in plan.values():
+        assert layer.error <= 0.5
+        smaller = [rank for rank in layer.errors if layer.rank and rank < layer.rank]
+        assert all(layer.errors[rank] > 0.5 for rank in smaller)
+    assert plan_rewrite(model, max_error=1e-6).parameters == model.count_params()
+
+
+def test_the_default_budget_is_a_tenth():
+    model = mlp(64, 100, 64)
+    assert str(plan_rewrite(model)) == str(plan_rewrite(model, budget=0.1))
+
+
+def test_calibration_changes_the_errors():
+    model, x = model_kinds.convolutional()
+    without, with_data = (
+        plan_rewrite(model, rank=1),
+        plan_rewrite(model, rank=1, calibration_data=x),
+    )
+    for path, layer in with_data.items():
+        if layer.rank is not None:
+            assert layer.error < without[path].error
+
+
+@pytest.mark.parametrize("layers", [["dense_1"], {"dense_0": None, "dense_2": None}])
+def test_layers_can_be_chosen(layers):
+    plan = plan_rewrite(mlp(64, 64, 64, 64), budget=0.75, layers=layers)
+    assert plan["dense_0"].reason == plan["dense_2"].reason == "on request"
+    assert plan["dense_1"].rank is not None
+
+
+def test_ranks_can_be_pinned():
+    plan = plan_rewrite(mlp(64, 64, 64, 64), budget=0.5, layers={"dense_1": 5})
+    assert plan["dense_1"].rank == 5
+    assert plan["dense_0"].rank != 5
+    assert plan.parameters <= 0.5 * plan.full_parameters
+
+
+def test_reasons():
+    model, _ = model_kinds.convolutional()
+    reasons = {layer.type: layer.reason for layer in plan_rewrite(model, rank=40).values()}
+    assert "depthwise" in reasons["DepthwiseConv2D"]
+    assert reasons["Dense"] == "too small to gain at this rank"
+    model, _ = model_kinds.sequential()
+    reasons = [layer.reason for layer in plan_rewrite(model, budget=0.99).values()]
+    assert "no projection in it that a bilinear layer stands for" in reasons
+    dense, inputs = layers.Dense(24), keras.Input((24,))
+    spectral = layers.SpectralNormalization(layers.Dense(24))
+    model = keras.Model(inputs, spectral(dense(inputs)))
+    twin = layers.Dense(24)
+    model = keras.Model(inputs, twin(spectral(dense(inputs))))
+    twin._tracker.unlock()
+    twin._kernel = dense._kernel
+    first, second, third = plan_rewrite(model, rank=1).values()
+    assert second.reason == "SpectralNormalization works on its kernel"
+    assert first.reason == third.reason == "shares a variable with another layer"
+
+
+def test_plans_are_edited_and_kept_as_json(tmp_path):
+    model, x = model_kinds.recurrent()
+    plan = plan_rewrite(model, budget=0.5, calibration_data=x)
+    path = next(path for path, layer in plan.items() if layer.type == "LSTM")
+    plan[path].rank = 3
+    size = plan.parameters
+    plan[path].skip()
+    assert plan[path].parameters == plan[path].full_parameters
+    assert plan.parameters > size
+    plan[path].rank = 3
+    assert plan.parameters == size
+    again = RewritePlan.from_json(plan.to_json())
+    assert str(again) == str(plan)
+    assert again.to_json() == plan.to_json()
+    assert keras_bilinear.rewrite_model(model, again).count_params() == size
+
+
+def test_tables_show_every_layer():
+    model, _ = model_kinds.nested()
+    plan = plan_rewrite(model, rank=1)
+    for text in (str(plan), plan._repr_html_()):
+        assert "middle/inner/dense" in text
+        assert f"{plan.full_parameters:,} -&gt; {plan.parameters:,}" in text.replace("->", "-&gt;")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"budget": 0}, "`budget` must be above 0 and at most 1. Received: budget=0"),
+        ({"budget": 1.5}, "`budget` must be above 0 and at most 1"),
+        ({"budget": True}, "`budget` must be above 0 and at most 1"),
+        ({"budget": "a"}, "`budget` must be above 0 and at most 1"),
+        ({"max_params": -3}, "`max_params` must be a positive number. Received: max_params=-3"),
+        ({"max_error": float("nan")}, "`max_error` must be a positive number"),
+        ({"budget": 0.1, "max_params": 9}, "At most one of"),
+        ({"budget": 0.1, "rank": 2}, "At most one of"),
+        ({"rank": 0}, "`rank` must be a positive integer"),
+        ({"layers": "dense_0"}, "`layers` must be paths"),
+        ({"layers": ["dense"]}, "must be among the paths of the model's layers: dense_0, dense_1"),
+        ({"layers": {"dense_0": 0}}, "`rank` must be a positive integer"),
+        ({"budget": 0.001}, r"still has \d+ parameters"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        plan_rewrite(mlp(64, 64, 64), **arguments)
+
+
+def test_models_that_are_not_built_are_refused():
+    with pytest.raises(ValueError, match="must be a built Keras model"):
+        plan_rewrite(keras.Sequential([layers.Dense(3)]))
+    with pytest.raises(ValueError, match="must be a built Keras model"):
+        plan_rewrite(layers.Dense(3))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"layers": [{}], "other_parameters": 0}'])
+def test_texts_that_are_no_plans_are_refused(text):
+    with pytest.raises(ValueError, match="The text is no plan"):
+        RewritePlan.from_json(text)
+
+
+def test_layers_that_cannot_be_rewritten_take_no_rank():
+    model, _ = model_kinds.sequential()
+    plan = plan_rewrite(model, rank=1)
+    path = next(path for path, layer in plan.items() if layer.type == "BatchNormalization")
+    with pytest.raises(ValueError, match="cannot be rewritten: no projection"):
+        plan[path].rank = 2
+    with pytest.raises(KeyError, match="no layer 'nothing' in the plan"):
+        plan["nothing"]
+
+
+@pytest.mark.parametrize("gates", [0, 3])
+@pytest.mark.parametrize("large", [8, 10**6])
+def test_remaining_energies_are_those_of_the_nearest_sums(gates, large, monkeypatch):
+    monkeypatch.setattr("keras_bilinear.decompose.LARGE", large)
+    rng = np.random.default_rng(0)
+    plan = Factorization.create(64, 100, rank=1, gates=gates)
+    # Singular values that fall, as those of trained kernels do.
+    scales = np.exp(-np.arange(64) / 8)[:, None]
+    parts = [np.linalg.qr(rng.normal(size=(64, 64)))[0] @ (scales * rng.normal(size=(64, 100)))]
+    parts *= max(1, gates)
+    energies = remaining_energies(parts, plan, 6)
+    for rank in range(1, 7):
+        one = Factorization.create(64, 100, rank=rank)
+        left, right = nearest_kronecker_sum(parts[0], one)
+        rest = parts[0] - sum(np.kron(a, b) for a, b in zip(left, right, strict=True))
+        expected = len(parts) * np.sum(rest**2)
+        np.testing.assert_allclose(energies[rank], expected, rtol=1e-2)
+    np.testing.assert_allclose(energies[0], sum(np.sum(part**2) for part in parts))
