@@ -4,11 +4,22 @@ from collections.abc import Iterator
 
 import keras
 from keras.src import backend
+from keras.src.layers.core.einsum_dense import _analyze_einsum_string
 from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
 
 # The loop over time that `keras.layers.RNN` runs its cell in.
 rnn = backend.rnn
+
+
+def analyze_einsum(equation, bias_axes, input_shape, output_shape) -> tuple:
+    """The shapes of kernel, bias (or `None`) and outputs of a `keras.layers.EinsumDense`.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    shapes = _analyze_einsum_string(equation, bias_axes, input_shape, output_shape)
+    return tuple(shape if shape is None else tuple(shape) for shape in shapes[:3])
 
 
 def calls(model: keras.Model) -> Iterator[tuple[keras.Layer, list[tuple]]]:

@@ -8,6 +8,7 @@ from keras_bilinear import (
     BilinearConv2D,
     BilinearConv3D,
     BilinearDense,
+    BilinearEinsumDense,
     BilinearEmbedding,
 )
 
@@ -73,6 +74,22 @@ SPECS = {
         inputs=tuple(
             random.normal(size=(*leading, 12)).astype("float32")
             for leading in ((4,), (4, 3), (2, 3, 5))
+        ),
+    ),
+    "einsum_dense": LayerSpec(
+        BilinearEinsumDense,
+        arguments={"equation": "abc,cd->abd", "output_shape": (None, 10)},
+        every_argument={
+            **SHARED,
+            **{key: KERNEL_AND_BIAS[key] for key in KERNEL_AND_BIAS if key != "use_bias"},
+            "equation": "abc,cde->abde",
+            "output_shape": (None, 5, 2),
+            "bias_axes": "de",
+            "input_factors": (4, 3),
+            "output_factors": (5, 2),
+        },
+        inputs=tuple(
+            random.normal(size=(*leading, 12)).astype("float32") for leading in ((4, 3), (2, 5))
         ),
     ),
     "embedding": LayerSpec(

@@ -1,5 +1,6 @@
 from keras_bilinear.layers.conv import BilinearConv1D, BilinearConv2D, BilinearConv3D
 from keras_bilinear.layers.dense import BilinearDense
+from keras_bilinear.layers.einsum_dense import BilinearEinsumDense
 from keras_bilinear.layers.embedding import BilinearEmbedding
 from keras_bilinear.layers.gru import BilinearGRU, BilinearGRUCell
 from keras_bilinear.layers.lstm import BilinearLSTM, BilinearLSTMCell
@@ -10,6 +11,7 @@ __all__ = [
     "BilinearConv2D",
     "BilinearConv3D",
     "BilinearDense",
+    "BilinearEinsumDense",
     "BilinearEmbedding",
     "BilinearGRU",
     "BilinearGRUCell",

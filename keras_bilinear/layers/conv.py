@@ -232,7 +232,7 @@ class BilinearConv(BilinearLayer):
     def compute_output_shape(self, input_shape: tuple) -> tuple:
         return self._unbuilt_full_layer().compute_output_shape(input_shape)
 
-    def _input_shape(self, kernel_shape):
+    def _input_shape(self, kernel_shape, built):
         channels = (kernel_shape[-2] * self.groups,)
         positions = (None,) * len(self.kernel_size)
         channels_last = self.data_format == "channels_last"

@@ -1,6 +1,7 @@
 from functools import partial
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_bilinear.layers.rnn import BilinearCell, BilinearRNN
@@ -35,6 +36,13 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
     def _input_bias(self):
         bias = super()._input_bias()
         return bias[0] if self.reset_after else bias
+
+    @staticmethod
+    def _add_to_bias(bias, missing, index):
+        if bias.ndim == 1:
+            return bias + missing
+        # With `reset_after` each kernel has a bias of its own.
+        return bias + missing * (np.arange(2) == index)[:, None]
 
     @classmethod
     def _state_rows(cls, cell, inputs, states):

@@ -309,7 +309,7 @@ class BilinearLayer(keras.layers.Layer):
     @property
     def kernel(self):
         """The kernel that the factors stand for, a new tensor of full size."""
-        return self._built_kernel().materialize()
+        return self._kernel_to_full(self._built_kernel().materialize())
 
     def _built_kernel(self):
         if self._kernel is None:
@@ -328,9 +328,23 @@ class BilinearLayer(keras.layers.Layer):
             {key: value for key, value in config.items() if key not in self._own_arguments}
         )
 
-    def _input_shape(self, kernel_shape):
-        """Shape of an input of the full layer with a kernel of this shape."""
+    def _input_shape(self, kernel_shape, built):
+        """Shape of an input of the full layer with a kernel of this shape.
+
+        Args:
+            kernel_shape: of the full layer.
+            built: a layer with such inputs.
+        """
         return (None, kernel_shape[0])
+
+    @staticmethod
+    def _kernel_from_full(layer, kernel):
+        """The kernel of a full layer, of the shape that its `Factorization` has."""
+        return kernel
+
+    def _kernel_to_full(self, kernel):
+        """The way back."""
+        return kernel
 
     @classmethod
     def from_full(
@@ -394,11 +408,9 @@ class BilinearLayer(keras.layers.Layer):
             if calibration is None:
                 kernel.assign(weights[name])
                 continue
-            missing = kernel.fit(calibration.moments[name], centred=bias is not None)
-            if bias is not None:
-                # Where each kernel has a bias of its own, they are rows of one variable.
-                of_kernel = bias if bias.ndim == 1 else bias[row]
-                of_kernel += missing
+            missing = kernel.fit(calibration.moments[name], calibration.has_bias)
+            if calibration.has_bias:
+                bias = cls._add_to_bias(bias, missing, row)
         if bias is not None:
             bilinear.bias.assign(bias)
         return bilinear
@@ -412,7 +424,7 @@ class BilinearLayer(keras.layers.Layer):
         config = {key: value for key, value in layer.get_config().items() if key in accepted}
         bilinear = cls.from_config({**config, **own_arguments})
         first_kernel, _ = cls._full_kernels[0]
-        bilinear.build(bilinear._input_shape(getattr(layer, first_kernel).shape))
+        bilinear.build(bilinear._input_shape(getattr(layer, first_kernel).shape, layer))
         return bilinear
 
     @property
@@ -429,6 +441,17 @@ class BilinearLayer(keras.layers.Layer):
             name: np.split(weights[name].reshape(-1, weights[name].shape[-1]), count, axis=1)
             for name, _ in cls._full_kernels
         }
+
+    @staticmethod
+    def _add_to_bias(bias, missing, index):
+        """A bias to which is added what the outputs of a kernel miss on average.
+
+        Args:
+            bias: an array of the shape of the variable.
+            missing: for each output of the kernel; zero where `_has_bias` is not so.
+            index: number of the kernel.
+        """
+        return bias + missing
 
     @staticmethod
     def _has_bias(layer):
@@ -456,9 +479,9 @@ class BilinearLayer(keras.layers.Layer):
             AttributeError: if the layer is not built.
         """
         self._built_kernel()
-        kernels = [kernel.materialize() for kernel in self._kernels.values()]
+        kernels = [self._kernel_to_full(kernel.materialize()) for kernel in self._kernels.values()]
         full = self._unbuilt_full_layer()
-        full.build(self._input_shape(kernels[0].shape))
+        full.build(self._input_shape(kernels[0].shape, self))
         full.set_weights([*kernels, *self.get_weights()[2 * len(kernels) :]])
         return full
 
@@ -500,7 +523,8 @@ def _finite_weights(cls, layer):
                     f"`{cls.__name__}.from_full` takes finite weights. "
                     f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
                 )
-            weights[name] = values
+            is_kernel = name in dict(cls._full_kernels)
+            weights[name] = cls._kernel_from_full(layer, values) if is_kernel else values
     return weights
 
 

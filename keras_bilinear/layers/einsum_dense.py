@@ -1,0 +1,289 @@
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import keras
+from keras import activations, constraints, initializers, ops, regularizers
+
+from keras_bilinear import keras_private
+from keras_bilinear.factors import Factorization
+from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
+
+
+class _Axes:
+    """The axes of an einsum whose second operand, the kernel, is a matrix of grouped axes.
+
+    Attributes:
+        contracted: labels that the kernel takes from the inputs, in its order.
+        produced: labels that the kernel adds to the outputs, in its order.
+    """
+
+    def __init__(self, equation):
+        match = re.fullmatch(
+            r"(\.\.\.)?([a-zA-Z]+)(\.\.\.)?,([a-zA-Z]+)->(\.\.\.)?([a-zA-Z]+)(\.\.\.)?",
+            equation if isinstance(equation, str) else "",
+        )
+        if not match or (match[1], match[3]) != (match[5], match[7]):
+            raise ValueError(
+                "`equation` must have the form X,Y->Z, ...X,Y->...Z or X...,Y->Z.... "
+                f"Received: equation={equation!r}"
+            )
+        self.before, self.inputs, self.after, self.kernel = match.groups()[:4]
+        self.outputs = match[6]
+        self.contracted = [a for a in self.kernel if a in self.inputs and a not in self.outputs]
+        self.produced = [a for a in self.kernel if a in self.outputs and a not in self.inputs]
+        if not self.contracted or len(self.contracted + self.produced) != len(set(self.kernel)):
+            raise ValueError(
+                "The kernel of `equation` must be a matrix: each of its axes is either one of the "
+                f"inputs only or one of the outputs only. Received: equation={equation!r}"
+            )
+
+    def sizes(self, labels, kernel_shape):
+        return tuple(kernel_shape[self.kernel.index(label)] for label in labels)
+
+    def as_rows(self, x):
+        """Inputs as `(..., prod(contracted))`, and the labels of the leading axes."""
+        labels = self._with_ellipsis(self.inputs, len(x.shape))
+        summed = [a for a in labels if a not in self.outputs and a not in self.kernel]
+        summed = [a for a in summed if a.isalpha()]
+        if summed:
+            x = ops.sum(x, axis=[labels.index(a) for a in summed])
+            labels = [a for a in labels if a not in summed]
+        kept = [a for a in labels if a not in self.contracted]
+        x = ops.transpose(x, [labels.index(a) for a in (*kept, *self.contracted)])
+        if len(self.contracted) > 1:
+            width = math.prod(x.shape[len(kept) :])
+            x = ops.reshape(x, (*ops.shape(x)[: len(kept)], width))
+        return x, kept
+
+    def from_rows(self, y, kept, kernel_shape):
+        """`(..., prod(produced))` as outputs."""
+        if len(self.produced) != 1:
+            sizes = self.sizes(self.produced, kernel_shape)
+            y = ops.reshape(y, (*ops.shape(y)[: len(kept)], *sizes))
+        have = [*kept, *self.produced]
+        want = self._with_ellipsis(self.outputs, len(have))
+        return ops.transpose(y, [have.index(a) for a in want])
+
+    def as_matrix(self, kernel):
+        """A full kernel as `(prod(contracted), prod(produced))`, in NumPy."""
+        order = [self.kernel.index(a) for a in (*self.contracted, *self.produced)]
+        kernel = kernel.transpose(order)
+        return kernel.reshape(math.prod(kernel.shape[: len(self.contracted)]), -1)
+
+    def from_matrix(self, matrix, kernel_shape):
+        """The way back."""
+        have = [*self.contracted, *self.produced]
+        matrix = matrix.reshape(self.sizes(have, kernel_shape))
+        return matrix.transpose([have.index(a) for a in self.kernel])
+
+    def _with_ellipsis(self, labels, count):
+        more = [str(i) for i in range(count - len(labels))]
+        return [*(more if self.before else ()), *labels, *(more if self.after else ())]
+
+
+@keras.saving.register_keras_serializable(package="keras_bilinear")
+class BilinearEinsumDense(BilinearLayer):
+    """A dense layer over any axes whose kernel is a sum of Kronecker products.
+
+    It stands for `keras.layers.EinsumDense`, from which Transformers are made.
+    The axes that the kernel takes from the inputs are one axis of a matrix, those
+    that it adds to the outputs the other one; see `BilinearDense`.
+
+    Args:
+        equation: an einsum of the inputs and the kernel, such as
+            `"abc,cde->abde"`. Each axis of the kernel must be one of the inputs
+            only or one of the outputs only.
+        output_shape: the shape of the outputs without the batch axis; `None` for
+            an axis that is that of the inputs.
+        activation: activation function; `None` applies none.
+        bias_axes: axes of the outputs that the bias has; `None` for no bias.
+        kernel_initializer: initializer of the full kernel, as a matrix; see
+            `keras_bilinear.initializers`.
+        bias_initializer: initializer of the bias.
+        kernel_regularizer: regularizer of each stored factor.
+        bias_regularizer: regularizer of the bias.
+        kernel_constraint: constraint of each stored factor.
+        bias_constraint: constraint of the bias.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(d1, d2)` with a product of at least that of the axes
+            taken from the inputs. `None` takes the axes themselves where they
+            are two, such as heads and their width, and else near-square ones.
+        output_factors: `(u1, u2)`, likewise for the axes added to the outputs.
+        implementation: as of `BilinearDense`.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Input shape:
+        That of the first operand of the equation.
+
+    Output shape:
+        That of its result.
+
+    Raises:
+        ValueError: if the equation has another form, its kernel is no matrix, or
+            another argument is not valid.
+
+    Example:
+
+    >>> layer = BilinearEinsumDense("abc,cde->abde", (None, 8, 32), bias_axes="de")
+    >>> layer(np.ones((2, 10, 256), "float32")).shape == (2, 10, 8, 32)
+    True
+    >>> layer.count_params()  # an EinsumDense layer has 65,792
+    896
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
+    """
+
+    full_class = keras.layers.EinsumDense
+
+    def __init__(
+        self,
+        equation: str,
+        output_shape: int | Sequence[int | None],
+        activation: str | Callable | None = None,
+        bias_axes: str | None = None,
+        kernel_initializer: str | dict | Callable = "glorot_uniform",
+        bias_initializer: str | dict | Callable = "zeros",
+        kernel_regularizer: str | dict | Callable | None = None,
+        bias_regularizer: str | dict | Callable | None = None,
+        kernel_constraint: str | dict | Callable | None = None,
+        bias_constraint: str | dict | Callable | None = None,
+        rank: int = 1,
+        input_factors: Sequence[int] | None = None,
+        output_factors: Sequence[int] | None = None,
+        implementation: str = "auto",
+        **kwargs,
+    ):
+        super().__init__(
+            rank=rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+            **kwargs,
+        )
+        self._axes = _Axes(equation)
+        self.equation = equation
+        partial = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape)
+        self.partial_output_shape = partial
+        self.bias_axes = bias_axes
+        self.activation = activations.get(activation)
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.bias_constraint = constraints.get(bias_constraint)
+        self.bias = None
+
+    def build(self, input_shape: tuple):
+        self._kernel_shape, bias_shape, _ = self._shapes(input_shape)
+        sizes = [
+            self._axes.sizes(labels, self._kernel_shape)
+            for labels in (self._axes.contracted, self._axes.produced)
+        ]
+        if None in sizes[0]:
+            raise ValueError(
+                "The axes that the kernel of `BilinearEinsumDense` takes from the inputs must be "
+                f"known. Received: input_shape={input_shape}, equation={self.equation!r}"
+            )
+        factors = [
+            given or (natural if len(natural) == 2 and min(natural) > 1 else None)
+            for given, natural in zip((self.input_factors, self.output_factors), sizes, strict=True)
+        ]
+        self._kernel = KroneckerKernel(
+            self,
+            Factorization.create(*map(math.prod, sizes), *factors, self.rank),
+            self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+            implementation=self.implementation,
+        )
+        if bias_shape is not None:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=bias_shape,
+                initializer=self.bias_initializer,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape))
+        self.built = True
+
+    def _shapes(self, input_shape):
+        """The shapes of kernel, bias and outputs of the stock layer."""
+        return keras_private.analyze_einsum(
+            self.equation, self.bias_axes, input_shape, self.partial_output_shape
+        )
+
+    def call(self, inputs, training: bool | None = None):
+        x, kept = self._axes.as_rows(inputs)
+        x = self._kernel.project(x, training)
+        x = self._axes.from_rows(x, kept, self._kernel_shape)
+        if self.bias is not None:
+            x = ops.add(x, self.bias)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        return self._shapes(input_shape)[2]
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "equation": self.equation,
+            "output_shape": self.partial_output_shape,
+            "activation": activations.serialize(self.activation),
+            "bias_axes": self.bias_axes,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
+        }
+
+    def _input_shape(self, kernel_shape, built):
+        axes = self._axes
+        outputs = self.partial_output_shape if axes.before else (None, *self.partial_output_shape)
+        sizes = dict(zip(axes.outputs, outputs, strict=False))
+        sizes |= dict(zip(axes.kernel, kernel_shape, strict=True))
+        more = (None,) * (built.input_spec.ndim - len(axes.inputs))
+        known = tuple(sizes.get(label) for label in axes.inputs)
+        return (*more, *known) if axes.before else (*known, *more)
+
+    @staticmethod
+    def _kernel_from_full(layer, kernel):
+        return _Axes(layer.equation).as_matrix(kernel)
+
+    def _kernel_to_full(self, kernel):
+        return self._axes.from_matrix(kernel, self._kernel_shape)
+
+    @staticmethod
+    def _has_bias(layer):
+        # One that has other axes than the kernel's cannot take every mean.
+        return layer.bias is not None and set(layer.bias_axes) >= {*_Axes(layer.equation).produced}
+
+    @staticmethod
+    def _add_to_bias(bias, missing, index):
+        return bias + missing
+
+    @classmethod
+    def _kernel_inputs(cls, layer, inputs, **options):
+        axes = _Axes(layer.equation)
+        if inputs.ndim != layer.input_spec.ndim:
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {layer.name!r}, of "
+                f"{layer.input_spec.ndim} axes. Received: an array of shape {inputs.shape}"
+            )
+        rows, _ = axes.as_rows(inputs)
+        rows = ops.convert_to_numpy(rows)
+        kernel = layer.kernel.shape
+        if rows.shape[-1] != math.prod(axes.sizes(axes.contracted, kernel)):
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {layer.name!r}. "
+                f"Received: an array of shape {inputs.shape}"
+            )
+        return {"kernel": [rows.reshape(-1, rows.shape[-1])]}
