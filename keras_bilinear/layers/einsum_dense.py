@@ -43,7 +43,7 @@ class _Axes:
 
     def as_rows(self, x):
         """Inputs as `(..., prod(contracted))`, and the labels of the leading axes."""
-        labels = self._with_ellipsis(self.inputs, len(x.shape))
+        labels = self.labels(self.inputs, x.shape)
         summed = [a for a in labels if a not in self.outputs and a not in self.kernel]
         summed = [a for a in summed if a.isalpha()]
         if summed:
@@ -62,7 +62,7 @@ class _Axes:
             sizes = self.sizes(self.produced, kernel_shape)
             y = ops.reshape(y, (*ops.shape(y)[: len(kept)], *sizes))
         have = [*kept, *self.produced]
-        want = self._with_ellipsis(self.outputs, len(have))
+        want = self.labels(self.outputs, have)
         return ops.transpose(y, [have.index(a) for a in want])
 
     def as_matrix(self, kernel):
@@ -74,11 +74,12 @@ class _Axes:
     def from_matrix(self, matrix, kernel_shape):
         """The way back."""
         have = [*self.contracted, *self.produced]
-        matrix = matrix.reshape(self.sizes(have, kernel_shape))
-        return matrix.transpose([have.index(a) for a in self.kernel])
+        tensor = ops.reshape(matrix, self.sizes(have, kernel_shape))
+        return ops.transpose(tensor, [have.index(a) for a in self.kernel])
 
-    def _with_ellipsis(self, labels, count):
-        more = [str(i) for i in range(count - len(labels))]
+    def labels(self, labels, shape):
+        """A label for each axis of a shape: numbers for those of the ellipsis."""
+        more = [str(i) for i in range(len(shape) - len(labels))]
         return [*(more if self.before else ()), *labels, *(more if self.after else ())]
 
 
@@ -228,7 +229,15 @@ class BilinearEinsumDense(BilinearLayer):
         return x
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return self._shapes(input_shape)[2]
+        _, _, shape = self._shapes(input_shape)
+        labels = self._axes.labels(self._axes.inputs, input_shape)
+        pairs = zip(labels, input_shape, strict=True)
+        sizes = {label: size for label, size in pairs if size is not None}
+        # The stock layer leaves axes open, and turns those of an ellipsis round.
+        return tuple(
+            sizes.get(label, size)
+            for label, size in zip(self._axes.labels(self._axes.outputs, shape), shape, strict=True)
+        )
 
     def get_config(self) -> dict:
         return {
@@ -266,9 +275,15 @@ class BilinearEinsumDense(BilinearLayer):
         # One that has other axes than the kernel's cannot take every mean.
         return layer.bias is not None and set(layer.bias_axes) >= {*_Axes(layer.equation).produced}
 
-    @staticmethod
-    def _add_to_bias(bias, missing, index):
-        return bias + missing
+    def _add_to_bias(self, bias, missing, index):
+        produced, outputs = self._axes.produced, self._axes.outputs
+        missing = missing.reshape(self._axes.sizes(produced, self._kernel_shape))
+        missing = missing.transpose([produced.index(a) for a in outputs if a in produced])
+        # The bias has the axes of the outputs from its first one on, and more behind an ellipsis.
+        first = min(map(outputs.index, self.bias_axes))
+        sizes = iter(missing.shape)
+        shape = [next(sizes) if a in produced else 1 for a in outputs[first:]]
+        return bias + missing.reshape(*shape, *[1] * (bias.ndim - len(shape)))
 
     @classmethod
     def _kernel_inputs(cls, layer, inputs, **options):

@@ -37,8 +37,7 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
         bias = super()._input_bias()
         return bias[0] if self.reset_after else bias
 
-    @staticmethod
-    def _add_to_bias(bias, missing, index):
+    def _add_to_bias(self, bias, missing, index):
         if bias.ndim == 1:
             return bias + missing
         # With `reset_after` each kernel has a bias of its own.

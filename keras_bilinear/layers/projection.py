@@ -410,7 +410,7 @@ class BilinearLayer(keras.layers.Layer):
                 continue
             missing = kernel.fit(calibration.moments[name], calibration.has_bias)
             if calibration.has_bias:
-                bias = cls._add_to_bias(bias, missing, row)
+                bias = bilinear._add_to_bias(bias, missing, row)
         if bias is not None:
             bilinear.bias.assign(bias)
         return bilinear
@@ -442,8 +442,7 @@ class BilinearLayer(keras.layers.Layer):
             for name, _ in cls._full_kernels
         }
 
-    @staticmethod
-    def _add_to_bias(bias, missing, index):
+    def _add_to_bias(self, bias, missing, index):
         """A bias to which is added what the outputs of a kernel miss on average.
 
         Args:
