@@ -192,11 +192,12 @@ def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch) -> dic
 
 def _noting(call, calls):
     @functools.wraps(call)
-    def noting(inputs, *args, **kwargs):
+    def noting(*args, **kwargs):
+        inputs = args[0] if args else next(iter(kwargs.values()))
         options = {
             name: kwargs[name] for name in ("mask", "initial_state") if kwargs.get(name) is not None
         }
         calls.append((inputs, options))
-        return call(inputs, *args, **kwargs)
+        return call(*args, **kwargs)
 
     return noting

@@ -79,7 +79,7 @@ class Moments:
         )
         if centred:
             inputs, targets = self.means()
-            gram -= np.outer(inputs, inputs)
+            gram -= np.outer(*[inputs.astype(gram.dtype)] * 2)
             cross -= np.outer(inputs, targets)
             squares = np.maximum(squares - targets**2, 0)
         return gram, cross, squares
@@ -223,8 +223,8 @@ class _Problem:
             known = known + self.gram
             return np.diag(known.sum(1)), np.diag(known.sum(0))
         a, b = known.shape
-        gram = self.gram.astype("float64")
-        left, right = gram[:, :: b + 1].sum(1), gram[:: a + 1].sum(0)
+        left = self.gram[:, :: b + 1].sum(1, dtype="float64")
+        right = self.gram[:: a + 1].sum(0, dtype="float64")
         return (
             left.reshape(a, a) + np.diag(known.sum(1)),
             right.reshape(b, b) + np.diag(known.sum(0)),

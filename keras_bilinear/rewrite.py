@@ -58,6 +58,13 @@ def rewrite_model(
         ValueError: if an argument is not valid, if the plan is not one of this
             model, if weights or calibration data are not finite, or if the model
             cannot be copied.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(256)])
+    >>> small = rewrite_model(model, budget=0.1, calibration_data=np.random.rand(500, 64))
+    >>> small.count_params() <= 0.1 * model.count_params()
+    True
     """
     if plan is None:
         plan = plan_rewrite(
@@ -155,6 +162,12 @@ def expand_model(model: keras.Model) -> keras.Model:
 
     Raises:
         ValueError: if the model cannot be copied.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((64,)), BilinearDense(256)])
+    >>> [type(layer).__name__ for layer in expand_model(model).layers]
+    ['Dense']
     """
     full = copy_model(model)
     sites = [site for site in walk(full) if isinstance(site.layer, BilinearLayer | BilinearRNN)]

@@ -100,8 +100,12 @@ class RewritePlan(Mapping):
 
     Example:
 
-    >>> plan = plan_rewrite(keras.Sequential([keras.Input((784,)), keras.layers.Dense(512)]))
-    >>> plan["dense"].rank = 4  # doctest: +SKIP
+    >>> layers = [keras.layers.Dense(512, name="hidden"), keras.layers.Dense(512, name="last")]
+    >>> plan = plan_rewrite(keras.Sequential([keras.Input((784,)), *layers]), budget=0.1)
+    >>> plan["hidden"].rank = 4
+    >>> plan["last"].skip()
+    >>> plan.full_parameters, plan.parameters
+    (664576, 268544)
     """
 
     def __init__(self, layers: Iterable[LayerPlan], other_parameters: int = 0):
@@ -226,6 +230,14 @@ def plan_rewrite(
     Raises:
         ValueError: if an argument is not valid, if the model is not built, or if
             no plan keeps to the limit.
+
+    Example:
+
+    >>> hidden = keras.layers.Dense(256, activation="relu", name="hidden")
+    >>> model = keras.Sequential([keras.Input((64,)), hidden, keras.layers.Dense(10)])
+    >>> plan = plan_rewrite(model, budget=0.25)
+    >>> plan.parameters <= 0.25 * model.count_params()
+    True
     """
     limit = _limit(budget, max_params, max_error, rank)
     if rank != "auto":

@@ -1,6 +1,7 @@
 """Where a model has layers that bilinear ones can stand for."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import keras
@@ -16,6 +17,8 @@ COUNTERPARTS = {
     for bilinear in vars(layers).values()
     if isinstance(bilinear, type) and issubclass(bilinear, BilinearLayer | BilinearRNN)
 }
+# Wider layers are not fitted to their inputs.
+MOST_INPUTS = 16_384
 # Layers that read or write the kernel of a layer they hold.
 _MEDDLERS = (keras.layers.SpectralNormalization,)
 _DEPTHWISE = (
@@ -106,8 +109,15 @@ def reason_to_leave(site: Site, tied: set) -> str:
 
 
 def can_calibrate(layer: keras.Layer) -> bool:
-    """Whether a full layer can be fitted to its inputs: a cell, which sees one step, cannot."""
-    return hasattr(COUNTERPARTS[type(layer)], "_kernel_inputs")
+    """Whether a full layer can be fitted to its inputs.
+
+    A cell, which sees one step, cannot; nor can a layer whose Gram matrix would
+    take gigabytes.
+    """
+    if isinstance(layer, keras.layers.Embedding):
+        return True
+    inputs = math.prod(layer.kernel.shape[:-1]) if hasattr(layer, "kernel") else 0
+    return hasattr(COUNTERPARTS[type(layer)], "_kernel_inputs") and inputs <= MOST_INPUTS
 
 
 def tied_variables(model: keras.Model) -> set:
