@@ -8,6 +8,8 @@ import numpy as np
 # Above so many rows, a few singular vectors are found by iteration.
 LARGE = 1024
 OVERSAMPLING, POWERS = 16, 6
+# A larger kernel is decomposed in float32.
+LARGE_KERNEL = 1 << 24
 
 
 def nearest_kronecker_sum(kernel, factorization):
@@ -58,7 +60,8 @@ def remaining_energies(parts, factorization, most):
 
 def _rearrange(parts, plan):
     """The kernels of all groups as a matrix: rows of the left factor, columns of the right one."""
-    kernels = np.stack([arrange(np.asarray(part, "float64"), plan) for part in parts])
+    dtype = "float64" if parts[0].size <= LARGE_KERNEL else "float32"
+    kernels = np.stack([arrange(np.asarray(part, dtype), plan) for part in parts])
     rows = math.prod(plan.left_shape[1:])
     return kernels.transpose(1, 0, 3, 2, 4).reshape(rows, -1)
 
@@ -115,9 +118,11 @@ def output_index(plan):
 def take(values, *indices):
     """`values` at the places of one index for each axis; 0 where it is -1."""
     for axis, index in enumerate(indices):
-        shape = [1] * values.ndim
-        shape[axis] = index.size
-        values = np.take(values, index.ravel(), axis) * (index >= 0).reshape(shape)
+        values = np.take(values, index.ravel(), axis)
+        if index.min() < 0:
+            shape = [1] * values.ndim
+            shape[axis] = index.size
+            values = values * (index >= 0).reshape(shape)
     return values
 
 
@@ -138,6 +143,7 @@ def _leading_vectors(matrix, count):
         _, vectors = np.linalg.eigh(matrix @ matrix.T)
         return vectors[:, ::-1][:, :count], matrix
     subspace = np.random.default_rng(0).normal(size=(rows, count + OVERSAMPLING))
+    subspace = subspace.astype(matrix.dtype)
     for _ in range(POWERS):
         subspace, _ = np.linalg.qr(matrix @ (matrix.T @ subspace))
     projected = subspace.T @ matrix

@@ -438,6 +438,7 @@ def _search(plan, candidates, pinned, limit):
         np.array(errors) + 1e-9 * np.array(sizes) / plan.full_parameters,
         integrality=np.ones(len(choices)),
         bounds=(0, 1),
+        options={"presolve": False},  # with it, HiGHS prints where it has nothing to say
         constraints=[
             optimize.LinearConstraint(one_each, 1, 1),
             optimize.LinearConstraint(np.array(sizes, "float64"), ub=most - fixed),
