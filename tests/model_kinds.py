@@ -8,7 +8,7 @@ RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(40, 24)).astype("float32")
 IMAGES = RNG.normal(size=(10, 8, 8, 3)).astype("float32")
 SEQUENCES = RNG.normal(size=(12, 6, 20)).astype("float32")
-TOKENS = RNG.integers(0, 50, (20, 7)).astype("int32")
+TOKENS = RNG.integers(0, 50, (8, 4)).astype("int32")
 
 
 def sequential():
@@ -53,7 +53,7 @@ def convolutional():
 def recurrent():
     return keras.Sequential(
         [
-            keras.Input((7,), dtype="int32"),
+            keras.Input((4,), dtype="int32"),
             layers.Embedding(50, 20, mask_zero=True),
             layers.Bidirectional(layers.GRU(16, return_sequences=True)),
             layers.TimeDistributed(layers.Dense(20)),
