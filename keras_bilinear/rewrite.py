@@ -66,16 +66,15 @@ def rewrite_model(
     >>> small.count_params() <= 0.1 * model.count_params()
     True
     """
-    if plan is None:
-        plan = plan_rewrite(
-            model, budget, max_params, max_error, calibration_data, rank=rank, layers=layers
-        )
-    elif any(limit is not None for limit in (budget, max_params, max_error, layers)):
+    given = (budget, max_params, max_error, layers) != (None,) * 4 or rank != "auto"
+    if plan is not None and given:
         raise ValueError("A plan and arguments for making one exclude each other.")
+    batches = model_batches(calibration_data)
+    if plan is None:
+        plan = plan_rewrite(model, budget, max_params, max_error, batches, rank, layers)
     ranks = {path: layer.rank for path, layer in plan.items() if layer.rank is not None}
     _check_plan(model, plan, ranks)
     small = copy_model(model)
-    batches = model_batches(calibration_data)
     # Layers without a name of their own have another one in the copy.
     sites = [
         dataclasses.replace(site, path=full.path)

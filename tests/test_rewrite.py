@@ -246,6 +246,17 @@ def test_a_plan_and_a_limit_exclude_each_other():
     model, _ = model_kinds.sequential()
     with pytest.raises(ValueError, match="exclude each other"):
         rewrite_model(model, plan_rewrite(model, rank=1), budget=0.5)
+    with pytest.raises(ValueError, match="exclude each other"):
+        rewrite_model(model, plan_rewrite(model, rank=1), rank=2)
+
+
+def test_an_iterator_is_read_once():
+    model, x = model_kinds.sequential()
+    batches = np.array_split(x, 4)
+    once = rewrite_model(model, rank=1, calibration_data=iter(batches))
+    again = rewrite_model(model, rank=1, calibration_data=batches)
+    for a, b in zip(once.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_bad_weights_and_data_are_refused_before_anything_changes():
