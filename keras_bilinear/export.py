@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from keras_bilinear.layers.projection import BilinearLayer
+from keras_bilinear.layers.rnn import BilinearRNN
 
 WARM_UP_SECONDS, MEASURE_SECONDS = 0.1, 0.5
 
@@ -111,8 +112,10 @@ def _changes(layer):
     changes = {}
     if layer.compute_dtype != "float32":
         changes["dtype"] = "float32"
-    materialized = isinstance(layer, BilinearLayer) and layer._kernel.materialized
-    if materialized and layer.factorization.parameters < layer.factorization.full_parameters:
+    owner = layer.cell if isinstance(layer, BilinearRNN) else layer
+    kernels = owner._kernels.values() if isinstance(owner, BilinearLayer) else ()
+    plans = [kernel.factorization for kernel in kernels if kernel.materialized]
+    if sum(plan.full_parameters - plan.parameters for plan in plans) > 0:
         changes["implementation"] = "factorized"
     return changes
 

@@ -2,7 +2,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_bilinear import BilinearConv1D, BilinearConv2D, BilinearDense, BilinearEmbedding
+from keras_bilinear import (
+    BilinearConv1D,
+    BilinearConv2D,
+    BilinearDense,
+    BilinearEmbedding,
+    BilinearGRU,
+)
 from keras_bilinear.export import export_litert, inference_twin, measure_litert
 
 pytest.importorskip("tensorflow")
@@ -90,6 +96,16 @@ def test_a_materialized_layer_has_a_factorized_twin_where_that_is_smaller():
     x = np.random.default_rng(0).normal(size=(8, 64)).astype("float32")
     expected = model.predict(x, verbose=0)
     np.testing.assert_allclose(twin.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_materialized_recurrent_layer_has_a_factorized_twin():
+    layer = BilinearGRU(64, rank=2, implementation="materialized", unroll=True)
+    model = keras.Sequential([keras.Input((3, 16)), layer])
+    twin = inference_twin(model)
+    assert twin.layers[0].cell.implementation == "factorized"
+    x = np.random.default_rng(0).normal(size=(8, 3, 16)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(twin.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_export_that_needs_more_than_builtin_operations_fails_and_leaves_the_file(tmp_path):
