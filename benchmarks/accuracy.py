@@ -306,7 +306,7 @@ def train(run, dataset):
     """Trains as `run` says; returns the columns of its row that are measured."""
     import keras
 
-    from keras_bilinear import report
+    from keras_bilinear import summary
     from keras_bilinear.layers import projection
 
     keras.utils.set_random_seed(run.seed)
@@ -346,7 +346,7 @@ def train(run, dataset):
     loss, accuracy = model.evaluate(*unseen, batch_size=1000, verbose=0)
     return {
         "parameters": model.count_params(),
-        "macs": report.count_macs(model),
+        "macs": summary.count_macs(model),
         "train_loss": f"{history.history['loss'][-1]:.4f}",
         "accuracy": f"{accuracy:.4f}",
         "seconds": f"{seconds:.0f}",

@@ -16,6 +16,7 @@ from keras_bilinear.layers import (
 )
 from keras_bilinear.rewrite import Rewriter, expand_model, rewrite_model
 from keras_bilinear.search import RewritePlan, plan_rewrite
+from keras_bilinear.summary import compare, summarize
 from keras_bilinear.version import __version__
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "RewritePlan",
     "Rewriter",
     "__version__",
+    "compare",
     "expand_model",
     "plan_rewrite",
     "rewrite_model",
+    "summarize",
 ]

@@ -3,11 +3,10 @@
 import inspect
 import json
 import pathlib
-import statistics
 import sys
-import time
 
 from keras_bilinear.benchmark_cases import CASES, HUGE
+from keras_bilinear.timing import median_seconds
 
 
 class Steps:
@@ -113,29 +112,6 @@ class Steps:
                 self.optimizer.apply([v.value.grad for v in variables], variables)
 
         return forward, step
-
-
-def median_seconds(functions, rounds=8, burst=0.1):
-    """Median seconds of each function; all of them take turns, a burst of calls each.
-
-    The first call of a burst is not counted, unless it takes as long as a burst:
-    it finds the caches as the other functions left them.
-    """
-    for function in functions:
-        function()
-        function()
-    times = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, record in zip(functions, times, strict=True):
-            calls, end = [], time.perf_counter() + burst
-            while len(calls) < 2 or time.perf_counter() < end:
-                start = time.perf_counter()
-                function()
-                calls.append(time.perf_counter() - start)
-                if calls[0] > burst:
-                    break
-            record += calls[1:] or calls
-    return [statistics.median(record) for record in times]
 
 
 def measure_rates():

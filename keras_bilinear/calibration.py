@@ -1,7 +1,6 @@
 """What a full layer sees of calibration data, as far as the fit of its kernels needs it."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 
 import keras
@@ -10,6 +9,7 @@ from absl import logging
 from keras import ops
 
 from keras_bilinear.fit import fit_kronecker_sum
+from keras_bilinear.recording import record
 
 
 class Calibration:
@@ -179,25 +179,10 @@ def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch) -> dic
         For each key the calls of the layer: `(inputs, other arguments)`.
     """
     inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
-    seen = {key: [] for key in layers}
-    try:
-        for key, layer in layers.items():
-            layer.call = _noting(layer.call, seen[key])
-        model(keras.tree.map_structure(ops.convert_to_tensor, inputs), training=False)
-    finally:
-        for layer in layers.values():
-            vars(layer).pop("call", None)
-    return seen
+    return record(model, layers, inputs, _inputs_and_options)
 
 
-def _noting(call, calls):
-    @functools.wraps(call)
-    def noting(*args, **kwargs):
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        options = {
-            name: kwargs[name] for name in ("mask", "initial_state") if kwargs.get(name) is not None
-        }
-        calls.append((inputs, options))
-        return call(*args, **kwargs)
-
-    return noting
+def _inputs_and_options(inputs, arguments, outputs):
+    del outputs
+    names = ("mask", "initial_state")
+    return inputs, {name: arguments[name] for name in names if arguments.get(name) is not None}

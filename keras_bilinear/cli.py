@@ -16,6 +16,7 @@ from keras_bilinear.errors import CommandError
 # `main(argv)` that reads `absl.flags.FLAGS`.
 COMMANDS = {
     "demo": ("demo", "train a full and a bilinear network the same way and compare them"),
+    "inspect": ("commands.inspect", "show what a saved model costs, or two side by side"),
     "plan": ("commands.plan", "show what a saved model would become under a budget"),
     "rewrite": ("commands.rewrite", "make a smaller model from a saved one"),
     "expand": ("commands.expand", "make a model of stock layers from a rewritten one"),

@@ -87,14 +87,12 @@ def _steps(plan, order, strides):
     # Along an axis where the left factor has no window, the right one strides.
     own = math.prod(s for s, size in zip(strides, plan.left_window, strict=True) if size > 1)
     left, right = (own, windows[0]), (whole // own, windows[1])
-    product = windows[0] == 1
+    product, between = windows[0] == 1, plan.between(order)
     if order == "left":
-        between = u1 * rank * d2
         return (
             _Step(right[0], *left, d1 * d2, u1 * rank, between, product),
             _Step(1, *right, between, u2, u1 * u2),
         )
-    between = d1 * rank * u2
     return (
         _Step(left[0], *right, d1 * d2, rank * u2, between),
         _Step(1, *left, between, u1, u1 * u2, product),
@@ -116,6 +114,15 @@ def count_macs(plan, order, strides):
     if plan.pointwise:
         return plan.full_macs if order is None else plan.macs
     return plan.groups * sum(step.macs for step in _steps(plan, order, strides))
+
+
+def count_between(plan, order, strides):
+    """Numbers between both factors of a convolution for each output position.
+
+    Arguments as of `count_macs`, but for `None`.
+    """
+    first = 1 if plan.pointwise else _steps(plan, order, strides)[0].positions
+    return plan.groups * first * plan.between(order)
 
 
 def work(plan, order, strides):

@@ -20,13 +20,13 @@ import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets
-from keras_bilinear.comparison import Comparison, Result
+from keras_bilinear.demo_results import DemoResults, Result
 from keras_bilinear.errors import CommandError, require
 from keras_bilinear.export import export_litert, measure_litert
 from keras_bilinear.factors import choose_factors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.layers import BilinearDense, BilinearEmbedding
-from keras_bilinear.report import count_macs
+from keras_bilinear.summary import count_macs
 
 FLAGS = flags.FLAGS
 EMBEDDING_WIDTH = 128
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
             accuracy_by_epoch=tuple(accuracy),
         )
 
-    comparison = Comparison(
+    outcome = DemoResults(
         dataset=dataset.name,
         settings={
             **{name: FLAGS[name].value for name in SETTINGS},
@@ -136,9 +136,9 @@ def main(argv: list[str]) -> None:
         **results,
     )
     with staged(output_dir) as folder:
-        comparison.write_json(folder / "results.json")
-        comparison.write_plot(folder / "results.png")
-    rich.console.Console().print(comparison.table(), f"Files are in {output_dir}.")
+        outcome.write_json(folder / "results.json")
+        outcome.write_plot(folder / "results.png")
+    rich.console.Console().print(outcome.table(), f"Files are in {output_dir}.")
 
 
 def build(

@@ -271,6 +271,11 @@ class Factorization:
         terms = math.prod(self._gates) * self.groups * self.rank
         return terms * (left_first if order == "left" else right_first)
 
+    def between(self, order):
+        """Numbers between both factors, for one vector or position and one group or gate."""
+        (d1, d2), (u1, u2) = self.input_factors, self.output_factors
+        return self.rank * (u1 * d2 if order == "left" else d1 * u2)
+
     @property
     def order(self):
         """The side to contract first, `"left"` or `"right"`: the one with fewer MACs."""

@@ -1,23 +1,23 @@
 """From a budget to a plan: which layers of a model become bilinear, and of what rank."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Iterable, Mapping
 
 import keras
 import numpy as np
-import rich.console
 import rich.table
 from scipy import optimize, sparse
 
 from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.decompose import remaining_energies
+from keras_bilinear.display import Tabular, right
 from keras_bilinear.factors import Factorization, check_positive_int
 from keras_bilinear.sites import (
     COUNTERPARTS,
     Site,
     can_calibrate,
+    check_built,
     reason_to_leave,
     tied_variables,
     walk,
@@ -91,7 +91,7 @@ class LayerPlan:
         self.rank, self.reason = None, reason
 
 
-class RewritePlan(Mapping):
+class RewritePlan(Tabular, Mapping):
     """What becomes of each layer of a model, by its path. It can be edited.
 
     Args:
@@ -151,13 +151,13 @@ class RewritePlan(Mapping):
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"The text is no plan: {type(error).__name__}: {error}") from error
 
-    def _table(self):
+    def table(self) -> rich.table.Table:
+        """The plan, a row for each layer."""
         share = self.parameters / self.full_parameters if self.full_parameters else 1.0
         table = rich.table.Table(
             "layer",
             "type",
-            *(rich.table.Column(name, justify="right") for name in ("full", "planned", "rank")),
-            rich.table.Column("error", justify="right"),
+            *right("full", "planned", "rank", "error"),
             "left alone because",
             title=f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})",
         )
@@ -173,16 +173,6 @@ class RewritePlan(Mapping):
                 layer.reason if layer.rank is None else "",
             )
         return table
-
-    def __str__(self):
-        console = rich.console.Console(file=io.StringIO(), width=120)
-        console.print(self._table())
-        return console.file.getvalue()
-
-    def _repr_html_(self):
-        console = rich.console.Console(file=io.StringIO(), record=True, width=120)
-        console.print(self._table())
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def _layer_plan(content):
@@ -294,10 +284,7 @@ def survey(model: keras.Model) -> RewritePlan:
     Raises:
         ValueError: if the model is not built.
     """
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(
-            f"`model` must be a built Keras model: call it on data first. Received: model={model!r}"
-        )
+    check_built(model)
     tied = tied_variables(model)
     plans = [plan_layer(site, reason_to_leave(site, tied)) for site in walk(model)]
     return RewritePlan(plans, model.count_params() - sum(plan.full_parameters for plan in plans))

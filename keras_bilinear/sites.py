@@ -45,11 +45,27 @@ class Site:
     owners: tuple
 
 
-def walk(model: keras.Model) -> Iterator[Site]:
+def check_built(model: keras.Model) -> None:
+    """Checks that a model is one, and built.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            f"`model` must be a built Keras model: call it on data first. Received: model={model!r}"
+        )
+
+
+def walk(model: keras.Model, weightless: bool = False) -> Iterator[Site]:
     """Every layer with weights that holds no others, once, in the order of the model.
 
     A layer that has a bilinear counterpart, or is one, counts as one that holds
     no others.
+
+    Args:
+        model: the model, or a layer that holds others.
+        weightless: whether layers without weights count as well.
     """
     seen, paths = set(), set()
 
@@ -65,7 +81,7 @@ def walk(model: keras.Model) -> Iterator[Site]:
             paths.add(path)
             held = (*owners, (layer, index))
             if is_leaf(child):
-                if child.weights or not child.built:
+                if weightless or child.weights or not child.built:
                     yield Site(path, child, held)
             else:
                 yield from visit(child, f"{path}/", held)

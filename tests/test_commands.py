@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 from test_cli import fails, run  # noqa: F401
 
-from keras_bilinear import plan_rewrite
+from keras_bilinear import datasets, plan_rewrite
 
 
 @pytest.fixture
@@ -46,6 +46,32 @@ def test_a_saved_model_is_planned_rewritten_and_expanded(run, saved, model):  # 
     )
 
 
+def test_models_are_inspected(run, saved, model):  # noqa: F811
+    full, small, costs = saved / "full.keras", saved / "small.keras", saved / "costs.json"
+    status, output, _ = run("inspect", full, f"--output={costs}")
+    assert status == 0
+    assert "BatchNormalization" in output
+    assert json.loads(costs.read_text())["parameters"] == model.count_params()
+    run("rewrite", full, small, "--rank=1")
+    status, output, _ = run("inspect", full, small, f"--output={saved / 'costs.svg'}")
+    assert status == 0
+    assert "Dense to BilinearDense" in output
+    assert "<svg" in (saved / "costs.svg").read_text()
+
+
+def test_accuracy_is_that_on_the_test_set(run, fails, tmp_path):  # noqa: F811
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
+    model.add(keras.layers.Dense(10))
+    model.save(tmp_path / "full.keras")
+    digits = datasets.load("digits", None)
+    answers = ops.convert_to_numpy(model(digits.x_test)).argmax(-1)
+    status, output, _ = run("inspect", tmp_path / "full.keras", "--dataset=digits")
+    assert status == 0
+    assert f"accuracy {(answers == digits.y_test).mean():.2%}" in output
+    keras.Sequential([keras.Input((24,)), keras.layers.Dense(10)]).save(tmp_path / "other.keras")
+    assert "cannot run the model" in fails("inspect", tmp_path / "other.keras", "--dataset=digits")
+
+
 @pytest.mark.parametrize("limit", ["--rank=2", "--max_params=1200", "--max_error=0.9"])
 def test_every_limit_can_be_given(run, saved, limit):  # noqa: F811
     assert run("rewrite", saved / "full.keras", saved / "small.keras", limit)[0] == 0
@@ -72,9 +98,9 @@ def test_files_are_replaced_only_if_asked_for(run, fails, saved):  # noqa: F811
     assert (saved / "full.keras").read_bytes() != full
 
 
-@pytest.mark.parametrize("command", ["plan", "rewrite", "expand"])
+@pytest.mark.parametrize("command", ["inspect", "plan", "rewrite", "expand"])
 def test_files_that_are_no_models_are_refused(command, fails, saved):  # noqa: F811
-    more = [] if command == "plan" else [saved / "out.keras"]
+    more = [] if command in ("inspect", "plan") else [saved / "out.keras"]
     whole = (saved / "full.keras").read_bytes()
     (saved / "part.keras").write_bytes(whole[: len(whole) // 2])
     (saved / "text.keras").write_text("hello")
@@ -101,6 +127,10 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):  # no
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (["inspect"], "usage: keras-bilinear inspect MODEL.keras"),
+        (["inspect", "a", "b", "c"], "usage: keras-bilinear inspect MODEL.keras SMALL.keras"),
+        (["inspect", "{}/full.keras", "--output=a.txt"], "must be a .json or .png or .svg file"),
+        (["inspect", "{}/full.keras", "--dataset=../x"], "no data set"),
         (["plan"], "usage: keras-bilinear plan MODEL.keras"),
         (["rewrite", "{}/full.keras"], "usage: keras-bilinear rewrite MODEL.keras SMALL.keras"),
         (["rewrite", "{}/full.keras", "{}/small.h5"], "the output must be a .keras file"),

@@ -12,7 +12,7 @@ from run_command import run_command
 
 from keras_bilinear import datasets, demo
 from keras_bilinear.export import LiteRTMeasurement, measure_litert
-from keras_bilinear.report import count_macs
+from keras_bilinear.summary import count_macs
 
 for package in ("ai_edge_litert", "matplotlib", "sklearn", "tensorflow"):
     pytest.importorskip(package)

@@ -64,15 +64,15 @@ def arguments(argv: list[str], *names: str) -> list[pathlib.Path]:
     return [pathlib.Path(name) for name in given]
 
 
-def check_output(path: pathlib.Path, suffix: str) -> None:
+def check_output(path: pathlib.Path, *suffixes: str) -> None:
     """Checks, before any work, that a file can be written.
 
     Raises:
         CommandError: if its name has another suffix, if it is there and may not
             be replaced, or if its folder is not writable.
     """
-    if path.suffix != suffix:
-        raise CommandError(f"the output must be a {suffix} file, not {str(path)!r}")
+    if path.suffix not in suffixes:
+        raise CommandError(f"the output must be a {' or '.join(suffixes)} file, not {str(path)!r}")
     if path.exists() and not FLAGS.overwrite:
         raise CommandError(f"{str(path)!r} is there already: give --overwrite to replace it")
     check_writable(path.parent)

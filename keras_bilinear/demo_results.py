@@ -1,4 +1,4 @@
-"""A full and a bilinear network side by side: table, JSON and plot."""
+"""What the demo measured, as table, JSON and plot."""
 
 import dataclasses
 import json
@@ -7,9 +7,14 @@ import pathlib
 
 from rich.table import Table
 
-# Colours that stay apart for colour-blind readers, and in print.
-FULL_COLOR, BILINEAR_COLOR, INK, FAINT = "#b8bcc6", "#d1495b", "#23262f", "#7a7f8c"
-_TITLE = {"color": INK, "loc": "left", "fontsize": 13, "pad": 14}
+from keras_bilinear.display import (
+    BILINEAR_COLOR,
+    FAINT,
+    FULL_COLOR,
+    INK,
+    TITLE,
+    bytes_text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class DemoResults:
     """Two networks trained the same way on one data set.
 
     Attributes:
@@ -79,7 +84,7 @@ class Comparison:
         figure.savefig(path, format="png")
 
     def _draw_costs(self, axes):
-        axes.set_title("Cost of the bilinear network as a share of the full one", **_TITLE)
+        axes.set_title("Cost of the bilinear network as a share of the full one", **TITLE)
         costs = [(getattr(self.full, name), getattr(self.bilinear, name)) for name in _COSTS]
         shares = [bilinear / full for full, bilinear in costs]
         rows = range(len(costs))
@@ -109,7 +114,7 @@ class Comparison:
         axes.spines[:].set_visible(False)
 
     def _draw_accuracy(self, axes):
-        axes.set_title("Test accuracy by epoch", **_TITLE)
+        axes.set_title("Test accuracy by epoch", **TITLE)
         for name, result, color in (
             ("full", self.full, FAINT),
             ("bilinear", self.bilinear, BILINEAR_COLOR),
@@ -127,17 +132,6 @@ class Comparison:
         axes.spines[:].set_visible(False)
 
 
-def _count(value):
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value}"
-
-
-def _bytes(value):
-    return f"{_count(value)}B" if value >= 1000 else f"{value} B"
-
-
 def _milliseconds(value):
     return f"{value:.3g} ms"
 
@@ -146,8 +140,8 @@ _ROWS = {
     "parameters": ("parameters", "{:,}".format),
     "macs": ("MACs per example", "{:,}".format),
     "test_accuracy": ("test accuracy", "{:.2%}".format),
-    "keras_bytes": (".keras file", _bytes),
-    "litert_bytes": ("LiteRT file", _bytes),
+    "keras_bytes": (".keras file", bytes_text),
+    "litert_bytes": ("LiteRT file", bytes_text),
     "litert_latency_us": ("LiteRT latency", "{:.1f} µs".format),
     "litert_difference": ("LiteRT output difference", "{:.1e}".format),
     "step_ms": ("training time per step", _milliseconds),

@@ -11,7 +11,7 @@ from keras_bilinear import (
     BilinearSimpleRNN,
     kronecker,
 )
-from keras_bilinear.report import count_macs, report_layers
+from keras_bilinear.summary import count_macs
 
 
 class CountingOps:
@@ -54,7 +54,8 @@ def test_macs_of_bilinear_dense_are_the_multiplications_it_does(
     model = keras.Sequential([keras.Input((*leading, inputs)), layer])
     counted.macs = 0
     layer(np.zeros((1, *leading, inputs), "float32"), training=False)
-    assert count_macs(model) == counted.macs > 0
+    expected = counted.macs
+    assert count_macs(model) == expected > 0
 
 
 @pytest.mark.parametrize("pattern", ["channel", "spatial"])
@@ -68,10 +69,22 @@ def test_macs_of_a_bilinear_convolution_are_the_multiplications_it_does(
     layer._kernel.order = order
     counted.macs = 0
     layer(np.zeros((1, 8, 8, 6), "float32"), training=False)
-    assert count_macs(model) == counted.macs > 0
+    expected = counted.macs
+    assert count_macs(model) == expected > 0
 
 
-@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+@pytest.mark.parametrize(
+    "data_format",
+    [
+        "channels_last",
+        pytest.param(
+            "channels_first",
+            marks=pytest.mark.skipif(
+                keras.config.backend() == "tensorflow", reason="TensorFlow does it on GPUs only"
+            ),
+        ),
+    ],
+)
 def test_macs_of_full_and_pointwise_convolutions(data_format):
     shape = (8, 8, 9) if data_format == "channels_last" else (9, 8, 8)
     full = keras.layers.Conv2D(16, 3, strides=2, data_format=data_format)
@@ -99,7 +112,8 @@ def test_macs_of_a_recurrent_layer(layer_class, counted):
     model = keras.Sequential([keras.Input((5, 9)), layer])
     counted.macs = 0
     layer(np.zeros((1, 5, 9), "float32"), training=False)
-    assert count_macs(model) == counted.macs > 0
+    expected = counted.macs
+    assert count_macs(model) == expected > 0
     gates = layer_class.cell_class.gates
     full = 5 * gates * 12 * (9 + 12)
     assert macs(keras.Input((5, 9)), layer.expand()) == full
@@ -120,29 +134,8 @@ def test_layers_without_a_projection_have_no_macs():
     )
 
 
-def test_report_lists_nested_layers_and_adds_up_to_the_model():
-    inner = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="a")], name="inner")
-    inputs = keras.Input((8,))
-    outputs = BilinearDense(3, name="b")(inner(inner(inputs)))
-    model = keras.Model(inputs, outputs)
-    first, second = report_layers(model)
-    assert (first.name, first.type, first.parameters, first.macs) == ("inner/a", "Dense", 72, 128)
-    assert (second.name, second.type) == ("b", "BilinearDense")
-    assert first.parameters + second.parameters == model.count_params()
-    assert first.macs + second.macs == count_macs(model)
-
-
-def test_a_shared_layer_is_stored_once_and_computed_twice():
-    inputs = keras.Input((8,))
-    shared = keras.layers.Dense(8)
-    (report,) = report_layers(keras.Model(inputs, shared(shared(inputs))))
-    assert (report.parameters, report.macs) == (72, 128)
-
-
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(ValueError, match=r"cannot be counted. Received: layer=.*LSTM"):
+    with pytest.raises(ValueError, match=r"cannot be counted. Received: conv_lstm2d"):
         macs(keras.Input((4, 3, 3, 2)), keras.layers.ConvLSTM2D(2, 3))
-    with pytest.raises(ValueError, match=r"if its shape is known. Received: .*\(None,\)"):
+    with pytest.raises(ValueError, match=r"if its shape is known. Received: model="):
         macs(keras.Input((None, 3)), keras.layers.Dense(2))
-    with pytest.raises(ValueError, match="must be a built Sequential or a Functional one"):
-        macs(keras.layers.Dense(2))

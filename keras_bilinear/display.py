@@ -1,0 +1,46 @@
+"""How results look: numbers, tables and colours."""
+
+import io
+
+import rich.console
+import rich.table
+
+# Colours that stay apart for colour-blind readers, and in print.
+FULL_COLOR, BILINEAR_COLOR, INK, FAINT = "#b8bcc6", "#d1495b", "#23262f", "#7a7f8c"
+TITLE = {"color": INK, "loc": "left", "fontsize": 13, "pad": 14}
+
+
+class Tabular:
+    """Mixed into what is shown as a table, on a console and in a notebook."""
+
+    def table(self) -> rich.table.Table:
+        """The table."""
+        raise NotImplementedError
+
+    def __str__(self):
+        console = rich.console.Console(file=io.StringIO(), width=120)
+        console.print(self.table())
+        return console.file.getvalue()
+
+    def _repr_html_(self):
+        console = rich.console.Console(file=io.StringIO(), record=True, width=120)
+        console.print(self.table())
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def right(*names: str) -> list[rich.table.Column]:
+    """Columns of numbers."""
+    return [rich.table.Column(name, justify="right") for name in names]
+
+
+def count_text(value: float) -> str:
+    """A count with three digits, such as `1.86 M`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value}"
+
+
+def bytes_text(value: float) -> str:
+    """A number of bytes with three digits, such as `7.46 MB`."""
+    return f"{count_text(value)}B" if value >= 1000 else f"{value} B"

@@ -1,0 +1,45 @@
+"""What the layers of a model are called with."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+
+def record(
+    model: keras.Model, layers: Mapping[Any, keras.Layer], inputs, note: Callable
+) -> dict[Any, list]:
+    """Runs a model on inputs and takes a note of each call of some of its layers.
+
+    Args:
+        model: the model.
+        layers: layers of the model, by any key.
+        inputs: inputs of the model, as arrays.
+        note: what to keep of a call, from its inputs, its other arguments as a
+            dictionary, and its outputs.
+
+    Returns:
+        For each key the notes, in the order of the calls.
+    """
+    notes = {key: [] for key in layers}
+    try:
+        for key, layer in layers.items():
+            layer.call = _noting(layer.call, notes[key], note)
+        model(keras.tree.map_structure(ops.convert_to_tensor, inputs), training=False)
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("call", None)
+    return notes
+
+
+def _noting(call, notes, note):
+    @functools.wraps(call)
+    def noting(*args, **kwargs):
+        outputs = call(*args, **kwargs)
+        inputs, *_ = args or kwargs.values()
+        notes.append(note(inputs, kwargs, outputs))
+        return outputs
+
+    return noting

@@ -1,0 +1,188 @@
+import functools
+import json
+
+import keras
+import model_kinds
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_bilinear import (
+    BilinearConv2D,
+    BilinearDense,
+    BilinearEinsumDense,
+    compare,
+    rewrite_model,
+    summarize,
+    summary,
+    timing,
+)
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    short = functools.partial(timing.median_seconds, rounds=1, burst=0.0)
+    monkeypatch.setattr(summary, "median_seconds", short)
+
+
+def network(*more):
+    return keras.Sequential([keras.Input((64,)), *more], name="network")
+
+
+@pytest.mark.parametrize("make", model_kinds.KINDS)
+def test_every_kind_of_model_is_summarized(make):
+    model, x = make()
+    costs = summarize(model, x)
+    assert costs.parameters == model.count_params()
+    assert sum(layer.parameters for layer in costs.layers) == model.count_params()
+    assert costs.bytes == 4 * costs.parameters
+    assert costs.latency_ms > 0
+    assert costs.not_counted == ()
+    assert costs.accuracy is None
+    assert costs.peak_activation_bytes >= max(one.activation_bytes for one in costs.layers)
+    if make is model_kinds.subclassed:
+        assert summarize(model).macs is None
+    else:
+        assert summarize(model).macs == costs.macs
+
+
+def test_a_layer_costs_what_it_holds_and_does():
+    first, last = summarize(network(layers.Dense(32, name="a"), layers.Dense(10))).layers
+    assert (first.path, first.type) == ("a", "Dense")
+    assert (first.parameters, first.bytes, first.macs) == (64 * 32 + 32, 4 * 2080, 64 * 32)
+    assert first.activation_bytes == 4 * (64 + 32)
+    assert last.macs == 320
+
+
+def test_a_shared_layer_is_stored_once_and_computed_twice():
+    inputs = keras.Input((8,))
+    shared = layers.Dense(8)
+    (layer,) = summarize(keras.Model(inputs, shared(shared(inputs)))).layers
+    assert (layer.parameters, layer.macs) == (72, 128)
+
+
+def test_what_lies_between_both_factors_counts():
+    dense = BilinearDense(64, rank=3, implementation="factorized", use_bias=False)
+    (layer,) = summarize(network(dense)).layers
+    assert layer.activation_bytes == 4 * (64 + 3 * 64 + 64)
+    dense = BilinearDense(64, implementation="materialized", use_bias=False)
+    (layer,) = summarize(network(dense)).layers
+    assert layer.activation_bytes == 4 * (64 + 64 * 64 + 64)
+
+    options = {"padding": "same", "implementation": "factorized", "input_factors": (4, 4)}
+    conv = BilinearConv2D(16, 3, output_factors=(2, 8), rank=2, strides=2, **options)
+    model = keras.Sequential([keras.Input((6, 6, 16)), conv])
+    # The left factor comes first, at every position: only the right one has a window.
+    between = {"left": 36 * 2 * 2 * 4, "right": 9 * 2 * 4 * 8}[conv._kernel.order]
+    (layer,) = summarize(model).layers
+    assert layer.activation_bytes == 4 * (36 * 16 + between + 9 * 16)
+
+
+def test_bytes_and_activations_follow_the_dtype():
+    model = network(layers.Dense(32, dtype="mixed_bfloat16"))
+    (layer,) = summarize(model).layers
+    assert layer.bytes == 4 * 2080
+    assert layer.activation_bytes in (2 * 32 + 2 * 64, 2 * 32 + 4 * 64)
+    (layer,) = summarize(network(layers.Dense(32, dtype="bfloat16"))).layers
+    assert layer.bytes == 2 * 2080
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_macs_of_einsum_layers(bilinear):
+    layer_class = BilinearEinsumDense if bilinear else layers.EinsumDense
+    options = {"implementation": "materialized"} if bilinear else {}
+    layer = layer_class("abc,cde->abde", (None, 3, 8), **options)
+    model = keras.Sequential([keras.Input((5, 16)), layer])
+    assert summarize(model).macs == 5 * 16 * 3 * 8
+
+
+def test_macs_of_convolutions_of_every_kind():
+    def macs(layer):
+        return summarize(keras.Sequential([keras.Input((8, 8, 6)), layer])).macs
+
+    assert macs(layers.DepthwiseConv2D(3, padding="same")) == 64 * 9 * 6
+    assert macs(layers.SeparableConv2D(4, 3, padding="same")) == 64 * (9 * 6 + 6 * 4)
+    assert macs(layers.Conv2DTranspose(4, 3, strides=2, padding="same")) == 64 * 9 * 6 * 4
+    assert macs(layers.Conv2D(4, 3, groups=2, padding="same")) == 64 * 9 * 3 * 4
+
+
+def test_sizes_that_are_not_known_need_data():
+    model = keras.Sequential([keras.Input((None, 4)), layers.Dense(3)])
+    costs = summarize(model)
+    assert (costs.macs, costs.latency_ms, costs.peak_activation_bytes) == (None, None, None)
+    assert "unknown" in str(costs)
+    assert summarize(model, np.ones((5, 7, 4), "float32")).macs == 7 * 12
+
+
+def test_operations_that_are_not_known_are_said():
+    model = keras.Sequential([keras.Input((2, 4, 4, 3)), layers.ConvLSTM2D(2, 3, name="odd")])
+    assert summarize(model).not_counted == ("odd/conv_lstm_cell",)
+
+
+def identity_network():
+    model = network(layers.Dense(64, use_bias=False))
+    model.layers[0].kernel.assign(np.eye(64))
+    return model
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_accuracy_is_the_share_of_right_answers(one_hot):
+    x = np.eye(64, dtype="float32")[:50]
+    y = np.arange(50)
+    y[:10] += 1
+    y = np.eye(64)[y] if one_hot else y
+    model = identity_network()
+    assert summarize(model, (x, y)).accuracy == 0.8
+    assert summarize(model, [(x[:25], y[:25]), (x[25:], y[25:])]).accuracy == 0.8
+
+
+def test_one_output_is_a_probability():
+    model = keras.Sequential([keras.Input((1,)), layers.Flatten()])
+    x = np.array([[0.2], [0.7], [0.9], [0.1]], "float32")
+    for y in (np.array([0, 1, 0, 0]), np.array([[0], [1], [0], [0]])):
+        assert summarize(model, (x, y)).accuracy == 0.75
+
+
+def test_labels_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="as many labels as examples"):
+        summarize(identity_network(), (np.eye(64), np.arange(300)))
+    with pytest.raises(ValueError, match="a label, an integer or a one-hot vector, for each"):
+        summarize(identity_network(), (np.eye(64), np.ones((64, 3))))
+
+
+def test_models_that_are_not_built_are_refused():
+    with pytest.raises(ValueError, match="must be a built Keras model"):
+        summarize(keras.Sequential([layers.Dense(2)]))
+    with pytest.raises(ValueError, match="must be a built Keras model"):
+        compare(identity_network(), layers.Dense(3))
+
+
+def test_two_models_are_compared_layer_by_layer(tmp_path):
+    model = network(layers.Dense(64, name="hidden"), layers.Dense(10, name="last"))
+    small = rewrite_model(model, layers={"hidden": 1, "last": None}, budget=0.9)
+    x, y = np.random.default_rng(0).random((30, 64), "float32"), np.arange(30) % 10
+    comparison = compare(model, small, (x, y))
+    assert comparison.full.parameters == model.count_params()
+    assert comparison.small.parameters == small.count_params()
+    text = str(comparison)
+    assert "hidden: Dense to BilinearDense" in text
+    assert "last" not in text
+    assert "<pre>" in comparison._repr_html_()
+    content = json.loads(comparison.to_json())
+    assert content["full"]["accuracy"] == comparison.full.accuracy
+    assert content["small"]["layers"][0]["type"] == "BilinearDense"
+    figure = comparison.plot(tmp_path / "comparison.svg")
+    assert len(figure.axes) == 2
+    assert (tmp_path / "comparison.svg").read_text().count("<svg") == 1
+    assert len(compare(model, small).plot().axes) == 1
+    assert len(summarize(model).plot(tmp_path / "summary.png").axes) == 1
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_summarizing_leaves_the_model_as_it_was():
+    model, x = model_kinds.sequential()
+    before = model.get_weights()
+    summarize(model, (x, np.zeros(len(x))))
+    assert all("call" not in vars(layer) for layer in model.layers)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
