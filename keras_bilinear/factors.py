@@ -114,6 +114,16 @@ def choose_aligned_factors(input_dim, output_dim, left_window, right_window):
     return min(itertools.product(_splits(input_dim), _splits(output_dim)), key=cost)
 
 
+def exact_factors(size):
+    """The most square split of `size` that needs no padding; `None` for a prime.
+
+    >>> exact_factors(128), exact_factors(10), exact_factors(13)
+    ((8, 16), (2, 5), None)
+    """
+    a = max(a for a in range(1, math.isqrt(size) + 1) if size % a == 0)
+    return None if a == 1 else (a, size // a)
+
+
 def _splits(size):
     """The splits of `size` that are about as square as the best one, each in both orders."""
     best = choose_factors(size)
@@ -290,6 +300,16 @@ class Factorization:
     def full_macs(self):
         """Multiply-accumulate operations for one vector, or position, with the full kernel."""
         return self.full_parameters
+
+    def scaled(self, input_scale, output_scale):
+        """The factorization with the factors of inputs and outputs multiplied by these."""
+        return dataclasses.replace(
+            self,
+            input_dim=input_scale**2 * self.input_dim,
+            output_dim=output_scale**2 * self.output_dim,
+            input_factors=tuple(input_scale * size for size in self.input_factors),
+            output_factors=tuple(output_scale * size for size in self.output_factors),
+        )
 
     @property
     def transposed(self):

@@ -1,9 +1,12 @@
 """The one place that reaches below the public interface of Keras; tested on Keras 3.13 and 3.15."""
 
+from collections.abc import Iterator
+
 import keras
 from keras.src import backend
 from keras.src.layers.core.einsum_dense import _analyze_einsum_string
 from keras.src.models.functional import Functional
+from keras.src.ops.function import Function
 
 # The loop over time that `keras.layers.RNN` runs its cell in.
 rnn = backend.rnn
@@ -17,6 +20,41 @@ def analyze_einsum(equation, bias_axes, input_shape, output_shape) -> tuple:
     """
     shapes = _analyze_einsum_string(equation, bias_axes, input_shape, output_shape)
     return tuple(shape if shape is None else tuple(shape) for shape in shapes[:3])
+
+
+def nodes(model: keras.Model) -> Iterator[tuple[keras.Operation, list]]:
+    """The calls in the graph of a model, in an order in which they can be done.
+
+    Yields:
+        `(operation, inputs)`, the inputs but for masks as `(operation that made
+        it, shape)`.
+
+    Raises:
+        ValueError: if the model is subclassed or not built, so that it has no graph.
+    """
+    for _, level in sorted(_graph(model)._nodes_by_depth.items(), reverse=True):
+        for node in level:
+            if not node.is_input:
+                tensors = [one for one in node.input_tensors if one.dtype != "bool"]
+                yield (
+                    node.operation,
+                    [(one._keras_history.operation, one.shape) for one in tensors],
+                )
+
+
+def output_operations(model: keras.Model) -> list[keras.Operation]:
+    """The operations that make the outputs of a model with a graph."""
+    return [tensor._keras_history.operation for tensor in _graph(model).outputs]
+
+
+def _graph(model):
+    graph = getattr(model, "_functional", model)  # a Sequential model keeps its own graph
+    if not isinstance(graph, Function):
+        raise ValueError(
+            "The model must be a built Sequential or a Functional one, whose graph is known. "
+            f"Received: model={model!r}"
+        )
+    return graph
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:

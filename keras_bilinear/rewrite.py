@@ -23,6 +23,7 @@ from keras_bilinear.sites import (
     tied_variables,
     walk,
 )
+from keras_bilinear.widen import hidden_layers, widen
 
 # The layers are fitted in at most so many groups, for each of which the
 # calibration data run through both models.
@@ -38,6 +39,7 @@ def rewrite_model(
     max_error: float | None = None,
     rank: int | str = "auto",
     layers: Iterable[str] | Mapping[str, int | None] | None = None,
+    scale: int = 1,
 ) -> keras.Model:
     """Makes a smaller model from a trained one.
 
@@ -48,7 +50,7 @@ def rewrite_model(
         calibration_data: inputs of the model, see `plan_rewrite`. The layers are
             fitted one after the other, such that each answers to what it gets
             from those before it as the full model would.
-        budget, max_params, max_error, rank, layers: see `plan_rewrite`.
+        budget, max_params, max_error, rank, layers, scale: see `plan_rewrite`.
 
     Returns:
         A new model with the same names, weights and losses, whose planned
@@ -66,12 +68,12 @@ def rewrite_model(
     >>> small.count_params() <= 0.1 * model.count_params()
     True
     """
-    given = (budget, max_params, max_error, layers) != (None,) * 4 or rank != "auto"
+    given = (budget, max_params, max_error, layers) != (None,) * 4 or (rank, scale) != ("auto", 1)
     if plan is not None and given:
         raise ValueError("A plan and arguments for making one exclude each other.")
     batches = model_batches(calibration_data)
     if plan is None:
-        plan = plan_rewrite(model, budget, max_params, max_error, batches, rank, layers)
+        plan = plan_rewrite(model, budget, max_params, max_error, batches, rank, layers, scale)
     ranks = {path: layer.rank for path, layer in plan.items() if layer.rank is not None}
     _check_plan(model, plan, ranks)
     small = copy_model(model)
@@ -88,10 +90,28 @@ def rewrite_model(
             calibration = calibrations.get(site.path)
             become(
                 site.layer,
-                bilinear_class._from_full(site.layer, calibration, rank=ranks[site.path]),
+                bilinear_class._from_full(site.layer, calibration, **_arguments(plan[site.path])),
             )
         remember(group)
+    scales = {
+        path: (layer.input_scale, layer.scale)
+        for path, layer in plan.items()
+        if layer.scaled and layer.factorizations
+    }
+    if scales:
+        refresh(small)
+        small = widen(small, scales, hidden_layers(model))
     return _finish(small, model)
+
+
+def _arguments(plan):
+    """The arguments of a layer that becomes bilinear."""
+    kernel, *_ = plan.factorizations
+    return {
+        "rank": plan.rank,
+        "input_factors": kernel.input_factors,
+        "output_factors": kernel.output_factors,
+    }
 
 
 class Rewriter:
@@ -101,8 +121,11 @@ class Rewriter:
     not do.
 
     Args:
-        plan: what `plan_rewrite` made of the model, or the rank of every layer
-            where it saves anything.
+        plan: what `plan_rewrite` made of the model, without a `scale`, or the rank
+            of every layer where it saves anything.
+
+    Raises:
+        ValueError: if it is neither.
 
     Example:
 
@@ -115,6 +138,11 @@ class Rewriter:
     def __init__(self, plan: RewritePlan | int):
         if not isinstance(plan, RewritePlan):
             plan = check_positive_int("plan", plan)
+        elif any(layer.scaled for layer in plan.values()):
+            raise ValueError(
+                "A plan with a scale changes shapes, which `clone_model` does not: use "
+                "`rewrite_model`."
+            )
         self.plan = plan
 
     def __call__(self, layer: keras.Layer) -> keras.Layer:
@@ -221,6 +249,11 @@ def _check_plan(model, plan, ranks):
             )
         if path in ranks and type(found[path]) not in COUNTERPARTS:
             raise ValueError(f"The layer {path!r} cannot be rewritten: {layer.reason}.")
+        if layer.scaled and layer.factorizations and path not in ranks:
+            raise ValueError(
+                f"The layer {path!r} has a scale, or one before it has: it needs a rank. "
+                f"Received: scale={layer.scale}, input_scale={layer.input_scale}, rank=None"
+            )
 
 
 def _groups(sites, batches):

@@ -12,7 +12,7 @@ from scipy import optimize, sparse
 from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.decompose import remaining_energies
 from keras_bilinear.display import Tabular, right
-from keras_bilinear.factors import Factorization, check_positive_int
+from keras_bilinear.factors import Factorization, check_positive_int, exact_factors
 from keras_bilinear.sites import (
     COUNTERPARTS,
     Site,
@@ -22,6 +22,7 @@ from keras_bilinear.sites import (
     tied_variables,
     walk,
 )
+from keras_bilinear.widen import hidden_layers
 
 # Ranks that the search chooses from, as far as they save anything.
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -42,6 +43,10 @@ class LayerPlan:
         errors: for each rank that was looked at, the predicted error: root mean
             square, relative, of its kernels or, with calibration data, of its
             output.
+        scale: what the factors of its outputs are multiplied by, see
+            `plan_rewrite`.
+        input_scale: likewise those of its inputs, as the layer before it has
+            this scale.
     """
 
     path: str
@@ -51,6 +56,8 @@ class LayerPlan:
     rank: int | None = None
     reason: str = ""
     errors: dict[int, float] = dataclasses.field(default_factory=dict)
+    scale: int = 1
+    input_scale: int = 1
 
     def __setattr__(self, name, value):
         if name == "rank" and value is not None:
@@ -64,13 +71,22 @@ class LayerPlan:
 
     def parameters_at(self, rank: int | None) -> int:
         """Numbers that the layer stores at a rank; `None` for the full one."""
+        # Besides kernels it has a bias, or is a normalization: numbers for each output.
+        vectors = self.full_parameters - sum(plan.full_parameters for plan in self.factorizations)
         if rank is None:
-            return self.full_parameters
-        saved = sum(
-            plan.full_parameters - dataclasses.replace(plan, rank=rank).parameters
-            for plan in self.factorizations
+            return self.full_parameters + (self.scale**2 - 1) * vectors
+        kernels = (
+            dataclasses.replace(plan, rank=rank)
+            # The recurrent kernel of a layer gets its own outputs.
+            .scaled(self.scale if index else self.input_scale, self.scale)
+            for index, plan in enumerate(self.factorizations)
         )
-        return self.full_parameters - saved
+        return self.scale**2 * vectors + sum(kernel.parameters for kernel in kernels)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether its inputs or its outputs are of another width than in the full model."""
+        return self.scale * self.input_scale > 1
 
     def saves(self, rank: int) -> bool:
         """Whether the layer stores fewer numbers at a rank than in full."""
@@ -153,11 +169,12 @@ class RewritePlan(Tabular, Mapping):
 
     def table(self) -> rich.table.Table:
         """The plan, a row for each layer."""
+        scaled = any(layer.scale > 1 for layer in self.values())
         share = self.parameters / self.full_parameters if self.full_parameters else 1.0
         table = rich.table.Table(
             "layer",
             "type",
-            *right("full", "planned", "rank", "error"),
+            *right("full", "planned", "rank", *(["scale"] if scaled else []), "error"),
             "left alone because",
             title=f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})",
         )
@@ -169,6 +186,7 @@ class RewritePlan(Tabular, Mapping):
                 f"{layer.full_parameters:,}",
                 f"{layer.parameters:,}",
                 "" if layer.rank is None else str(layer.rank),
+                *([str(layer.scale)] if scaled else []),
                 error,
                 layer.reason if layer.rank is None else "",
             )
@@ -192,6 +210,7 @@ def plan_rewrite(
     calibration_data=None,
     rank: int | str = "auto",
     layers: Iterable[str] | Mapping[str, int | None] | None = None,
+    scale: int = 1,
 ) -> RewritePlan:
     """Plans which layers of a model become bilinear, and of what rank.
 
@@ -213,6 +232,12 @@ def plan_rewrite(
         layers: paths of the layers that may be rewritten, `None` for all; or a
             mapping from the paths of some of them to their rank, or to `None` for
             leaving them alone.
+        scale: what both output factors of each hidden layer are multiplied by:
+            the paper's way to win back freedom. The layer has `scale**2` times
+            the units, and the network the same outputs at first. Hidden are the
+            layers of a Sequential or Functional model whose outputs only layers
+            that become bilinear get, by way of layers that do the same to each
+            channel; others keep their width.
 
     Returns:
         A `RewritePlan`.
@@ -232,8 +257,11 @@ def plan_rewrite(
     limit = _limit(budget, max_params, max_error, rank)
     if rank != "auto":
         rank = check_positive_int("rank", rank)
+    scale = check_positive_int("scale", scale)
     plan = survey(model)
     pinned = _choose_layers(plan, layers)
+    if scale > 1:
+        _scale(model, plan, scale, 1 if rank == "auto" else rank)
     free = [layer for layer in plan.values() if layer.factorizations and not layer.reason]
     if rank != "auto":
         for layer in free:
@@ -335,6 +363,50 @@ def _choose_layers(plan, layers):
     return {path for path, rank in layers.items() if rank is not None}
 
 
+def _scale(model, plan, scale, rank):
+    """Scales the hidden layers where that leaves each of them, and those behind, something to save.
+
+    Args:
+        model: the model.
+        plan: its plan, which is changed.
+        scale: what the output factors are multiplied by.
+        rank: at which the layers are to save something.
+    """
+    for name, hidden in hidden_layers(model).items():
+        layers = [plan[one] for one in (name, *hidden.consumers) if one in plan]
+        if len(layers) <= len(hidden.consumers) or not all(
+            one.factorizations and not one.reason for one in layers
+        ):
+            continue
+        factors = exact_factors(layers[0].factorizations[0].output_dim)
+        if factors is None:
+            continue
+        before = [(one, one.factorizations, one.scale, one.input_scale) for one in layers]
+        first, *others = layers
+        first.scale = scale
+        first.factorizations = [
+            dataclasses.replace(
+                kernel,
+                output_factors=factors,
+                input_factors=factors if index else kernel.input_factors,
+            )
+            for index, kernel in enumerate(first.factorizations)
+        ]
+        for one in others:
+            one.input_scale = scale
+            kernel, *more = one.factorizations
+            kernel = dataclasses.replace(
+                kernel, input_factors=(hidden.consumers[one.path] * factors[0], factors[1])
+            )
+            one.factorizations = [kernel, *more]
+        if all(one.saves(rank) for one in layers):
+            for follower in hidden.normalizations:
+                plan[follower].scale = scale
+        else:
+            for one, *values in before:
+                one.factorizations, one.scale, one.input_scale = values
+
+
 def predict_errors(model, plan, candidates, calibration_data):
     """Fills in `errors` of each layer, for `{path: ranks}`."""
     sites = {site.path: site.layer for site in walk(model)}
@@ -385,6 +457,8 @@ def _search(plan, candidates, pinned, limit):
             good = [rank for rank in ranks if plan[path].errors[rank] <= value]
             if good:
                 plan[path].rank = min(good)
+            elif plan[path].scaled:
+                plan[path].rank = max(ranks)
             elif ranks:
                 plan[path].skip(f"no rank that saves anything has an error below {value}")
         return
@@ -392,7 +466,10 @@ def _search(plan, candidates, pinned, limit):
     choices = [
         (layer, rank)
         for layer in (plan[path] for path, ranks in candidates.items() if ranks)
-        for rank in [*candidates[layer.path], *([] if layer.path in pinned else [None])]
+        for rank in [
+            *candidates[layer.path],
+            *([] if layer.path in pinned or layer.scaled else [None]),
+        ]
     ]
     least = plan.other_parameters + sum(
         min(

@@ -202,7 +202,7 @@ class KroneckerKernel:
 
     def assign(self, kernel):
         """Stores the Kronecker sum that is nearest to a full kernel."""
-        self._assign(*nearest_kronecker_sum(kernel, self.factorization))
+        self.assign_factors(*nearest_kronecker_sum(kernel, self.factorization))
 
     def fit(self, moments, centred):
         """Stores the Kronecker sum that is fitted to examples.
@@ -227,9 +227,16 @@ class KroneckerKernel:
 
     def _fit(self, moments, centred):
         fit = fit_kronecker_sum(moments, self.factorization, centred)
-        self._assign(fit.left, fit.right)
+        self.assign_factors(fit.left, fit.right)
 
-    def _assign(self, left, right):
+    def read_factors(self):
+        """Left and right kernel as float64 arrays, with their share of the gain."""
+        gain = math.sqrt(self.gain)
+        arrays = (ops.convert_to_numpy(one).astype("float64") for one in (self.left, self.right))
+        return tuple(gain * array for array in arrays)
+
+    def assign_factors(self, left, right):
+        """Stores arrays such as `read_factors` gives."""
         for variable, values in ((self.left, left), (self.right, right)):
             # NumPy has no bfloat16, and not every backend rounds float64 to it.
             dtype = "float64" if variable.dtype == "float64" else "float32"

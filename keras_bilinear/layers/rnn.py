@@ -63,7 +63,7 @@ class GateKernel(KroneckerKernel):
         self._assign_gates((fit.left, fit.right) for fit in fits)
 
     def _assign_gates(self, pairs):
-        self._assign(*(np.stack(side) for side in zip(*pairs, strict=True)))
+        self.assign_factors(*(np.stack(side) for side in zip(*pairs, strict=True)))
 
 
 def _split(x, count):

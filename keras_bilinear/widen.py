@@ -1,0 +1,229 @@
+"""The paper's scale: hidden layers that have more units, and at first the same outputs.
+
+Both output factors of a hidden layer are multiplied by the scale `s`, and each of
+its units becomes `s**2` copies of it. The layers behind share what a unit gave
+them among its copies, in parts that differ from copy to copy: these get
+different gradients, and go different ways when the network is trained.
+"""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_bilinear.keras_private import nodes, output_operations
+
+_RECURRENT = (layers.SimpleRNN, layers.GRU, layers.LSTM)
+_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+_HIDDEN = (layers.Dense, layers.Embedding, *_CONVOLUTIONS, *_RECURRENT)
+# Layers that do the same to each channel, and put out as many.
+_TRANSPARENT = (
+    layers.ActivityRegularization,
+    layers.Dropout,
+    layers.ELU,
+    layers.GaussianDropout,
+    layers.GaussianNoise,
+    layers.LeakyReLU,
+    layers.Masking,
+    layers.ReLU,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.SpatialDropout3D,
+    *(
+        getattr(layers, f"{name}{dimensions}D")
+        for name in (
+            "AveragePooling",
+            "Cropping",
+            "GlobalAveragePooling",
+            "GlobalMaxPooling",
+            "MaxPooling",
+            "UpSampling",
+            "ZeroPadding",
+        )
+        for dimensions in (1, 2, 3)
+    ),
+)
+
+
+@dataclasses.dataclass
+class Hidden:
+    """A hidden layer of a graph.
+
+    Attributes:
+        consumers: names of the layers that get its outputs, and how many positions
+            of them a `Flatten` layer makes to one.
+        normalizations: names of the layers with a weight for each of its units.
+        visible: whether something else gets its outputs as well.
+    """
+
+    consumers: dict[str, int] = dataclasses.field(default_factory=dict)
+    normalizations: list[str] = dataclasses.field(default_factory=list)
+    visible: bool = False
+
+
+def hidden_layers(model: keras.Model) -> dict[str, Hidden]:
+    """The layers of a model whose outputs only layers with projections get.
+
+    Args:
+        model: a built Sequential or Functional model.
+
+    Returns:
+        The layers by their names, in the order of the model.
+
+    Raises:
+        ValueError: if the model is of another kind.
+    """
+    found, source = {}, {}
+    graph = [*nodes(model)]
+    times = {}
+    for operation, _ in graph:
+        times[id(operation)] = times.get(id(operation), 0) + 1
+    for operation, inputs in graph:
+        origins = [source[id(parent)] for parent, _ in inputs if id(parent) in source]
+        once = times[id(operation)] == 1 and len(inputs) == 1
+        if once and type(operation) in _HIDDEN and getattr(operation, "groups", 1) == 1:
+            for name, positions in origins:
+                found[name].consumers[operation.name] = positions
+            if _has_copies(operation):
+                found[operation.name] = Hidden()
+                source[id(operation)] = operation.name, 1
+        elif once and origins and (positions := _positions(operation, inputs[0][1])):
+            ((name, before),) = origins
+            if operation.weights:
+                found[name].normalizations.append(operation.name)
+            source[id(operation)] = name, before * positions
+        else:
+            for name, _ in origins:
+                found[name].visible = True
+    for operation in output_operations(model):
+        if id(operation) in source:
+            found[source[id(operation)][0]].visible = True
+    return {name: one for name, one in found.items() if one.consumers and not one.visible}
+
+
+def _has_copies(layer):
+    """Whether copies of the units of a layer put out copies, and nothing else sees its states."""
+    names = ("activation", "recurrent_activation")
+    functions = (getattr(layer, name, None) for name in names)
+    return not getattr(layer, "return_state", False) and all(map(_is_elementwise, functions))
+
+
+def _is_elementwise(function):
+    """Whether copies of a number all become the same, which knows nothing of the others."""
+    if function is None:
+        return True
+    x = np.array([[0.3, -1.2, 2.0], [1.1, 0.0, -0.4]], "float32")
+    try:
+        y, copies = (
+            ops.convert_to_numpy(function(ops.convert_to_tensor(one)))
+            for one in (x, np.repeat(x, 2, axis=1))
+        )
+    except Exception:  # whatever a function says of inputs that it was not made for
+        return False
+    return y.shape == x.shape and np.allclose(np.repeat(y, 2, axis=1), copies)
+
+
+def _positions(layer, shape):
+    """How many positions a layer makes to one; 0 if it does more than that to the channels."""
+    last = (-1, len(shape) - 1)
+    if type(layer) is layers.Activation:
+        return int(_is_elementwise(layer.activation))
+    if type(layer) is layers.BatchNormalization:
+        return int(layer.axis in last)
+    if type(layer) is layers.LayerNormalization:
+        return int(layer.axis in (*last, [-1], (-1,)))
+    if type(layer) is layers.Flatten and layer.data_format == "channels_last":
+        return 0 if None in shape[1:] else math.prod(shape[1:-1])
+    return int(type(layer) in _TRANSPARENT)
+
+
+def widen(
+    model: keras.Model, scales: dict[str, tuple[int, int]], hidden: dict[str, Hidden]
+) -> keras.Model:
+    """A model with more units in some bilinear layers, and the same outputs.
+
+    Args:
+        model: a Sequential or Functional model. It is left untouched.
+        scales: for the names of layers `(input scale, output scale)`: what both
+            factors of their inputs and of their outputs are multiplied by.
+        hidden: `hidden_layers` of the full model.
+
+    Returns:
+        The new model, not compiled.
+    """
+    producers = {
+        follower: name
+        for name, one in hidden.items()
+        if scales.get(name, (1, 1))[1] > 1
+        for follower in one.normalizations
+    }
+
+    def clone(layer):
+        if not isinstance(layer, keras.Layer):  # an operation, such as `keras.ops.relu`
+            return layer
+        config = keras.layers.serialize(layer)
+        if layer.name in scales:
+            config["config"] |= _wide_arguments(config["config"], *scales[layer.name])
+        if layer.name in scales or layer.name in producers:
+            config.pop("build_config", None)
+        return keras.layers.deserialize(config)
+
+    wide = keras.models.clone_model(model, clone_function=clone)
+    rng = np.random.default_rng(0)
+    for narrow, layer in zip(model.layers, wide.layers, strict=True):
+        if narrow.name in scales:
+            _widen_layer(narrow, layer, *scales[narrow.name], rng)
+        elif narrow.name in producers:
+            producer = producers[narrow.name]
+            factors = _cell(model.get_layer(producer)).output_factors
+            _, scale = scales[producer]
+            layer.set_weights([_copies(v, factors, scale) for v in narrow.get_weights()])
+        else:
+            layer.set_weights(narrow.get_weights())
+    return wide
+
+
+def _wide_arguments(config, input_scale, output_scale):
+    (width,) = {"units", "filters", "output_dim"} & config.keys()
+    return {
+        width: config[width] * output_scale**2,
+        "input_factors": [input_scale * size for size in config["input_factors"]],
+        "output_factors": [output_scale * size for size in config["output_factors"]],
+    }
+
+
+def _cell(layer):
+    """What has the factors: of a recurrent layer its cell."""
+    return getattr(layer, "cell", layer)
+
+
+def _widen_layer(narrow, wide, input_scale, output_scale, rng):
+    narrow, wide = _cell(narrow), _cell(wide)
+    kernels = zip(narrow._kernels.values(), wide._kernels.values(), strict=True)
+    for index, (kernel, wide_kernel) in enumerate(kernels):
+        # The recurrent kernel gets the layer's own outputs.
+        parts = output_scale if index else input_scale
+        factors = (_shares(factor, parts, rng) for factor in kernel.read_factors())
+        wide_kernel.assign_factors(*(np.repeat(one, output_scale, axis=-1) for one in factors))
+    if getattr(narrow, "bias", None) is not None:
+        bias = ops.convert_to_numpy(narrow.bias)
+        wide.bias.assign(_copies(bias, narrow.output_factors, output_scale))
+
+
+def _shares(factor, parts, rng):
+    """A factor whose rows are split into parts, at random, that add up to them."""
+    if parts == 1:
+        return factor
+    weights = rng.uniform(0.5, 1.5, (factor.shape[-2], parts))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.repeat(factor, parts, axis=-2) * weights.reshape(-1, 1)
+
+
+def _copies(values, factors, scale):
+    """Numbers of each unit, or of each unit of each gate, for all its copies."""
+    leading, (first, second) = values.shape[:-1], factors
+    values = values.reshape(*leading, -1, first, 1, second, 1)
+    values = np.tile(values, (scale, 1, scale))
+    return values.reshape(*leading, -1)
