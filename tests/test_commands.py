@@ -72,9 +72,12 @@ def test_accuracy_is_that_on_the_test_set(run, fails, tmp_path):  # noqa: F811
     assert "cannot run the model" in fails("inspect", tmp_path / "other.keras", "--dataset=digits")
 
 
-@pytest.mark.parametrize("limit", ["--rank=2", "--max_params=1200", "--max_error=0.9"])
+@pytest.mark.parametrize("limit", ["--rank=2", "--max_params=1200", "--max_error=0.9", "--scale=2"])
 def test_every_limit_can_be_given(run, saved, limit):  # noqa: F811
-    assert run("rewrite", saved / "full.keras", saved / "small.keras", limit)[0] == 0
+    arguments = (saved / "full.keras", saved / "small.keras", limit)
+    if limit == "--scale=2":
+        arguments += ("--budget=0.8",)
+    assert run("rewrite", *arguments)[0] == 0
 
 
 def test_several_inputs_come_from_one_file(run, tmp_path):  # noqa: F811

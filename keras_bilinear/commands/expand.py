@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     """
     source, output = saved.arguments(argv, "SMALL.keras", "FULL.keras")
     saved.check_output(output, ".keras")
-    with saved.console().status(f"expanding {source}"):
+    with saved.progress(f"expanding {source}"):
         model = saved.load(source)
         with saved.command_errors(ValueError):
             full = expand_model(model)

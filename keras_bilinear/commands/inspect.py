@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
     if output:
         saved.check_output(output, ".json", ".png", ".svg")
-    with saved.console().status(f"inspecting {' and '.join(map(str, sources))}"):
+    with saved.progress(f"inspecting {' and '.join(map(str, sources))}"):
         models = [saved.load(source) for source in sources]
         data = None
         if FLAGS.dataset:

@@ -31,9 +31,9 @@ def main(argv: list[str]) -> None:
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
     if output:
         saved.check_output(output, ".json")
-    with saved.console().status(f"planning {source}"):
+    with saved.progress(f"planning {source}") as bar:
         model = saved.load(source)
-        plan = saved.make_plan(model, saved.calibration(model))
+        plan = saved.make_plan(model, saved.calibration(model, bar))
     print(plan, end="")
     if output:
         saved.write(plan.to_json() + "\n", output)

@@ -33,12 +33,12 @@ def main(argv: list[str]) -> None:
     """
     source, output = saved.arguments(argv, "MODEL.keras", "SMALL.keras")
     saved.check_output(output, ".keras")
-    limits = ("budget", "max_params", "max_error", "rank")
+    limits = ("budget", "max_params", "max_error", "rank", "scale")
     if FLAGS.plan and any(getattr(FLAGS, name) is not None for name in limits):
         raise CommandError(f"--plan and --{', --'.join(limits)} exclude each other")
-    with saved.console().status(f"rewriting {source}"):
+    with saved.progress(f"rewriting {source}") as bar:
         model = saved.load(source)
-        data = saved.calibration(model)
+        data = saved.calibration(model, bar)
         plan = _read_plan(pathlib.Path(FLAGS.plan)) if FLAGS.plan else saved.make_plan(model, data)
         with saved.command_errors(ValueError):
             small = rewrite_model(model, plan, data)

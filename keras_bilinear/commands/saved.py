@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 import rich.console
+import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets, search
+from keras_bilinear.calibration import model_batches
 from keras_bilinear.errors import CommandError
 from keras_bilinear.files import check_writable, staged
 
@@ -37,6 +39,9 @@ def define_plan_flags() -> None:
     flags.DEFINE_integer("max_params", None, "Number of parameters to keep.")
     flags.DEFINE_float("max_error", None, "Largest predicted error of a layer.")
     flags.DEFINE_integer("rank", None, "Kronecker terms of every layer.")
+    flags.DEFINE_integer(
+        "scale", None, "What the factors of hidden layers are multiplied by; 1 if it is not given."
+    )
     flags.DEFINE_string(
         "calibration",
         None,
@@ -112,8 +117,12 @@ def write(text: str, path: pathlib.Path) -> None:
         (folder / path.name).write_text(text)
 
 
-def calibration(model: keras.Model):
+def calibration(model: keras.Model, bar: rich.progress.Progress):
     """The calibration data that `--calibration` names; `None` without the flag.
+
+    Args:
+        model: the model that they are for.
+        bar: where each pass through the data is shown.
 
     Raises:
         CommandError: if they cannot be read or are no inputs of the model.
@@ -131,7 +140,24 @@ def calibration(model: keras.Model):
     except Exception as error:  # whatever a model says of inputs that are not its own
         reason = str(error).strip().splitlines()[0]
         raise CommandError(f"{name!r} has no inputs of the model: {reason}") from error
-    return keras.tree.map_structure(lambda values: values[: FLAGS.examples], data)
+    data = keras.tree.map_structure(lambda values: values[: FLAGS.examples], data)
+    return _Passes([*model_batches(data)], bar)
+
+
+class _Passes:
+    """Batches that show how far a pass through them is."""
+
+    def __init__(self, batches, bar):
+        self._batches, self._bar = batches, bar
+
+    def __iter__(self):
+        task = self._bar.add_task("calibration data", total=len(self._batches))
+        try:
+            for batch in self._batches:
+                yield batch
+                self._bar.advance(task)
+        finally:
+            self._bar.remove_task(task)
 
 
 def _read(name):
@@ -159,6 +185,7 @@ def make_plan(model: keras.Model, data) -> search.RewritePlan:
             max_error=FLAGS.max_error,
             calibration_data=data,
             rank="auto" if FLAGS.rank is None else FLAGS.rank,
+            scale=1 if FLAGS.scale is None else FLAGS.scale,
         )
 
 
@@ -171,6 +198,12 @@ def command_errors(*types: type) -> Iterator[None]:
         raise CommandError(str(error)) from error
 
 
-def console() -> rich.console.Console:
-    """Where progress is shown."""
-    return rich.console.Console(stderr=True)
+@contextlib.contextmanager
+def progress(description: str) -> Iterator[rich.progress.Progress]:
+    """Shows on a terminal's stderr that the command is at work."""
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(
+        console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        bar.add_task(description, total=None)
+        yield bar
