@@ -11,6 +11,7 @@ from keras_bilinear.layers import (
     BilinearGRUCell,
     BilinearLSTM,
     BilinearLSTMCell,
+    BilinearReversibleEmbedding,
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "BilinearGRUCell",
     "BilinearLSTM",
     "BilinearLSTMCell",
+    "BilinearReversibleEmbedding",
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
     "RewritePlan",

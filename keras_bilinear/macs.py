@@ -6,6 +6,7 @@ from collections.abc import Callable
 import keras
 
 from keras_bilinear import cost, layers
+from keras_bilinear.sites import look_up
 
 
 def count_call(layer: keras.Layer, inputs: tuple, outputs: tuple) -> int | None:
@@ -54,8 +55,8 @@ _CONVOLUTIONS = (layers.BilinearConv1D, layers.BilinearConv2D, layers.BilinearCo
 
 
 def _counter(layer) -> Callable | None:
-    # An operation of a subclass may be another one.
-    return _COUNTERS.get(type(layer))
+    # A subclass may do something else.
+    return look_up(type(layer), _COUNTERS)
 
 
 def _positions(layer, shape):
@@ -87,9 +88,14 @@ def _bilinear_einsum(layer, inputs, outputs):
     return math.prod(outputs) // factorization.output_dim * macs
 
 
+def _embedding(layer, inputs, outputs):
+    in_reverse = len(inputs) == len(outputs)
+    return math.prod(inputs) * layer.input_dim if in_reverse else 0
+
+
 def _bilinear_embedding(layer, inputs, outputs):
     factorization = layer.factorization
-    if len(inputs) == len(outputs):  # the reverse projection, to logits
+    if len(inputs) == len(outputs):  # in reverse
         return math.prod(inputs) // factorization.output_dim * factorization.transposed.macs
     return math.prod(inputs) * factorization.rank * factorization.padded_output_dim
 
@@ -133,10 +139,12 @@ def _recurrent(layer, inputs, outputs):
 _COUNTERS = {
     keras.layers.Dense: _dense,
     keras.layers.EinsumDense: _einsum,
-    keras.layers.Embedding: lambda layer, inputs, outputs: 0,
+    keras.layers.Embedding: _embedding,
+    keras.layers.ReversibleEmbedding: _embedding,
     layers.BilinearDense: _projection,
     layers.BilinearEinsumDense: _bilinear_einsum,
     layers.BilinearEmbedding: _bilinear_embedding,
+    layers.BilinearReversibleEmbedding: _bilinear_embedding,
     **{
         getattr(keras.layers, f"{kind}{dimensions}D{suffix}"): count
         for kind, suffix, count, most in (

@@ -15,9 +15,9 @@ from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 from keras_bilinear.search import RewritePlan, plan_layer, plan_rewrite
 from keras_bilinear.sites import (
-    COUNTERPARTS,
     Site,
     can_calibrate,
+    counterpart,
     is_leaf,
     reason_to_leave,
     tied_variables,
@@ -86,7 +86,7 @@ def rewrite_model(
     for group in _groups(sites, batches):
         calibrations = _calibrate(model, small, group, batches)
         for site in group:
-            bilinear_class = COUNTERPARTS[type(site.layer)]
+            bilinear_class = counterpart(site.layer)
             calibration = calibrations.get(site.path)
             become(
                 site.layer,
@@ -165,7 +165,7 @@ class Rewriter:
         replaced = [(mine, self._rank(site, tied)) for site, mine in pairs]
         replaced = [(mine, rank) for mine, rank in replaced if rank is not None]
         for mine, rank in replaced:
-            bilinear_class = COUNTERPARTS[type(mine.layer)]
+            bilinear_class = counterpart(mine.layer)
             become(mine.layer, bilinear_class._from_full(mine.layer, rank=rank))
         remember(mine for mine, _ in replaced)
         refresh(copy)
@@ -247,7 +247,7 @@ def _check_plan(model, plan, ranks):
                 f"The plan is not one of the model {model.name!r}, which has no {layer.type} "
                 f"{path!r}."
             )
-        if path in ranks and type(found[path]) not in COUNTERPARTS:
+        if path in ranks and not counterpart(found[path]):
             raise ValueError(f"The layer {path!r} cannot be rewritten: {layer.reason}.")
         if layer.scaled and layer.factorizations and path not in ranks:
             raise ValueError(
@@ -271,7 +271,7 @@ def _calibrate(model, small, group, batches):
     full_layers = {site.path: site.layer for site in walk(model)}
     layers = {site.path: site.layer for site in group}
     calibrations = {
-        path: Calibration(COUNTERPARTS[type(layer)], full_layers[path])
+        path: Calibration(counterpart(layer), full_layers[path])
         for path, layer in layers.items()
         if can_calibrate(layer)
     }

@@ -14,10 +14,10 @@ from keras_bilinear.decompose import remaining_energies
 from keras_bilinear.display import Tabular, right
 from keras_bilinear.factors import Factorization, check_positive_int, exact_factors
 from keras_bilinear.sites import (
-    COUNTERPARTS,
     Site,
     can_calibrate,
     check_built,
+    counterpart,
     reason_to_leave,
     tied_variables,
     walk,
@@ -327,7 +327,7 @@ def plan_layer(site: Site, reason: str = "") -> LayerPlan:
     """
     layer, factorizations = site.layer, []
     if not reason:
-        like = COUNTERPARTS[type(layer)]._like(layer)
+        like = counterpart(layer)._like(layer)
         factorizations = [kernel.factorization for kernel in like._kernels.values()]
     return LayerPlan(
         path=site.path,
@@ -421,9 +421,7 @@ def predict_errors(model, plan, candidates, calibration_data):
         for path, ranks in candidates.items()
         if ranks and can_calibrate(sites[path])
     }
-    calibrations = {
-        path: Calibration(COUNTERPARTS[type(layer)], layer) for path, layer in layers.items()
-    }
+    calibrations = {path: Calibration(counterpart(layer), layer) for path, layer in layers.items()}
     for batch in batches:
         for path, calls in collect(model, layers, batch).items():
             for inputs, options in calls:
@@ -437,7 +435,7 @@ def predict_errors(model, plan, candidates, calibration_data):
 
 def _kernel_errors(layer, plan, ranks):
     """`{rank: error}` of the kernels of a full layer."""
-    parts = COUNTERPARTS[type(layer)]._kernel_parts(layer)
+    parts = counterpart(layer)._kernel_parts(layer)
     left, total = np.zeros(max(ranks) + 1), 0.0
     for kernels, factorization in zip(parts.values(), plan.factorizations, strict=True):
         energies = remaining_energies(kernels, factorization, max(ranks))

@@ -12,7 +12,7 @@ from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 
 # The bilinear class for each stock class.
-COUNTERPARTS = {
+_COUNTERPARTS = {
     bilinear.full_class: bilinear
     for bilinear in vars(layers).values()
     if isinstance(bilinear, type) and issubclass(bilinear, BilinearLayer | BilinearRNN)
@@ -89,9 +89,29 @@ def walk(model: keras.Model, weightless: bool = False) -> Iterator[Site]:
     return visit(model, "", ())
 
 
+def counterpart(layer: keras.Layer) -> type | None:
+    """The bilinear class that stands for the class of a full layer; `None` if there is none."""
+    return look_up(type(layer), _COUNTERPARTS)
+
+
+def look_up(cls: type, table: dict):
+    """What a table has for a class; `None` if it has nothing.
+
+    A subclass that adds nothing but its name, as KerasHub has one, is its base.
+    """
+    while cls not in table and len(cls.__bases__) == 1 and _is_only_a_name(cls):
+        (cls,) = cls.__bases__
+    return table.get(cls)
+
+
+def _is_only_a_name(cls):
+    about_it = ("__annotations__", "__doc__", "__module__", "_api_export")
+    return all(name.startswith(about_it) for name in vars(cls))
+
+
 def is_leaf(layer):
     """Whether a layer is rewritten, expanded or left alone as a whole."""
-    if type(layer) in COUNTERPARTS or isinstance(layer, BilinearLayer | BilinearRNN):
+    if counterpart(layer) or isinstance(layer, BilinearLayer | BilinearRNN):
         return True
     return not any(child.weights or not child.built for child in sublayers(layer))
 
@@ -108,10 +128,12 @@ def reason_to_leave(site: Site, tied: set) -> str:
         return "bilinear already"
     if isinstance(layer, _DEPTHWISE):
         return "depthwise: one small filter for each channel, little to save"
-    if type(layer) not in COUNTERPARTS:
+    if not counterpart(layer):
         return "no projection in it that a bilinear layer stands for"
     if not layer.built:
         return "not built: call the model on data first"
+    if not getattr(layer, "tie_weights", True):
+        return "has another table for the reverse projection"
     if any(id(variable) in tied for variable in layer.variables):
         return "shares a variable with another layer"
     for owner, _ in site.owners:
@@ -133,7 +155,7 @@ def can_calibrate(layer: keras.Layer) -> bool:
     if isinstance(layer, keras.layers.Embedding):
         return True
     inputs = math.prod(layer.kernel.shape[:-1]) if hasattr(layer, "kernel") else 0
-    return hasattr(COUNTERPARTS[type(layer)], "_kernel_inputs") and inputs <= MOST_INPUTS
+    return hasattr(counterpart(layer), "_kernel_inputs") and inputs <= MOST_INPUTS
 
 
 def tied_variables(model: keras.Model) -> set:

@@ -71,6 +71,21 @@ def attention():
 
 
 @keras.saving.register_keras_serializable(package="tests")
+class SameEmbedding(layers.ReversibleEmbedding):
+    pass
+
+
+def language():
+    inputs = keras.Input((4,), dtype="int32")
+    tied = SameEmbedding(50, 20)
+    x = layers.GroupQueryAttention(10, 4, 2)(tied(inputs), tied(inputs))
+    x = layers.EinsumDense("abc,cd->abd", (None, 20), bias_axes="d")(x)
+    apart = layers.ReversibleEmbedding(50, 20, tie_weights=False)
+    x = layers.add([apart(inputs), x])
+    return keras.Model(inputs, [tied(x, reverse=True), apart(x, reverse=True)]), TOKENS
+
+
+@keras.saving.register_keras_serializable(package="tests")
 class Block(layers.Layer):
     """A layer that makes its own layers, one of them in a list."""
 
@@ -128,6 +143,7 @@ KINDS = (
     convolutional,
     recurrent,
     attention,
+    language,
     composite,
     subclassed,
 )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_bilinear import BilinearEmbedding
+from keras_bilinear import BilinearEmbedding, BilinearReversibleEmbedding
 
 SHAPES = [(50, 10), (53, 11), (1, 10), (50, 1), (1, 1), (7, 64)]
 IMPLEMENTATIONS = ["factorized", "materialized"]
@@ -159,6 +159,28 @@ def test_tied_forward_and_reverse(tmp_path):
     np.testing.assert_allclose(
         loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logit_soft_cap": 0.5}, {"reverse_dtype": "float32", "dtype": "mixed_bfloat16"}],
+)
+def test_reversible_embedding_is_that_of_keras(options):
+    layer = BilinearReversibleEmbedding(50, 16, rank=2, embeddings_initializer="normal", **options)
+    layer.build()
+    full = layer.expand()
+    assert type(full) is keras.layers.ReversibleEmbedding
+    indices, hidden = draw_indices(50, 4, 3), draw(4, 3, 16)
+    for x, reverse in ((indices, False), (hidden, True)):
+        actual, expected = (one(x, reverse=reverse) for one in (layer, full))
+        assert actual.dtype == expected.dtype
+        values = (ops.convert_to_numpy(ops.cast(y, "float32")) for y in (actual, expected))
+        np.testing.assert_allclose(*values, rtol=1e-5, atol=0.05 if "dtype" in options else 1e-5)
+
+
+def test_a_second_table_is_refused():
+    with pytest.raises(ValueError, match="must be True; take a `BilinearDense` for a reverse"):
+        BilinearReversibleEmbedding(50, 16, tie_weights=False)
 
 
 def test_tied_gradient_is_the_sum_of_both_uses():

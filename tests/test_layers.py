@@ -10,6 +10,7 @@ from keras_bilinear import (
     BilinearDense,
     BilinearEinsumDense,
     BilinearEmbedding,
+    BilinearReversibleEmbedding,
 )
 
 random = np.random.default_rng(0)
@@ -111,6 +112,28 @@ SPECS = {
             random.integers(50, size=shape).astype("int32") for shape in ((4,), (4, 6), (2, 3, 5))
         ),
         not_in_config=("weights",),
+    ),
+    "reversible_embedding": LayerSpec(
+        BilinearReversibleEmbedding,
+        arguments={"input_dim": 50, "output_dim": 10},
+        every_argument={
+            **SHARED,
+            "input_dim": 50,
+            "output_dim": 10,
+            "tie_weights": True,
+            "embeddings_initializer": keras.initializers.RandomNormal(seed=3),
+            "embeddings_regularizer": keras.regularizers.L2(0.1),
+            "embeddings_constraint": keras.constraints.MaxNorm(2.0),
+            "mask_zero": True,
+            "reverse_dtype": "float32",
+            "logit_soft_cap": 3.0,
+            "input_factors": (10, 5),
+            "output_factors": (5, 2),
+        },
+        inputs=tuple(
+            random.integers(50, size=shape).astype("int32") for shape in ((4,), (4, 6), (2, 3, 5))
+        ),
+        at_default=("tie_weights",),
     ),
     "conv1d": conv_spec(BilinearConv1D, 1),
     "conv2d": conv_spec(BilinearConv2D, 2),

@@ -12,7 +12,7 @@ import keras_bilinear
 from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model
 from keras_bilinear.sites import walk
 
-BILINEAR = tuple(keras_bilinear.sites.COUNTERPARTS.values())
+BILINEAR = tuple(vars(keras_bilinear.layers).values())
 
 
 def outputs(model, x):
@@ -55,7 +55,7 @@ def test_every_kind_of_model_is_rewritten_saved_and_expanded(kind, tmp_path):
     assert_same(outputs(loaded, x), actual)
 
     full = expand_model(small)
-    assert types(full) == types(model)
+    assert all(map(issubclass, types(model), types(full)))
     assert full.count_params() == model.count_params()
     assert_same(outputs(full, x), actual)
     full.save(tmp_path / "full.keras")
@@ -71,6 +71,8 @@ def test_every_kind_of_model_is_fitted_and_trains(kind):
     before = [(v.path, ops.convert_to_numpy(v)) for v in small.trainable_variables]
     small.fit(x, targets if len(targets) > 1 else targets[0], batch_size=8, verbose=0)
     for (path, values), variable in zip(before, small.trainable_variables, strict=True):
+        if path.endswith("key/bias"):  # it adds the same to all scores, so it has no gradient
+            continue
         assert not np.array_equal(values, ops.convert_to_numpy(variable)), path
 
 

@@ -4,6 +4,7 @@ from keras_bilinear.layers.einsum_dense import BilinearEinsumDense
 from keras_bilinear.layers.embedding import BilinearEmbedding
 from keras_bilinear.layers.gru import BilinearGRU, BilinearGRUCell
 from keras_bilinear.layers.lstm import BilinearLSTM, BilinearLSTMCell
+from keras_bilinear.layers.reversible_embedding import BilinearReversibleEmbedding
 from keras_bilinear.layers.simple_rnn import BilinearSimpleRNN, BilinearSimpleRNNCell
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "BilinearGRUCell",
     "BilinearLSTM",
     "BilinearLSTMCell",
+    "BilinearReversibleEmbedding",
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
 ]
