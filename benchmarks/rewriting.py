@@ -205,7 +205,7 @@ def low_rank_gru(layer, ranks):
     for name, parts in factors.items():
         for variable, values in zip(cell.factors[name], parts, strict=True):
             variable.assign(values)
-    cell.bias.assign(full.bias)
+    cell.bias.assign(keras.ops.convert_to_numpy(full.bias))
     return rnn
 
 
@@ -284,15 +284,8 @@ def main(argv):
         )
         model = trained(dataclasses.replace(run, seed=seed), dataset, model_path, batch_size)
         if (str(seed), "1", "full") not in done:
-            write(
-                seed,
-                1,
-                "full",
-                model.count_params(),
-                f"{test_accuracy(model, dataset):.4f}",
-                "",
-                "",
-            )
+            result = f"{test_accuracy(model, dataset):.4f}"
+            write(seed, 1, "full", model.count_params(), result, "", "")
         for budget in BUDGETS:
             for method in METHODS:
                 if (str(seed), str(budget), method) in done:
