@@ -62,6 +62,12 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def own_variables(layer: keras.Layer) -> Iterator[keras.Variable]:
+    """The variables of a layer and of those in it; one that several have comes up again."""
+    for one in layer._flatten_layers():
+        yield from (*one._trainable_variables, *one._non_trainable_variables)
+
+
 # What ties a layer to the graphs and the layers that hold it.
 _PLACE = ("_inbound_nodes", "_outbound_nodes", "_path", "_parent_path", "_called")
 # Functions that Keras makes for each object.

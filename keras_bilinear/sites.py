@@ -1,5 +1,6 @@
 """Where a model has layers that bilinear ones can stand for."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 import keras
 
 from keras_bilinear import layers
-from keras_bilinear.keras_private import sublayers
+from keras_bilinear.keras_private import own_variables, sublayers
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 
@@ -134,11 +135,11 @@ def reason_to_leave(site: Site, tied: set) -> str:
         return "not built: call the model on data first"
     if not getattr(layer, "tie_weights", True):
         return "has another table for the reverse projection"
-    if any(id(variable) in tied for variable in layer.variables):
-        return "shares a variable with another layer"
     for owner, _ in site.owners:
         if isinstance(owner, _MEDDLERS):
             return f"{type(owner).__name__} works on its kernel"
+    if any(id(variable) in tied for variable in layer.variables):
+        return "shares a variable with another layer"
     if layer.dtype_policy.quantization_mode is not None:
         return "quantized"
     if getattr(layer, "lora_enabled", False):
@@ -160,9 +161,5 @@ def can_calibrate(layer: keras.Layer) -> bool:
 
 def tied_variables(model: keras.Model) -> set:
     """Ids of the variables that several layers of a model have as their own."""
-    owner, tied = {}, set()
-    for site in walk(model):
-        for variable in site.layer.variables:
-            if owner.setdefault(id(variable), site.path) != site.path:
-                tied.add(id(variable))
-    return tied
+    holders = collections.Counter(map(id, own_variables(model)))
+    return {variable for variable, count in holders.items() if count > 1}

@@ -114,6 +114,52 @@ def composite():
 
 
 @keras.saving.register_keras_serializable(package="tests")
+class Tied(layers.Layer):
+    """A layer that has the kernel of another one as its own."""
+
+    def __init__(self, other, **kwargs):
+        super().__init__(**kwargs)
+        self.other = other
+
+    def build(self, input_shape):
+        self.kernel = self.other._kernel
+        self.bias = self.add_weight(shape=(self.other.units,), name="bias")
+
+    def call(self, x):
+        return keras.ops.matmul(x, self.kernel) + self.bias
+
+    def get_config(self):
+        other = keras.saving.serialize_keras_object(self.other)
+        return {**super().get_config(), "other": other}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("other")), **config)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class TiedModel(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = layers.Dense(24)
+        self.middle = layers.Dense(24)
+        self.tied = Tied(self.first)
+
+    def build(self, input_shape):
+        for layer in (self.first, self.middle, self.tied):
+            layer.build(input_shape)
+
+    def call(self, x):
+        return self.tied(self.middle(self.first(x)))
+
+
+def tied():
+    model = TiedModel()
+    model.build((None, 24))
+    return model, VECTORS
+
+
+@keras.saving.register_keras_serializable(package="tests")
 class Subclassed(keras.Model):
     def __init__(self, units=24, **kwargs):
         super().__init__(**kwargs)
@@ -146,4 +192,5 @@ KINDS = (
     language,
     composite,
     subclassed,
+    tied,
 )
