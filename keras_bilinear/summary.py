@@ -167,11 +167,17 @@ class Comparison(Tabular):
         return table
 
     def _layers(self) -> Iterator[tuple[str, LayerSummary, LayerSummary]]:
-        """The layers that both models have."""
-        small = {layer.path: layer for layer in self.small.layers}
-        for layer in self.full.layers:
-            if layer.path in small:
-                yield layer.path, layer, small[layer.path]
+        """The layers that both models have.
+
+        Those of a subclassed model may have other names in a copy of it, but the
+        same order.
+        """
+        full, small = ({one.path: one for one in model.layers} for model in (self.full, self.small))
+        if not full.keys() & small.keys() and len(full) == len(small):
+            small = dict(zip(full, small.values(), strict=True))
+        for path in full:
+            if path in small:
+                yield path, full[path], small[path]
 
     def to_json(self) -> str:
         """Everything as JSON."""

@@ -6,6 +6,7 @@ them among its copies, in parts that differ from copy to copy: these get
 different gradients, and go different ways when the network is trained.
 """
 
+import collections
 import dataclasses
 import math
 
@@ -77,12 +78,12 @@ def hidden_layers(model: keras.Model) -> dict[str, Hidden]:
     """
     found, source = {}, {}
     graph = [*nodes(model)]
-    times = {}
-    for operation, _ in graph:
-        times[id(operation)] = times.get(id(operation), 0) + 1
+    calls = collections.Counter(id(operation) for operation, _ in graph)
     for operation, inputs in graph:
         origins = [source[id(parent)] for parent, _ in inputs if id(parent) in source]
-        once = times[id(operation)] == 1 and len(inputs) == 1
+        once = calls[id(operation)] == 1 and len(inputs) == 1
+        # Here the last axis has the channels.
+        once = once and getattr(operation, "data_format", None) != "channels_first"
         if once and type(operation) in _HIDDEN and getattr(operation, "groups", 1) == 1:
             for name, positions in origins:
                 found[name].consumers[operation.name] = positions
@@ -134,7 +135,7 @@ def _positions(layer, shape):
         return int(layer.axis in last)
     if type(layer) is layers.LayerNormalization:
         return int(layer.axis in (*last, [-1], (-1,)))
-    if type(layer) is layers.Flatten and layer.data_format == "channels_last":
+    if type(layer) is layers.Flatten:
         return 0 if None in shape[1:] else math.prod(shape[1:-1])
     return int(type(layer) in _TRANSPARENT)
 

@@ -180,6 +180,12 @@ def test_two_models_are_compared_layer_by_layer(tmp_path):
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_layers_of_a_copy_are_found_by_their_order():
+    model, x = model_kinds.subclassed()
+    small = rewrite_model(model, rank=1)
+    assert str(compare(model, small, x)).count("Dense to BilinearDense") == 5
+
+
 def test_summarizing_leaves_the_model_as_it_was():
     model, x = model_kinds.sequential()
     before = model.get_weights()

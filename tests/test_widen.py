@@ -184,6 +184,17 @@ def test_activations_that_see_all_units_stay():
     assert scales(model) == {"a": 1, "b": 2, "c": 1, "d": 1}
 
 
+@pytest.mark.skipif(
+    keras.config.backend() == "tensorflow", reason="TensorFlow convolves so on GPUs only"
+)
+def test_channels_first_stay():
+    options = {"padding": "same", "data_format": "channels_first"}
+    model = keras.Sequential([keras.Input((16, 8, 8)), layers.Conv2D(16, 3, **options, name="a")])
+    model.add(layers.Dense(32))
+    plan = plan_rewrite(model, rank=1, scale=2)
+    assert plan["a"].scale == 1
+
+
 def test_mistakes_are_refused():
     model, *_ = trained(dense)
     with pytest.raises(ValueError, match="`scale` must be a positive integer"):
