@@ -77,8 +77,9 @@ def outputs(model, x):
     return ops.convert_to_numpy(model(x, training=False))
 
 
-@pytest.mark.parametrize("scale", [2, 3])
-@pytest.mark.parametrize("make", [dense, convolutional, recurrent])
+@pytest.mark.parametrize(
+    ("make", "scale"), [(dense, 2), (dense, 3), (convolutional, 2), (recurrent, 2)]
+)
 def test_hidden_layers_are_widened_and_the_outputs_stay(make, scale, tmp_path):
     model, x, hidden = trained(make)
     plan = plan_rewrite(model, rank=1, scale=scale)
