@@ -13,6 +13,7 @@ Rows that are in `benchmarks/results/models.json` already are not done again.
 import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -157,10 +158,13 @@ def load(folder):
 
 
 def tabulate(records):
+    import keras
+
     lines = [
         "# models",
         "",
-        f"`python benchmarks/models.py`; {accuracy.machine()}. Rewritten at "
+        f"`python benchmarks/models.py`; Python {platform.python_version()}, Keras "
+        f"{keras.__version__}, {platform.machine()} CPU. Rewritten at "
         f"{BUDGET['applications']:.0%} (KerasHub: {BUDGET['hub']:.0%}) of the parameters without "
         "calibration, trained for a step, saved. Differences of the outputs of the model that a "
         "fresh process loads, and of the expanded one, relative to their deviation.",
