@@ -106,7 +106,7 @@ def _interruptible() -> Iterator[None]:
         interrupted = True
         while frame is not None:
             if frame.f_code.co_name == "__del__":
-                threading.Timer(0.01, signal.raise_signal, [signum]).start()
+                threading.Timer(0.01, _press, [signum]).start()
                 return
             frame = frame.f_back
         raise KeyboardInterrupt
@@ -120,6 +120,14 @@ def _interruptible() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _press(signum):
+    """Sends a signal from a thread to the main one, and wakes that if it waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signum)
+    else:
+        signal.raise_signal(signum)
 
 
 def _fail(message, status):

@@ -10,15 +10,16 @@ import pytest
 
 pytest.register_assert_rewrite("layer_checks")
 
-hypothesis.settings.register_profile(
-    "suite",
-    derandomize=True,
-    deadline=None,
-    # JAX compiles anew for each shape that is drawn.
-    max_examples=5 if keras.backend.backend() == "jax" else 20,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("suite")
+for profile, max_examples in {"suite": 20, "quick": 5}.items():
+    hypothesis.settings.register_profile(
+        profile,
+        derandomize=True,
+        deadline=None,
+        max_examples=max_examples,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+# JAX compiles anew for each shape that is drawn.
+hypothesis.settings.load_profile("quick" if keras.backend.backend() == "jax" else "suite")
 
 
 def pytest_configure(config):

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 
+import keras
 import pytest
 from run_command import run_command
 
 from keras_bilinear import cli, datasets, files
 from keras_bilinear.errors import CommandError, require
+
+if keras.config.backend() != "tensorflow":
+    pytest.skip("nothing here depends on the backend", allow_module_level=True)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_any_number_of_channels(channels, pattern, implementation):
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX compiles each of the drawn layers")
-@settings(max_examples=60)
+@settings(max_examples=3 * settings().max_examples)
 @given(st.data())
 def test_equals_the_stock_layer_for_any_options(data):
     dimensions = data.draw(st.integers(1, 3))

@@ -14,6 +14,8 @@ from keras_bilinear import datasets, demo
 from keras_bilinear.export import LiteRTMeasurement, measure_litert
 from keras_bilinear.summary import count_macs
 
+if keras.config.backend() != "tensorflow":
+    pytest.skip("what the demo is made of is tested on this backend", allow_module_level=True)
 for package in ("ai_edge_litert", "matplotlib", "sklearn", "tensorflow"):
     pytest.importorskip(package)
 

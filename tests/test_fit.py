@@ -52,7 +52,7 @@ def relative_error(plan, rows, moments, fit, centred):
     return np.sqrt(total / squares)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     st.integers(1, 13),
     st.integers(1, 13),

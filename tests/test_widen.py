@@ -78,7 +78,19 @@ def outputs(model, x):
 
 
 @pytest.mark.parametrize(
-    ("make", "scale"), [(dense, 2), (dense, 3), (convolutional, 2), (recurrent, 2)]
+    ("make", "scale"),
+    [
+        (dense, 2),
+        (dense, 3),
+        (convolutional, 2),
+        pytest.param(
+            recurrent,
+            2,
+            marks=pytest.mark.skipif(
+                keras.config.backend() == "jax", reason="JAX compiles for a minute"
+            ),
+        ),
+    ],
 )
 def test_hidden_layers_are_widened_and_the_outputs_stay(make, scale, tmp_path):
     model, x, hidden = trained(make)
