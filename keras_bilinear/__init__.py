@@ -1,5 +1,6 @@
 """Keras layers that store a bilinear projection instead of a full one."""
 
+from keras_bilinear.callbacks import BilinearRewrite
 from keras_bilinear.layers import (
     BilinearConv1D,
     BilinearConv2D,
@@ -32,6 +33,7 @@ __all__ = [
     "BilinearLSTM",
     "BilinearLSTMCell",
     "BilinearReversibleEmbedding",
+    "BilinearRewrite",
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
     "RewritePlan",

@@ -62,25 +62,37 @@ class Rewritten:
 def remember(sites: Iterable[Site]) -> None:
     """Makes the owners of layers that became others keep them when they are saved."""
     for site in sites:
-        for depth, (owner, _) in enumerate(site.owners):
+        for owner, place in _places(site):
             if type(owner) not in _KEEPERS and not is_functional(owner):
-                place = tuple(index for _, index in site.owners[depth:])
                 _mark(owner, dict.fromkeys([*getattr(owner, "replaced", ()), place]))
                 break
 
 
-def forget(owner: keras.Layer) -> None:
-    """Makes an owner whose layers are its own again what it was."""
-    if isinstance(owner, Rewritten):
-        set_class(owner, type(owner).original)
-        del vars(owner)["replaced"]
+def forget(sites: Iterable[Site]) -> None:
+    """The same for layers that became others again, which may be what the owner makes itself."""
+    for site in sites:
+        for owner, place in _places(site):
+            if place in getattr(owner, "replaced", ()):
+                _mark(owner, [other for other in owner.replaced if other != place])
+                break
+        else:
+            remember([site])
+
+
+def _places(site):
+    """The owners of a layer, and where each of them has it."""
+    for depth, (owner, _) in enumerate(site.owners):
+        yield owner, tuple(index for _, index in site.owners[depth:])
 
 
 def _mark(owner, places):
-    if not isinstance(owner, Rewritten):
-        set_class(owner, _rewritten(type(owner)))
+    original = type(owner).original if isinstance(owner, Rewritten) else type(owner)
     # Not through Keras, which would track the list.
-    vars(owner)["replaced"] = tuple(places)
+    vars(owner).pop("replaced", None)
+    set_class(owner, original)
+    if places:
+        vars(owner)["replaced"] = tuple(places)
+        set_class(owner, _rewritten(original))
 
 
 def _at(owner, place):

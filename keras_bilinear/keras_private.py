@@ -1,6 +1,9 @@
 """The one place that reaches below the public interface of Keras; tested on Keras 3.13 and 3.15."""
 
-from collections.abc import Iterator
+import contextlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
 
 import keras
 from keras.src import backend
@@ -62,6 +65,11 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def all_layers(model: keras.Model) -> list[keras.Layer]:
+    """A model and all layers in it, to any depth."""
+    return list(model._flatten_layers())
+
+
 def own_variables(layer: keras.Layer) -> Iterator[keras.Variable]:
     """The variables of a layer and of those in it; one that several have comes up again."""
     for one in layer._flatten_layers():
@@ -80,11 +88,22 @@ def become(layer: keras.Layer, other: keras.Layer) -> None:
     Graphs, attributes, lists and wrappers hold the object, so nothing else
     has to change.
     """
-    state = {name: value for name, value in vars(other).items() if name not in _BOUND}
-    state |= {name: vars(layer)[name] for name in _PLACE if name in vars(layer)}
-    set_class(layer, type(other))
-    vars(layer).clear()
-    vars(layer).update(state)
+    attributes = {name: value for name, value in vars(other).items() if name not in _BOUND}
+    attributes |= {name: vars(layer)[name] for name in _PLACE if name in vars(layer)}
+    restore([(layer, type(other), attributes)])
+
+
+def snapshot(layers: Iterable[keras.Layer]) -> list[tuple]:
+    """What layers are now, for `restore`. The values of their variables are not copied."""
+    return [(layer, type(layer), dict(vars(layer))) for layer in layers]
+
+
+def restore(states: Iterable[tuple]) -> None:
+    """Makes layers what they were when `snapshot` saw them."""
+    for layer, cls, attributes in states:
+        set_class(layer, cls)
+        vars(layer).clear()
+        vars(layer).update(attributes)
 
 
 def set_class(layer: keras.Layer, cls: type) -> None:
@@ -100,5 +119,147 @@ def is_functional(layer: keras.Layer) -> bool:
 def refresh(model: keras.Model) -> None:
     """Makes a model notice that layers in it have become others."""
     if keras.config.backend() == "torch":
-        for layer in model._flatten_layers():
+        for layer in all_layers(model):
             layer._track_variables()
+
+
+# Versions of Keras whose training loop and optimizers `BilinearRewrite` knows.
+_KNOWN = ((3, 13), (3, 15))
+# Where a `keras.callbacks.BackupAndRestore` has the weights, and those before.
+BACKUPS = ("latest.weights.h5", "latest.weights.h5.bkp")
+
+
+def check_version() -> None:
+    """Checks that training can be changed while it runs with this version of Keras.
+
+    Raises:
+        RuntimeError: if not.
+    """
+    version = tuple(int(part) for part in re.findall(r"\d+", keras.__version__)[:2])
+    if not _KNOWN[0] <= version <= _KNOWN[1]:
+        low, high = (".".join(map(str, one)) for one in _KNOWN)
+        raise RuntimeError(
+            f"BilinearRewrite changes a model inside `fit`, which is known to work with Keras {low} "
+            f"to {high}. Found: Keras {keras.__version__}. `rewrite_model` works with any version."
+        )
+
+
+def fit_arguments(model: keras.Model) -> dict:
+    """Inputs `x` and `callbacks` of the call of `fit` that goes on; empty if there is none."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
+            # A list of the user at first, and one of Keras later.
+            callbacks = frame.f_locals["callbacks"]
+            callbacks = getattr(callbacks, "callbacks", callbacks)
+            return {"x": frame.f_locals["x"], "callbacks": keras.tree.flatten(callbacks)}
+        frame = frame.f_back
+    return {}
+
+
+def strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager:
+    """Where variables of a model are made; matters under a `tf.distribute` strategy."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def higher_is_better(callback: keras.callbacks.Callback, monitor: str, mode: str) -> bool:
+    """Whether a metric is to become larger, as Keras' own callbacks find it out.
+
+    Raises:
+        ValueError: if that is not known.
+    """
+    judge = keras.callbacks.EarlyStopping(monitor, mode=mode)
+    judge.set_model(callback.model)
+    judge._set_monitor_op()
+    return bool(judge.monitor_op(1, 0))
+
+
+def forget_best(callbacks: Iterable[keras.callbacks.Callback]) -> None:
+    """Makes callbacks compare with what comes, and not with weights of other shapes."""
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.EarlyStopping):
+            callback.best, callback.best_weights, callback.wait = None, None, 0
+        elif isinstance(callback, keras.callbacks.ModelCheckpoint):
+            callback.best = None
+
+
+def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Checks that an optimizer can be made one of other variables.
+
+    Raises:
+        ValueError: if not.
+    """
+    _fresh(_inner(optimizer))
+
+
+def move_optimizer(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
+    """Makes a built optimizer one of other variables.
+
+    It keeps its iterations and learning rate, and what it knows of the variables
+    that it had; for the others it starts as it would with them.
+
+    Raises:
+        ValueError: if the class of the optimizer cannot be made again.
+    """
+    old = _inner(optimizer)
+    new = _fresh(old)
+    new.build(variables)
+    index = old._trainable_variables_indices
+    done = set()
+
+    def copy(target, source):
+        # Through NumPy, as JAX gives away the memory of what it updates.
+        target.assign(keras.ops.convert_to_numpy(source))
+        done.add(id(target))
+
+    for name, slots in vars(new).items():
+        before = vars(old).get(name)
+        if isinstance(slots, keras.Variable):
+            copy(slots, before)
+        elif isinstance(slots, list) and name not in ("_variables", "_trainable_variables"):
+            for variable, slot in zip(variables, slots, strict=False):
+                if not isinstance(slot, keras.Variable):
+                    continue
+                if (key := old._var_key(variable)) in index:
+                    copy(slot, before[index[key]])
+                elif name == "_model_variables_moving_average":
+                    copy(slot, variable)
+                done.add(id(slot))
+    if done != {id(variable) for variable in new.variables}:
+        raise ValueError(
+            f"It is not known how the optimizer {type(old).__name__} keeps what it knows of "
+            "each variable."
+        )
+    # What was set after it was made, such as `exclude_from_weight_decay`, stays.
+    attributes = {**vars(old), **vars(new)}
+    vars(old).clear()
+    vars(old).update(attributes)
+    if old is not optimizer:
+        vars(optimizer)["_trainable_variables"] = list(variables)
+        vars(optimizer)["_trainable_variables_indices"] = {
+            old._var_key(variable): number for number, variable in enumerate(variables)
+        }
+
+
+def _inner(optimizer):
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _fresh(optimizer):
+    config = optimizer.get_config()
+    if not isinstance(optimizer._learning_rate, keras.Variable):  # a schedule
+        config["learning_rate"] = optimizer._learning_rate
+    try:
+        return type(optimizer).from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"The optimizer {type(optimizer).__name__} cannot be made again from its "
+            f"configuration. {type(error).__name__}: {error}"
+        ) from error
+
+
+def retrace(model: keras.Model) -> None:
+    """Makes a model trace its functions for training, evaluation and prediction again."""
+    model.train_function = model.test_function = model.predict_function = None
+    model.make_train_function(force=True)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 import keras
 
 from keras_bilinear.calibration import Calibration, collect, model_batches
-from keras_bilinear.composites import Rewritten, forget, remember
+from keras_bilinear.composites import forget, remember
 from keras_bilinear.factors import check_positive_int
-from keras_bilinear.keras_private import become, refresh
+from keras_bilinear.keras_private import all_layers, become, refresh, restore, snapshot
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 from keras_bilinear.search import RewritePlan, plan_layer, plan_rewrite
@@ -74,44 +74,67 @@ def rewrite_model(
     batches = model_batches(calibration_data)
     if plan is None:
         plan = plan_rewrite(model, budget, max_params, max_error, batches, rank, layers, scale)
-    ranks = {path: layer.rank for path, layer in plan.items() if layer.rank is not None}
-    _check_plan(model, plan, ranks)
+    _check_plan(model, plan)
     small = copy_model(model)
     # Layers without a name of their own have another one in the copy.
     sites = [
         dataclasses.replace(site, path=full.path)
         for full, site in zip(walk(model), walk(small), strict=True)
-        if full.path in ranks
     ]
-    for group in _groups(sites, batches):
-        calibrations = _calibrate(model, small, group, batches)
-        for site in group:
-            bilinear_class = counterpart(site.layer)
-            calibration = calibrations.get(site.path)
-            become(
-                site.layer,
-                bilinear_class._from_full(site.layer, calibration, **_arguments(plan[site.path])),
-            )
-        remember(group)
+    rewrite_layers(small, sites, plan, batches)
     scales = {
         path: (layer.input_scale, layer.scale)
         for path, layer in plan.items()
         if layer.scaled and layer.factorizations
     }
     if scales:
-        refresh(small)
         small = widen(small, scales, hidden_layers(model))
     return _finish(small, model)
 
 
-def _arguments(plan):
-    """The arguments of a layer that becomes bilinear."""
+def rewrite_layers(
+    model: keras.Model, sites: Iterable[Site], plan: RewritePlan, batches: Iterable | None = None
+) -> None:
+    """Makes layers of a model bilinear, in place. If one cannot be, all stay what they were.
+
+    Args:
+        model: the model.
+        sites: its layers.
+        plan: what becomes of them.
+        batches: calibration data, see `rewrite_model`.
+
+    Raises:
+        ValueError, RuntimeError: if a layer cannot be rewritten.
+    """
+    sites = [site for site in sites if site.path in plan and plan[site.path].rank is not None]
+    before, full = snapshot(all_layers(model)), []
+    try:
+        for group in _groups(sites, batches):
+            calibrations = _calibrate(model, full, group, batches)
+            full += snapshot(site.layer for site in group)
+            for site in group:
+                _make_bilinear(site, plan[site.path], calibrations.get(site.path))
+            remember(group)
+    except BaseException:
+        restore(before)
+        raise
+    refresh(model)
+
+
+def _make_bilinear(site, plan, calibration):
     kernel, *_ = plan.factorizations
-    return {
-        "rank": plan.rank,
-        "input_factors": kernel.input_factors,
-        "output_factors": kernel.output_factors,
-    }
+    try:
+        bilinear = counterpart(site.layer)._from_full(
+            site.layer,
+            calibration,
+            rank=plan.rank,
+            input_factors=kernel.input_factors,
+            output_factors=kernel.output_factors,
+        )
+    except Exception as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        raise kind(f"The layer {site.path!r} cannot be rewritten. {error}") from error
+    become(site.layer, bilinear)
 
 
 class Rewriter:
@@ -197,23 +220,25 @@ def expand_model(model: keras.Model) -> keras.Model:
     ['Dense']
     """
     full = copy_model(model)
-    sites = [site for site in walk(full) if isinstance(site.layer, BilinearLayer | BilinearRNN)]
-    rewritten = {
-        id(owner): owner
-        for site in sites
-        for owner, _ in site.owners
-        if isinstance(owner, Rewritten)
-    }
-    for site in sites:
-        become(site.layer, site.layer.expand())
-    for owner in rewritten.values():
-        forget(owner)
-    remember(site for site in sites if not any(id(owner) in rewritten for owner, _ in site.owners))
+    expand_layers(full, walk(full))
     return _finish(full, model)
 
 
+def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
+    """Makes bilinear layers of a model full ones with the same outputs, in place.
+
+    Args:
+        model: the model.
+        sites: its layers; those that are full already stay what they are.
+    """
+    sites = [site for site in sites if isinstance(site.layer, BilinearLayer | BilinearRNN)]
+    for site in sites:
+        become(site.layer, site.layer.expand())
+    forget(sites)
+    refresh(model)
+
+
 def _finish(copy, model):
-    refresh(copy)
     if model.compiled:
         copy.compile_from_config(model.get_compile_config())
     return copy
@@ -239,7 +264,7 @@ def copy_model(model: keras.Model) -> keras.Model:
             ) from error
 
 
-def _check_plan(model, plan, ranks):
+def _check_plan(model, plan):
     found = {site.path: site.layer for site in walk(model)}
     for path, layer in plan.items():
         if path not in found or type(found[path]).__name__ != layer.type:
@@ -247,9 +272,9 @@ def _check_plan(model, plan, ranks):
                 f"The plan is not one of the model {model.name!r}, which has no {layer.type} "
                 f"{path!r}."
             )
-        if path in ranks and not counterpart(found[path]):
+        if layer.rank is not None and not counterpart(found[path]):
             raise ValueError(f"The layer {path!r} cannot be rewritten: {layer.reason}.")
-        if layer.scaled and layer.factorizations and path not in ranks:
+        if layer.scaled and layer.factorizations and layer.rank is None:
             raise ValueError(
                 f"The layer {path!r} has a scale, or one before it has: it needs a rank. "
                 f"Received: scale={layer.scale}, input_scale={layer.input_scale}, rank=None"
@@ -264,21 +289,24 @@ def _groups(sites, batches):
     return [sites[start : start + size] for start in range(0, len(sites), size)]
 
 
-def _calibrate(model, small, group, batches):
-    """`{path: Calibration}` of the layers of a group."""
+def _calibrate(model, full, group, batches):
+    """`{path: Calibration}` of the layers of a group.
+
+    They are full ones yet; `full` has the states of those before them, which
+    are not.
+    """
     if batches is None:
         return {}
-    full_layers = {site.path: site.layer for site in walk(model)}
-    layers = {site.path: site.layer for site in group}
-    calibrations = {
-        path: Calibration(counterpart(layer), full_layers[path])
-        for path, layer in layers.items()
-        if can_calibrate(layer)
-    }
-    layers = {path: layers[path] for path in calibrations}
+    layers = {site.path: site.layer for site in group if can_calibrate(site.layer)}
+    calibrations = {path: Calibration(counterpart(layer), layer) for path, layer in layers.items()}
     for batch in batches:
-        seen = collect(small, layers, batch)
-        seen_full = collect(model, {path: full_layers[path] for path in layers}, batch)
+        seen = collect(model, layers, batch)
+        rewritten = snapshot(layer for layer, *_ in full)
+        restore(full)
+        try:
+            seen_full = collect(model, layers, batch)
+        finally:
+            restore(rewritten)
         for path, calibration in calibrations.items():
             for (inputs, options), (full_inputs, _) in zip(
                 seen[path], seen_full[path], strict=True
