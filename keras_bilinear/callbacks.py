@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import numbers
+import operator
 import os
 import pathlib
 import tempfile
@@ -26,6 +27,7 @@ from keras_bilinear.keras_private import (
     fit_arguments,
     forget_best,
     higher_is_better,
+    iterations_kept,
     move_optimizer,
     refresh,
     restore,
@@ -34,7 +36,7 @@ from keras_bilinear.keras_private import (
     strategy_scope,
 )
 from keras_bilinear.rewrite import expand_layers, rewrite_layers
-from keras_bilinear.search import RewritePlan, plan_rewrite
+from keras_bilinear.search import RewritePlan, check_budget, plan_rewrite
 from keras_bilinear.sites import counterpart, walk
 
 # So many training examples are calibration data, where none are given.
@@ -57,8 +59,8 @@ class BilinearRewrite(keras.callbacks.Callback):
     see `rewrite_model`. `EarlyStopping` and `ModelCheckpoint` beside it compare
     only models of one size: their best value starts anew with each step. In a
     `keras.distillation.Distiller` the student is rewritten. Each epoch's logs have
-    the number of `parameters` of the model, and the predicted error of each
-    rewritten layer as `error_PATH`.
+    the number of `parameters` of the model, and `TensorBoard` shows the predicted
+    error of each layer at each step.
 
     Args:
         at_epoch: the epoch, counted from 0 as in `initial_epoch`, at whose
@@ -163,6 +165,8 @@ class BilinearRewrite(keras.callbacks.Callback):
     def on_train_begin(self, logs=None) -> None:
         del logs
         check_optimizer(self.model.optimizer)
+        if not self._steps:
+            check_budget(self._target, min(self.schedule.values()), self.layers)
         if self.calibration_data is None and isinstance(self._training_inputs(), Iterator):
             raise ValueError(
                 "The training data can be read only once, so they are no calibration data: give "
@@ -184,10 +188,6 @@ class BilinearRewrite(keras.callbacks.Callback):
         logs = {} if logs is None else logs
         validated = any(name.startswith("val_") for name in logs)
         logs["parameters"] = self._target.count_params()
-        if self.plan is not None:
-            for path, layer in self.plan.items():
-                if layer.rank is not None and layer.error is not None:
-                    logs[f"error_{path}"] = layer.error
         if self.monitor in logs:
             self._values[epoch] = float(logs[self.monitor])
             self._write()
@@ -219,17 +219,16 @@ class BilinearRewrite(keras.callbacks.Callback):
 
     def _step(self, epoch):
         """Makes the model smaller, or leaves it as it was."""
-        target, kept_weights = self._target, self.on_drop == "undo"
+        target = self._target
         try:
             batches = self._batches()
-            with self._keeping_weights() if kept_weights else contextlib.nullcontext():
-                with self._changing() as before:
-                    plan = plan_rewrite(
-                        target, self.schedule[epoch], calibration_data=batches, layers=self.layers
-                    )
-                    self._put_back_unchanged(before, plan)
-                    full = [site for site in walk(target) if counterpart(site.layer)]
-                    rewrite_layers(target, full, plan, batches)
+            with self._keeping_weights(), self._changing() as before:
+                plan = plan_rewrite(
+                    target, self.schedule[epoch], calibration_data=batches, layers=self.layers
+                )
+                self._put_back_unchanged(before, plan)
+                full = [site for site in walk(target) if counterpart(site.layer)]
+                rewrite_layers(target, full, plan, batches)
         except Exception as error:
             text = (
                 f"The step of BilinearRewrite at epoch {epoch} failed, and {target.name!r} is what "
@@ -243,6 +242,7 @@ class BilinearRewrite(keras.callbacks.Callback):
             self._plans.append(plan)
             self._note(_Step(epoch, len(self._plans)))
             self._say(epoch, f"{plan.full_parameters:,} parameters become {plan.parameters:,}")
+            self._show(epoch, plan)
 
     def _stop(self, epoch):
         """Makes no more steps, and undoes the last one if that is asked for."""
@@ -250,9 +250,8 @@ class BilinearRewrite(keras.callbacks.Callback):
         if self.on_drop == "undo":
             plans -= 1
             self._apply(self._plans[plans - 1] if plans else None)
-            iterations = keras.ops.convert_to_numpy(self.model.optimizer.iterations)
-            self.model.load_weights(self._folder / _WEIGHTS_BEFORE)
-            self.model.optimizer.iterations.assign(iterations)
+            with iterations_kept(self.model.optimizer):
+                self.model.load_weights(self._folder / _WEIGHTS_BEFORE)
         self._note(_Step(epoch, plans, stopped=True))
         undone = ", the last step is undone" if self.on_drop == "undo" else ""
         self._say(epoch, f"{self.monitor} has dropped by more than {self.max_drop}{undone}")
@@ -299,7 +298,10 @@ class BilinearRewrite(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def _keeping_weights(self):
-        """Keeps all weights from before a step, if that goes well."""
+        """Keeps all weights from before a step that goes well, where it may be undone."""
+        if self.on_drop != "undo":
+            yield
+            return
         with staged(self._folder) as folder:
             self.model.save_weights(folder / _WEIGHTS_BEFORE)
             yield
@@ -339,6 +341,18 @@ class BilinearRewrite(keras.callbacks.Callback):
                 "BilinearRewrite."
             )
         return arguments["x"]
+
+    def _show(self, epoch, plan):
+        """Writes the errors of the layers for TensorBoard, where that is used."""
+        for callback in fit_arguments(self.model).get("callbacks", []):
+            if isinstance(callback, keras.callbacks.TensorBoard):
+                import tensorflow as tf  # which TensorBoard needs
+
+                folder = os.path.join(callback.log_dir, "train")
+                with tf.summary.create_file_writer(folder).as_default(epoch):
+                    for path, layer in plan.items():
+                        if layer.error is not None:
+                            tf.summary.scalar(f"rewrite_error/{path}", layer.error)
 
     def _say(self, epoch, text):
         logging.info("Epoch %d: %s", epoch, text)
@@ -383,8 +397,8 @@ class BilinearRewrite(keras.callbacks.Callback):
             self._values = dict(map(tuple, state["values"]))
             return
         raise ValueError(
-            f"The weights in {str(self.backup_dir)!r} fit the model {self._target.name!r} neither as "
-            "it is nor as it was rewritten."
+            f"The weights in {str(self.backup_dir)!r} fit the model {self._target.name!r} "
+            "neither as it is nor as it was rewritten."
         )
 
     def _backup(self):
@@ -454,8 +468,9 @@ def _training_batches(x):
     elif all(hasattr(leaf, "shape") for leaf in leaves):
         step = max(1, len(leaves[0]) // EXAMPLES)
         for start in range(0, min(len(leaves[0]), EXAMPLES * step), _BATCH * step):
+            part = slice(start, start + _BATCH * step, step)
             # In a tuple, as inputs may be a list themselves.
-            yield (keras.tree.map_structure(lambda a: a[start : start + _BATCH * step : step], x),)
+            yield (keras.tree.map_structure(operator.itemgetter(part), x),)
     else:
         yield from _enough(x)
 

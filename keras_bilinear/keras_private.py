@@ -139,8 +139,9 @@ def check_version() -> None:
     if not _KNOWN[0] <= version <= _KNOWN[1]:
         low, high = (".".join(map(str, one)) for one in _KNOWN)
         raise RuntimeError(
-            f"BilinearRewrite changes a model inside `fit`, which is known to work with Keras {low} "
-            f"to {high}. Found: Keras {keras.__version__}. `rewrite_model` works with any version."
+            "BilinearRewrite changes a model inside `fit`, which is known to work with Keras "
+            f"{low} to {high}. Found: Keras {keras.__version__}. `rewrite_model` needs no such "
+            "knowledge."
         )
 
 
@@ -240,6 +241,16 @@ def move_optimizer(optimizer: keras.optimizers.Optimizer, variables: list) -> No
         vars(optimizer)["_trainable_variables_indices"] = {
             old._var_key(variable): number for number, variable in enumerate(variables)
         }
+
+
+@contextlib.contextmanager
+def iterations_kept(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Keeps the number of iterations while the variables of an optimizer are loaded."""
+    counters = [one._iterations for one in (optimizer, _inner(optimizer))]
+    values = [keras.ops.convert_to_numpy(counter) for counter in counters]
+    yield
+    for counter, value in zip(counters, values, strict=True):
+        counter.assign(value)
 
 
 def _inner(optimizer):

@@ -273,15 +273,34 @@ def plan_rewrite(
                 layer.skip("too small to gain at this rank")
         predict_errors(model, plan, {p.path: [p.rank] for p in free if p.rank}, calibration_data)
         return plan
+    candidates = _candidates(free, pinned)
+    _check_reachable(plan, candidates, limit)
+    predict_errors(model, plan, candidates, calibration_data)
+    _search(plan, candidates, pinned, limit)
+    return plan
+
+
+def check_budget(model: keras.Model, budget: float, layers=None) -> None:
+    """Checks, without a look at the weights, that `plan_rewrite` finds a plan.
+
+    Raises:
+        ValueError: if not.
+    """
+    plan = survey(model)
+    pinned = _choose_layers(plan, layers)
+    free = [layer for layer in plan.values() if layer.factorizations and not layer.reason]
+    _check_reachable(plan, _candidates(free, pinned), ("budget", budget))
+
+
+def _candidates(free, pinned):
+    """`{path: ranks}` that the search chooses from."""
     candidates = {}
     for layer in free:
         ranks = [layer.rank] if layer.path in pinned else RANKS
         candidates[layer.path] = [r for r in ranks if layer.saves(r) or r == layer.rank]
         if not candidates[layer.path]:
             layer.skip("too small to gain")
-    predict_errors(model, plan, candidates, calibration_data)
-    _search(plan, candidates, pinned, limit)
-    return plan
+    return candidates
 
 
 def _limit(budget, max_params, max_error, rank):
@@ -445,6 +464,33 @@ def _kernel_errors(layer, plan, ranks):
     return {rank: float(np.sqrt(left[rank] / total)) for rank in ranks}
 
 
+def _most_parameters(plan, limit):
+    name, value = limit
+    return {"max_params": value, "budget": value * plan.full_parameters}.get(name, np.inf)
+
+
+def _check_reachable(plan, candidates, limit):
+    """Checks that some plan keeps to a limit.
+
+    Raises:
+        ValueError: if none does.
+    """
+    least = plan.other_parameters + sum(
+        min(
+            (layer.parameters_at(r) for r in candidates.get(layer.path, ())),
+            default=layer.parameters,
+        )
+        for layer in plan.values()
+    )
+    most = _most_parameters(plan, limit)
+    if least > most:
+        raise ValueError(
+            f"No plan keeps to the limit: with every rank at its least, the model still has "
+            f"{least:,} parameters ({least / plan.full_parameters:.2%}). "
+            f"Received: {limit[0]}={limit[1]}"
+        )
+
+
 def _search(plan, candidates, pinned, limit):
     """Sets the ranks: an integer program with one variable for each layer and rank."""
     name, value = limit
@@ -460,7 +506,7 @@ def _search(plan, candidates, pinned, limit):
             elif ranks:
                 plan[path].skip(f"no rank that saves anything has an error below {value}")
         return
-    most = value if name == "max_params" else value * plan.full_parameters
+    most = _most_parameters(plan, limit)
     choices = [
         (layer, rank)
         for layer in (plan[path] for path, ranks in candidates.items() if ranks)
@@ -469,18 +515,6 @@ def _search(plan, candidates, pinned, limit):
             *([] if layer.path in pinned or layer.scaled else [None]),
         ]
     ]
-    least = plan.other_parameters + sum(
-        min(
-            (layer.parameters_at(r) for r in candidates.get(layer.path, ())),
-            default=layer.parameters,
-        )
-        for layer in plan.values()
-    )
-    if least > most:
-        raise ValueError(
-            f"No plan keeps to the limit: with every rank at its least, the model still has "
-            f"{least:,} parameters ({least / plan.full_parameters:.2%}). Received: {name}={value}"
-        )
     if not choices:
         return
     errors = [0.0 if rank is None else layer.errors[rank] ** 2 for layer, rank in choices]

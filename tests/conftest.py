@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import hypothesis
 import keras
 import pytest
+from run_command import run_command
 
 pytest.register_assert_rewrite("layer_checks")
 
@@ -30,3 +31,30 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line in this process: `(status, stdout, stderr)`."""
+
+    def run(*arguments):
+        return run_command(*arguments), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(run, tmp_path):
+    """Runs a command line that must fail in one line without writing; returns that line."""
+
+    def fails(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        status, output, error = run(*arguments)
+        assert status == 2
+        assert output == ""
+        assert error.count("\n") == 1
+        assert error.startswith("keras-bilinear: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return fails

@@ -8,40 +8,12 @@ import time
 
 import keras
 import pytest
-from run_command import run_command
 
 from keras_bilinear import cli, datasets, files
 from keras_bilinear.errors import CommandError, require
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("nothing here depends on the backend", allow_module_level=True)
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command line in this process: `(status, stdout, stderr)`."""
-
-    def run(*arguments):
-        return run_command(*arguments), *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def fails(run, tmp_path):
-    """Runs a command line that must fail in one line without writing; returns that line."""
-
-    def fails(*arguments):
-        before = sorted(tmp_path.rglob("*"))
-        status, output, error = run(*arguments)
-        assert status == 2
-        assert output == ""
-        assert error.count("\n") == 1
-        assert error.startswith("keras-bilinear: ")
-        assert sorted(tmp_path.rglob("*")) == before
-        return error
-
-    return fails
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "help"])

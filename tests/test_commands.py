@@ -5,7 +5,6 @@ import model_kinds
 import numpy as np
 import pytest
 from keras import ops
-from test_cli import fails, run  # noqa: F401
 
 from keras_bilinear import datasets, plan_rewrite
 
@@ -22,7 +21,7 @@ def saved(model, tmp_path):
     return tmp_path
 
 
-def test_a_saved_model_is_planned_rewritten_and_expanded(run, saved, model):  # noqa: F811
+def test_a_saved_model_is_planned_rewritten_and_expanded(run, saved, model):
     full, small, plan = saved / "full.keras", saved / "small.keras", saved / "plan.json"
     data = f"--calibration={saved / 'x.npy'}"
     status, output, _ = run("plan", full, "--budget=0.5", data, f"--output={plan}")
@@ -46,7 +45,7 @@ def test_a_saved_model_is_planned_rewritten_and_expanded(run, saved, model):  # 
     )
 
 
-def test_models_are_inspected(run, saved, model):  # noqa: F811
+def test_models_are_inspected(run, saved, model):
     full, small, costs = saved / "full.keras", saved / "small.keras", saved / "costs.json"
     status, output, _ = run("inspect", full, f"--output={costs}")
     assert status == 0
@@ -59,7 +58,7 @@ def test_models_are_inspected(run, saved, model):  # noqa: F811
     assert "<svg" in (saved / "costs.svg").read_text()
 
 
-def test_accuracy_is_that_on_the_test_set(run, fails, tmp_path):  # noqa: F811
+def test_accuracy_is_that_on_the_test_set(run, fails, tmp_path):
     model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
     model.add(keras.layers.Dense(10))
     model.save(tmp_path / "full.keras")
@@ -73,14 +72,14 @@ def test_accuracy_is_that_on_the_test_set(run, fails, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("limit", ["--rank=2", "--max_params=1200", "--max_error=0.9", "--scale=2"])
-def test_every_limit_can_be_given(run, saved, limit):  # noqa: F811
+def test_every_limit_can_be_given(run, saved, limit):
     arguments = (saved / "full.keras", saved / "small.keras", limit)
     if limit == "--scale=2":
         arguments += ("--budget=0.8",)
     assert run("rewrite", *arguments)[0] == 0
 
 
-def test_several_inputs_come_from_one_file(run, tmp_path):  # noqa: F811
+def test_several_inputs_come_from_one_file(run, tmp_path):
     model, x = model_kinds.two_inputs()
     model.save(tmp_path / "full.keras")
     np.savez(tmp_path / "x.npz", **x)
@@ -89,7 +88,7 @@ def test_several_inputs_come_from_one_file(run, tmp_path):  # noqa: F811
     assert run("rewrite", *arguments, "--examples=20")[0] == 0
 
 
-def test_files_are_replaced_only_if_asked_for(run, fails, saved):  # noqa: F811
+def test_files_are_replaced_only_if_asked_for(run, fails, saved):
     full = (saved / "full.keras").read_bytes()
     error = fails("rewrite", saved / "full.keras", saved / "full.keras")
     assert "is there already: give --overwrite" in error
@@ -102,7 +101,7 @@ def test_files_are_replaced_only_if_asked_for(run, fails, saved):  # noqa: F811
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "rewrite", "expand"])
-def test_files_that_are_no_models_are_refused(command, fails, saved):  # noqa: F811
+def test_files_that_are_no_models_are_refused(command, fails, saved):
     more = [] if command in ("inspect", "plan") else [saved / "out.keras"]
     whole = (saved / "full.keras").read_bytes()
     (saved / "part.keras").write_bytes(whole[: len(whole) // 2])
@@ -117,7 +116,7 @@ def test_files_that_are_no_models_are_refused(command, fails, saved):  # noqa: F
     assert "cannot load" in fails(command, saved / "zip.keras", *more)
 
 
-def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):  # noqa: F811
+def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):
     model = keras.Sequential(
         [keras.Input((24,)), keras.layers.Lambda(lambda x: x * 2), keras.layers.Dense(24)]
     )
@@ -155,7 +154,7 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):  # no
         (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/plan.json"], "not one of the model"),
     ],
 )
-def test_mistakes_are_said_in_one_line(arguments, text, fails, saved):  # noqa: F811
+def test_mistakes_are_said_in_one_line(arguments, text, fails, saved):
     (saved / "text.npy").write_text("hello")
     np.save(saved / "wide.npy", np.ones((4, 25), "float32"))
     np.save(saved / "empty.npy", np.ones((0, 24), "float32"))
@@ -164,7 +163,7 @@ def test_mistakes_are_said_in_one_line(arguments, text, fails, saved):  # noqa: 
     assert text in fails(*(argument.replace("{}", str(saved)) for argument in arguments))
 
 
-def test_plans_are_json(run, saved):  # noqa: F811
+def test_plans_are_json(run, saved):
     run("plan", saved / "full.keras", f"--output={saved / 'plan.json'}", "--rank=1")
     content = json.loads((saved / "plan.json").read_text())
     assert [layer["type"] for layer in content["layers"]] == [

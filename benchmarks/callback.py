@@ -1,0 +1,180 @@
+"""When to rewrite a network during its training: accuracy, size and time of schedules.
+
+    python benchmarks/callback.py --network=fashion_mnist --data_dir=DIR
+
+and so on for `cifar10`. A full network is trained; and networks that keep 3% of its
+parameters at the end:
+
+- a fifth, half: rewritten by `BilinearRewrite` after that part of the epochs;
+- three steps: to 50%, 15% and 3%, after one, two and three fifths of the epochs;
+- scratch: the network that "half" ends with, bilinear from the start.
+
+Each is trained for equally many epochs, and, in a second run, for as many as take
+the time of the full network's. Each finished run becomes one row of
+`benchmarks/results/callback_NETWORK.csv`; a run that stands there is not done again.
+"""
+
+import csv
+import dataclasses
+import math
+import time
+
+import accuracy
+import numpy as np
+from absl import app, flags, logging
+
+BUDGET = 0.03
+# Full networks, and epochs.
+NETWORKS = {
+    "fashion_mnist": (accuracy.Run("fashion_mnist", "full", (1024, 1024)), 10),
+    "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024)), 10),
+}
+METHODS = ("full", "half", "a fifth", "three steps", "scratch")
+FIELDS = ("seed", "method", "equal", "epochs", "parameters", "accuracy", "seconds")
+
+NETWORK = flags.DEFINE_enum("network", None, list(NETWORKS), "what to train")
+EXAMPLES = flags.DEFINE_integer("examples", None, "training examples to use; all by default")
+
+
+def schedule(method, epochs):
+    """`{epoch: budget}` of a method."""
+    if method == "three steps":
+        return {
+            math.ceil(part * epochs / 5): budget
+            for part, budget in ((1, 0.5), (2, 0.15), (3, BUDGET))
+        }
+    return {math.ceil(epochs * {"half": 0.5, "a fifth": 0.2}[method]): BUDGET}
+
+
+def train(run, method, epochs, small, dataset, batch_size):
+    """A trained model, its accuracy on the test set and the seconds that it took."""
+    import keras
+
+    from keras_bilinear import BilinearRewrite
+
+    keras.utils.set_random_seed(run.seed)
+    if method == "scratch":
+        model, callbacks = keras.models.clone_model(small), []
+    else:
+        model, callbacks = accuracy.build(run, dataset), []
+        if method != "full":
+            callbacks.append(BilinearRewrite(schedule=schedule(method, epochs)))
+    steps = epochs * -(-len(dataset.x_train) // batch_size)
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.learning_rate, steps)),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    start = time.perf_counter()
+    model.fit(
+        dataset.x_train,
+        dataset.y_train,
+        batch_size=batch_size,
+        epochs=epochs,
+        verbose=0,
+        callbacks=callbacks,
+    )
+    seconds = time.perf_counter() - start
+    results = model.evaluate(
+        dataset.x_test, dataset.y_test, batch_size=500, verbose=0, return_dict=True
+    )
+    return model, results["accuracy"], seconds
+
+
+def tabulate(rows, command):
+    from keras_bilinear.files import staged
+
+    lines = [
+        f"# rewriting {NETWORK.value} during training",
+        "",
+        f"`{command}`; {accuracy.machine()}. Accuracy on the test set and seconds of `fit`, with "
+        "compilation and rewriting; means over seeds.",
+        "",
+        "| method | equal | epochs | seeds | parameters | share | accuracy | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    full = next(int(row["parameters"]) for row in rows if row["method"] == "full")
+    for equal in ("epochs", "time"):
+        for method in METHODS:
+            found = [row for row in rows if (row["method"], row["equal"]) == (method, equal)]
+            if not found:
+                continue
+            mean = {
+                name: np.mean([float(row[name]) for row in found])
+                for name in ("epochs", "parameters", "accuracy", "seconds")
+            }
+            lines.append(
+                f"| {method} | {equal} | {mean['epochs']:g} | {len(found)} | "
+                f"{mean['parameters']:,.0f} | {mean['parameters'] / full:.1%} | "
+                f"{mean['accuracy']:.4f} | {mean['seconds']:.0f} |"
+            )
+    with staged(accuracy.RESULTS) as folder:
+        path = folder / f"callback_{NETWORK.value}.md"
+        path.write_text("\n".join(lines) + "\n")
+
+
+def main(argv):
+    del argv
+    from keras_bilinear.files import staged
+
+    path = accuracy.RESULTS / f"callback_{NETWORK.value}.csv"
+    rows = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = [*csv.DictReader(file)]
+    command = f"python benchmarks/callback.py --network={NETWORK.value}"
+    run, epochs = NETWORKS[NETWORK.value]
+    dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value)
+    if EXAMPLES.value:
+        command += f" --examples={EXAMPLES.value}"
+        dataset = dataclasses.replace(
+            dataset,
+            x_train=dataset.x_train[: EXAMPLES.value],
+            y_train=dataset.y_train[: EXAMPLES.value],
+        )
+    batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
+    small = None
+
+    def row(seed, method, equal, count):
+        """The row of a run, which is done if there is none."""
+        nonlocal small
+        for one in rows:
+            if (one["seed"], one["method"], one["equal"]) == (str(seed), method, equal):
+                return one
+        if method == "scratch" and small is None:
+            half = dataclasses.replace(run, seed=seed)
+            small, *_ = train(half, "half", epochs, None, dataset, batch_size)
+        one = dataclasses.replace(run, seed=seed)
+        model, result, seconds = train(one, method, count, small, dataset, batch_size)
+        if method == "half" and equal == "epochs":
+            small = model
+        values = (
+            seed,
+            method,
+            equal,
+            count,
+            model.count_params(),
+            f"{result:.4f}",
+            f"{seconds:.1f}",
+        )
+        rows.append(dict(zip(FIELDS, map(str, values), strict=True)))
+        with staged(accuracy.RESULTS) as folder, (folder / path.name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        logging.info("%s", rows[-1])
+        tabulate(rows, command)
+        return rows[-1]
+
+    for seed in range(accuracy.SEEDS.value):
+        small = None
+        full = row(seed, "full", "epochs", epochs)
+        for method in METHODS[1:]:
+            one = row(seed, method, "epochs", epochs)
+            more = round(epochs * float(full["seconds"]) / float(one["seconds"]))
+            row(seed, method, "time", max(more, 1))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("network")
+    app.run(main)

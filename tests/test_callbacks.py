@@ -1,0 +1,532 @@
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import model_kinds
+import numpy as np
+import pytest
+from keras import layers, ops, tree
+
+from keras_bilinear import BilinearDense, BilinearRewrite, callbacks, keras_private
+from keras_bilinear.layers.projection import BilinearLayer
+from keras_bilinear.layers.rnn import BilinearRNN
+from keras_bilinear.sites import walk
+
+BACKEND = keras.config.backend()
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(96, 32)).astype("float32")
+Y = (X[:, :8] ** 2).astype("float32")
+
+
+def mlp():
+    hidden = [layers.Dense(width, "relu", name=f"hidden_{width}") for width in (64, 48)]
+    return keras.Sequential([keras.Input((32,)), *hidden, layers.Dense(8, name="last")])
+
+
+def trained():
+    """A model that knows its examples, so that nothing of it can be lost without notice."""
+    model = mlp()
+    model.compile(keras.optimizers.Adam(3e-3), "mse")
+    assert fit(model, epochs=60)["loss"][-1] < 0.5
+    model.compile(keras.optimizers.SGD(1e-6), "mse")
+    return model
+
+
+def fit(model, *extra, epochs=4, x=X, y=Y, **options):
+    history = model.fit(
+        x, y, batch_size=None if y is None else 32, epochs=epochs, verbose=0, shuffle=False,
+        callbacks=list(extra), **options,
+    )  # fmt: skip
+    return history.history
+
+
+def predict(model, x=X):
+    return ops.convert_to_numpy(model(x, training=False))
+
+
+def bilinear(model):
+    return [
+        site.path for site in walk(model) if isinstance(site.layer, BilinearLayer | BilinearRNN)
+    ]
+
+
+def targets(model, x):
+    outputs = model(tree.map_structure(lambda a: a[:1], x), training=False)
+    count = len(tree.flatten(x)[0])
+    return tree.map_structure(lambda y: np.ones((count, *y.shape[1:]), "float32"), outputs)
+
+
+@pytest.mark.parametrize("make", model_kinds.KINDS, ids=lambda make: make.__name__)
+def test_every_kind_of_model_is_rewritten_in_place(make, tmp_path):
+    model, x = make()
+    full = model.count_params()
+    # TensorFlow traces the loops over time for half a minute.
+    eager = BACKEND == "tensorflow" and make is model_kinds.recurrent
+    model.compile("adam", "mse", run_eagerly=eager)
+    history = fit(model, BilinearRewrite(1, 0.75), epochs=3, x=x, y=targets(model, x))
+    assert bilinear(model)
+    assert history["parameters"] == [full, model.count_params(), model.count_params()]
+    assert model.count_params() <= 0.75 * full
+    assert len(history["loss"]) == 3
+    assert np.isfinite(history["loss"]).all()
+    assert len(model.optimizer._trainable_variables) == len(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    expected = [ops.convert_to_numpy(y) for y in tree.flatten(model(x, training=False))]
+    actual = [ops.convert_to_numpy(y) for y in tree.flatten(loaded(x, training=False))]
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    loaded.fit(x, targets(model, x), verbose=0)
+
+
+class State(keras.callbacks.Callback):
+    """Notes the state of the optimizer when an epoch begins."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        optimizer = self.model.optimizer
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        slots = {}
+        for name, values in vars(inner).items():
+            if isinstance(values, list) and name.lstrip("_") in SLOTS:
+                for variable, value in zip(self.model.trainable_variables, values, strict=True):
+                    slots[name, variable.path] = ops.convert_to_numpy(value)
+        scalars = [v for v in optimizer.variables if v.shape == () and "iter" not in v.path]
+        self.now = {
+            "iterations": int(ops.convert_to_numpy(optimizer.iterations)),
+            "inner iterations": int(ops.convert_to_numpy(inner._iterations)),
+            "rate": float(ops.convert_to_numpy(inner.learning_rate)),
+            "scalars": [float(ops.convert_to_numpy(v)) for v in scalars],
+        }
+        self.slots = slots
+
+
+SLOTS = {
+    "accumulators",
+    "linears",
+    "momentums",
+    "velocities",
+    "accumulated_gradients",
+    "model_variables_moving_average",
+    "r",
+    "c",
+    "v",
+}
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(1e-3, amsgrad=True),
+    "momentum": lambda: keras.optimizers.SGD(1e-3, momentum=0.9, clipnorm=1.0),
+    "rmsprop": lambda: keras.optimizers.RMSprop(1e-3, momentum=0.9, centered=True),
+    "adafactor": lambda: keras.optimizers.Adafactor(1e-3),
+    "lion": lambda: keras.optimizers.Lion(1e-4),
+    "nadam": lambda: keras.optimizers.Nadam(1e-3),
+    "ftrl": lambda: keras.optimizers.Ftrl(1e-3),
+    "lamb": lambda: keras.optimizers.Lamb(1e-3),
+    "muon": lambda: keras.optimizers.Muon(1e-3),
+    "schedule": lambda: keras.optimizers.Adam(
+        keras.optimizers.schedules.CosineDecay(1e-2, 50), weight_decay=0.1
+    ),
+    "accumulation": lambda: keras.optimizers.Adam(1e-3, gradient_accumulation_steps=2),
+    "average": lambda: keras.optimizers.Adam(1e-3, use_ema=True, ema_momentum=0.9),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(1e-3), initial_scale=64.0, dynamic_growth_steps=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_keeps_what_it_knows_of_other_variables(name):
+    model, before, after = mlp(), State(), State()
+    optimizer = OPTIMIZERS[name]()
+    model.compile(optimizer, "mse", jit_compile=False)
+    callback = BilinearRewrite(3, 0.9, layers={"hidden_64": 1})
+    history = fit(model, before, callback, after)
+    assert bilinear(model) == ["hidden_64"]
+    assert model.optimizer is optimizer
+    assert before.now == after.now
+    assert before.now["inner iterations"] == 9
+    last = {key: value for key, value in after.slots.items() if "hidden_64" not in key[1]}
+    assert last
+    for key, value in last.items():
+        np.testing.assert_array_equal(value, before.slots[key])
+    for (slot, path), value in after.slots.items():
+        if "hidden_64" in path and name not in ("average", "ftrl"):
+            assert not value.any(), (slot, path)
+    assert np.isfinite(history["loss"]).all()
+
+
+def test_an_average_of_a_factor_starts_with_the_factor():
+    model, state = mlp(), State()
+    model.compile(keras.optimizers.Adam(0.0, use_ema=True), "mse")
+    fit(model, BilinearRewrite(1, 0.5), state, epochs=2)
+    variables = {variable.path: variable for variable in model.trainable_variables}
+    averages = {path: v for (slot, path), v in state.slots.items() if "average" in slot}
+    assert set(averages) == set(variables)
+    for path, value in averages.items():
+        np.testing.assert_allclose(value, ops.convert_to_numpy(variables[path]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps_per_execution": 2},
+        {"run_eagerly": True},
+        pytest.param(
+            {"jit_compile": True},
+            marks=pytest.mark.skipif(BACKEND == "torch", reason="torch.compile needs minutes"),
+        ),
+    ],
+    ids=str,
+)
+def test_ways_to_run(options):
+    if BACKEND == "torch" and "steps_per_execution" in options:
+        pytest.skip("Keras has none on PyTorch")
+    model = mlp()
+    model.compile("adam", "mse", metrics=["mae"], **options)
+    history = fit(model, BilinearRewrite(1, 0.5), validation_data=(X, Y))
+    assert model.count_params() == history["parameters"][-1] <= 0.5 * history["parameters"][0]
+    assert set(history) == {"loss", "mae", "val_loss", "val_mae", "parameters"}
+    assert history["val_loss"][-1] == pytest.approx(np.mean((predict(model) - Y) ** 2), rel=1e-3)
+
+
+def test_mixed_precision_goes_on():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = mlp()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.compile(keras.optimizers.Adam(1e-3), "mse", jit_compile=False)
+    history = fit(model, BilinearRewrite(2, 0.5), epochs=6)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert {layer.dtype_policy.name for layer in model.layers} == {"mixed_float16"}
+    assert history["loss"][-1] < history["loss"][2]
+
+
+def test_steps_of_a_schedule_make_the_model_smaller():
+    model = mlp()
+    model.compile("adam", "mse")
+    callback = BilinearRewrite(schedule={1: 0.6, 3: 0.3, 4: 0.15})
+    sizes = fit(model, callback, epochs=6)["parameters"]
+    full = sizes[0]
+    assert sizes[1] == sizes[2]
+    assert sizes[4] == sizes[5]
+    for size, budget in zip((sizes[1], sizes[3], sizes[4]), (0.6, 0.3, 0.15), strict=True):
+        assert 0.5 * budget * full < size <= budget * full
+    assert callback.plan.parameters == model.count_params()
+
+
+def test_a_layer_that_a_step_does_not_change_is_trained_on():
+    model, before, after = mlp(), State(), State()
+    model.compile("adam", "mse", jit_compile=False)
+    ranks = {"hidden_64": 2, "hidden_48": None, "last": None}
+    callback = BilinearRewrite(schedule={1: 0.9, 2: 0.8}, layers=ranks)
+    fit(model, before, callback, after, epochs=3)
+    assert before.slots.keys() == after.slots.keys()
+    for key, value in after.slots.items():
+        np.testing.assert_array_equal(value, before.slots[key])
+
+
+def test_in_a_step_the_outputs_change_no_more_than_the_plan_says():
+    """At the sufficient rank they stay what they are."""
+    model = mlp()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    expected = predict(model)
+    callback = BilinearRewrite(0, 1.0, layers={"hidden_48": 6, "hidden_64": None, "last": None})
+    fit(model, callback, epochs=1)
+    assert bilinear(model) == ["hidden_48"]
+    error = np.linalg.norm(predict(model) - expected) / np.linalg.norm(expected)
+    assert 0 < error < 1.5 * callback.plan["hidden_48"].error
+
+
+@pytest.mark.parametrize("on_drop", ["stop", "undo"])
+def test_a_drop_ends_the_steps(on_drop):
+    model = trained()
+    callback = BilinearRewrite(
+        schedule={2: 0.9, 3: 0.1, 5: 0.09}, monitor="loss", max_drop=0.5, on_drop=on_drop
+    )
+    history = fit(model, callback, epochs=7)
+    sizes, losses = history["parameters"], history["loss"]
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3] == sizes[4]
+    assert losses[4] > losses[0] + 0.5
+    if on_drop == "stop":
+        assert sizes[4:] == sizes[4:5] * 3
+    else:
+        assert sizes[5] == sizes[6] == sizes[2] == callback.plan.parameters
+        assert losses[6] == pytest.approx(losses[2], abs=1e-3)
+    assert int(ops.convert_to_numpy(model.optimizer.iterations)) == 21
+    assert callback._temporary is None
+
+
+def test_the_last_step_may_be_undone_at_the_end(tmp_path):
+    model = trained()
+    before = predict(model)
+    stop = keras.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True)
+    callback = BilinearRewrite(
+        at_epoch=1, budget=0.1, monitor="loss", max_drop=0.01, on_drop="undo"
+    )
+    fit(model, callback, stop, epochs=3)
+    assert bilinear(model) == []
+    assert type(model.layers[0]) is layers.Dense
+    np.testing.assert_allclose(predict(model), before, atol=1e-3)
+    model.save(tmp_path / "model.keras")
+    fit(model, epochs=1)
+
+
+def fails(*arguments, **options):
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "continue"])
+def test_a_step_that_fails_leaves_the_model_as_it_was(on_error, monkeypatch, caplog):
+    model = model_kinds.subclassed()[0]
+    model.compile("adam", "mse", jit_compile=False)
+    x, y = model_kinds.VECTORS, np.ones((40, 12), "float32")
+    dense = BilinearDense._from_full.__func__
+
+    def second_fails(cls, layer, *arguments, **options):
+        return fails() if len(bilinear(model)) == 2 else dense(cls, layer, *arguments, **options)
+
+    monkeypatch.setattr(BilinearDense, "_from_full", classmethod(second_fails))
+    fit(model, epochs=1, x=x, y=y)
+    weights, types = model.get_weights(), [type(site.layer) for site in walk(model)]
+    optimizer = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
+    # Fitted one by one, so that some are bilinear when one fails.
+    callback = BilinearRewrite(0, 0.75, on_error=on_error)
+    if on_error == "raise":
+        message = r"step of BilinearRewrite at epoch 0 failed.*layer '.*dense.*no room"
+        with pytest.raises(RuntimeError, match=message):
+            fit(model, callback, x=x, y=y)
+        for value, before in zip(model.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(value, before)
+        for variable, before in zip(model.optimizer.variables, optimizer, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(variable), before)
+    else:
+        history = fit(model, callback, x=x, y=y)
+        assert "no room" in caplog.text
+        assert len(history["loss"]) == 4
+    assert bilinear(model) == []
+    assert [type(site.layer) for site in walk(model)] == types
+    assert type(model) is model_kinds.Subclassed
+    fit(model, epochs=1, x=x, y=y)
+
+
+def test_beside_other_callbacks(tmp_path):
+    model = mlp()
+    model.compile("adam", "mse")
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / "best.keras", "loss", save_best_only=True
+    )
+    others = [
+        checkpoint,
+        keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=9),
+        keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+    ]
+    if BACKEND == "tensorflow":
+        others.append(keras.callbacks.TensorBoard(tmp_path / "board", histogram_freq=1))
+    fit(model, BilinearRewrite(2, 0.1), *others)
+    best = keras.models.load_model(tmp_path / "best.keras")
+    assert best.count_params() == model.count_params()
+    np.testing.assert_allclose(predict(best), predict(model), rtol=1e-4, atol=1e-5)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(lines) == 5
+    assert "parameters" in lines[0]
+    if BACKEND == "tensorflow":
+        assert board_scalars(tmp_path / "board" / "train") >= {
+            "epoch_parameters",
+            "rewrite_error/hidden_64",
+        }
+
+
+def board_scalars(folder):
+    import tensorflow as tf
+
+    return {
+        value.tag
+        for file in folder.iterdir()
+        for event in tf.compat.v1.train.summary_iterator(str(file))
+        for value in event.summary.value
+    }
+
+
+def test_the_student_of_a_distiller_is_rewritten():
+    teacher, student = mlp(), mlp()
+    distiller = keras.distillation.Distiller(
+        teacher, student, keras.distillation.LogitsDistillation()
+    )
+    distiller.compile("adam", "mse")
+    before = teacher.get_weights()
+    history = fit(distiller, BilinearRewrite(1, 0.5), epochs=3)
+    assert bilinear(student)
+    assert bilinear(teacher) == []
+    for now, value in zip(teacher.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, value)
+    assert history["parameters"][-1] == student.count_params()
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        part = slice(32 * index, 32 * index + 32)
+        return X[part], Y[part]
+
+
+def tf_dataset():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((X, Y)).batch(32)
+
+
+def torch_loader():
+    import torch
+
+    data = torch.utils.data.TensorDataset(torch.as_tensor(X), torch.as_tensor(Y))
+    return torch.utils.data.DataLoader(data, batch_size=32)
+
+
+DATA = [Batches]
+DATA += [tf_dataset] if BACKEND == "tensorflow" else []
+DATA += [torch_loader] if BACKEND == "torch" else []
+
+
+@pytest.mark.parametrize("make", DATA)
+def test_calibration_data_are_training_data(make):
+    models = [mlp(), mlp()]
+    models[1].set_weights(models[0].get_weights())
+    for model, options in zip(
+        models, ({"x": make(), "y": None}, {"calibration_data": X}), strict=True
+    ):
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        calibration_data = options.pop("calibration_data", None)
+        fit(model, BilinearRewrite(1, 0.3, calibration_data=calibration_data), epochs=2, **options)
+    np.testing.assert_allclose(predict(models[0]), predict(models[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_examples_are_spread_over_arrays():
+    x = {"a": np.arange(5000), "b": [np.arange(5000) + 1]}
+    batches = list(callbacks._training_batches(x))
+    a = np.concatenate([inputs["a"] for (inputs,) in batches])
+    assert a.tolist() == list(range(0, 4096, 4))
+    assert all((inputs["b"][0] == inputs["a"] + 1).all() for (inputs,) in batches)
+
+
+def test_data_that_are_read_once_need_calibration_data():
+    model = mlp()
+    model.compile("adam", "mse")
+
+    def batches():
+        while True:
+            yield X[:32], Y[:32]
+
+    with pytest.raises(ValueError, match=r"can be read only once.*give `calibration_data`"):
+        fit(model, BilinearRewrite(1), x=batches(), y=None, steps_per_epoch=2)
+    fit(
+        model,
+        BilinearRewrite(1, 0.5, calibration_data=X),
+        x=batches(),
+        y=None,
+        steps_per_epoch=2,
+    )
+    assert bilinear(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either `at_epoch`.*or a `schedule`"),
+        ({"at_epoch": 1, "schedule": {1: 0.5}}, "either `at_epoch`.*or a `schedule`"),
+        ({"budget": 0.5, "schedule": {1: 0.5}}, "either `at_epoch`.*or a `schedule`"),
+        ({"at_epoch": -1}, "integer, 0 or more. Received: -1"),
+        ({"at_epoch": 1.5}, "integer, 0 or more. Received: 1.5"),
+        ({"at_epoch": 1, "budget": 0}, "above 0 and at most 1. Received: 0 for epoch 1"),
+        ({"schedule": [1, 2]}, "mapping from epochs to budgets"),
+        ({"schedule": {}}, "mapping from epochs to budgets"),
+        ({"schedule": {1: 0.2, 3: 0.4}}, "must get smaller"),
+        ({"at_epoch": 1, "monitor": "loss"}, "belong together"),
+        ({"at_epoch": 1, "max_drop": 0.1}, "belong together"),
+        ({"at_epoch": 1, "monitor": "loss", "max_drop": -1}, "`max_drop` must be 0 or more"),
+        ({"at_epoch": 0, "monitor": "loss", "max_drop": 1}, "Before epoch 0 there is no metric"),
+        ({"at_epoch": 1, "mode": "best"}, "`mode` must be one of"),
+        ({"at_epoch": 1, "on_drop": "cry"}, "`on_drop` must be one of"),
+        ({"at_epoch": 1, "on_error": "cry"}, "`on_error` must be one of"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        BilinearRewrite(**options)
+
+
+def test_mistakes_are_found_before_training():
+    model, seen = mlp(), State()
+    model.compile("adam", "mse")
+    with pytest.raises(ValueError, match=r"No plan keeps to the limit.*Received: budget=0.001"):
+        fit(model, BilinearRewrite(2, 0.001), seen)
+    with pytest.raises(ValueError, match=r"`layers` must be among the paths.*Received: 'nothing'"):
+        fit(model, BilinearRewrite(2, layers=["nothing"]), seen)
+    assert not hasattr(seen, "now")
+    wrong = BilinearRewrite(2, 0.5, monitor="val_accuracy", max_drop=0.1)
+    with pytest.raises(ValueError, match=r"logs have no 'val_accuracy', but .*'val_loss'"):
+        fit(model, wrong, validation_data=(X, Y), epochs=1)
+
+
+def test_an_unknown_version_of_keras_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(keras, "__version__", "3.99.0")
+    with pytest.raises(RuntimeError, match=r"Keras 3\.13 to 3\.15. Found: Keras 3\.99\.0"):
+        BilinearRewrite(1)
+
+
+def test_an_optimizer_of_an_unknown_kind_is_refused():
+    class Mapped(keras.optimizers.SGD):
+        def build(self, variables):
+            super().build(variables)
+            self.others = {v.path: self.add_variable_from_reference(v) for v in variables}
+
+    model = mlp()
+    model.compile(Mapped(1e-3), "mse")
+    with pytest.raises(RuntimeError, match="not known how the optimizer Mapped keeps"):
+        fit(model, BilinearRewrite(1, 0.5))
+    assert bilinear(model) == []
+    fit(model, epochs=1)
+
+
+SCRIPT = pathlib.Path(__file__).with_name("train_with_backup.py")
+
+
+def train(folder, *arguments):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, SCRIPT, folder, *arguments]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a training comes to that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder) == 0
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("moment", ["step", "batch_20"] if BACKEND == "tensorflow" else ["step"])
+def test_a_killed_training_goes_on(moment, whole, tmp_path):
+    assert train(tmp_path, f"--die={moment}") == -signal.SIGKILL
+    assert train(tmp_path) == 0
+    killed = json.loads((tmp_path / "result.json").read_text())
+    assert killed["sizes"] == whole["sizes"]
+    np.testing.assert_allclose(killed["losses"], whole["losses"], rtol=1e-5)
+    assert not (tmp_path / "backup").exists()
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    other = keras.Sequential([keras.Input((32,)), layers.Dense(10), layers.Dense(8)])
+    other.compile("adam", "mse")
+    backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    fit(other, BilinearRewrite(1, 0.9, backup_dir=tmp_path), backup, epochs=2)
+    assert (tmp_path / keras_private.BACKUPS[0]).exists()
+    model = mlp()
+    model.compile("adam", "mse")
+    with pytest.raises(ValueError, match=r"fit the model .* neither as it is nor as it was"):
+        fit(model, BilinearRewrite(1, 0.9, backup_dir=tmp_path), backup)
