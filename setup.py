@@ -39,7 +39,7 @@ setup(
         "demo": DEMO,
         "jax": ["jax>=0.5"],
         "litert": LITERT,
-        "test": [*DEMO, "hypothesis>=6.100", "pytest>=8", "ruff>=0.9"],
+        "test": [*DEMO, "hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "tensorboard>=2.19"],
         "torch": ["torch>=2.6"],
         "tutorials": DEMO,
     },

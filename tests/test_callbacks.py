@@ -520,6 +520,12 @@ def test_a_killed_training_goes_on(moment, whole, tmp_path):
     assert not (tmp_path / "backup").exists()
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras trains on one device there")
+def test_several_devices(tmp_path):
+    script = pathlib.Path(__file__).with_name("train_distributed.py")
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     other = keras.Sequential([keras.Input((32,)), layers.Dense(10), layers.Dense(8)])
     other.compile("adam", "mse")
