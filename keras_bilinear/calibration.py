@@ -1,6 +1,5 @@
 """What a full layer sees of calibration data, as far as the fit of its kernels needs it."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 
 import keras
@@ -8,7 +7,7 @@ import numpy as np
 from absl import logging
 from keras import ops
 
-from keras_bilinear.fit import fit_kronecker_sum
+from keras_bilinear.fit import fit_errors
 from keras_bilinear.recording import record
 
 
@@ -63,22 +62,23 @@ class Calibration:
         """Whether each kernel has seen something."""
         return all(one.count for parts in self.moments.values() for one in parts)
 
-    def error(self, factorizations, rank: int, sweeps: int = 5) -> float:
-        """The error of the fit at a rank: root mean square over the kernels, relative.
+    def errors(self, factorizations, ranks, sweeps: int = 5) -> dict[int, float]:
+        """The errors of the fit at some ranks: root mean square over the kernels, relative.
 
         Args:
             factorizations: of the kernels, in their order.
-            rank: number of Kronecker terms.
+            ranks: numbers of Kronecker terms.
             sweeps: see `keras_bilinear.fit.fit_kronecker_sum`.
         """
-        squares = []
+        found = []
         for plan, parts in zip(factorizations, self.moments.values(), strict=True):
-            plan = dataclasses.replace(plan, rank=rank)
             problems = [[one] for one in parts] if plan.gates else [parts]
-            for problem in problems:
-                fit = fit_kronecker_sum(problem, plan.gate, self.has_bias, sweeps)
-                squares.append(fit.error**2)
-        return float(np.sqrt(np.mean(squares)))
+            found += [
+                fit_errors(problem, plan.gate, ranks, self.has_bias, sweeps) for problem in problems
+            ]
+        return {
+            rank: float(np.sqrt(np.mean([errors[rank] ** 2 for errors in found]))) for rank in ranks
+        }
 
     def check(self) -> None:
         """Checks that there are examples, and warns if they are few.

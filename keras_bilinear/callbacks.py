@@ -201,9 +201,6 @@ class BilinearRewrite(keras.callbacks.Callback):
         del logs
         if self._steps and not self._steps[-1].stopped and self._has_dropped(math.inf):
             self._stop(max(self._values) + 1)
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
 
     def _forget(self, model):
         self._known = model
@@ -246,15 +243,17 @@ class BilinearRewrite(keras.callbacks.Callback):
 
     def _stop(self, epoch):
         """Makes no more steps, and undoes the last one if that is asked for."""
-        plans = len(self._plans)
-        if self.on_drop == "undo":
+        plans, weights = len(self._plans), self._folder / _WEIGHTS_BEFORE
+        # They are gone after a `fit` that ended well, as the backup is.
+        undo = self.on_drop == "undo" and weights.exists()
+        if undo:
             plans -= 1
             self._apply(self._plans[plans - 1] if plans else None)
             with iterations_kept(self.model.optimizer):
-                self.model.load_weights(self._folder / _WEIGHTS_BEFORE)
+                self.model.load_weights(weights)
         self._note(_Step(epoch, plans, stopped=True))
-        undone = ", the last step is undone" if self.on_drop == "undo" else ""
-        self._say(epoch, f"{self.monitor} has dropped by more than {self.max_drop}{undone}")
+        what = "; the last step is undone" if undo else "; no more steps are made"
+        self._say(epoch, f"{self.monitor} has dropped by more than {self.max_drop}{what}")
 
     def _apply(self, plan):
         """Gives the model the layers of a plan, with any weights."""

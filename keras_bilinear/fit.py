@@ -150,26 +150,44 @@ def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
     Returns:
         A `Fit`, never of a larger error on the examples than the nearest sum.
     """
-    plan = factorization
+    problems = [_Problem(one, factorization, centred) for one in moments]
+    starts = _starts(moments, problems, factorization)
+    best = _fit(problems, starts, sweeps)
+    return Fit(*best.shaped(factorization), _error(problems, best), _error(problems, starts[0]))
+
+
+def fit_errors(moments, factorization, ranks, centred=False, sweeps=SWEEPS):
+    """`{rank: error}` of `fit_kronecker_sum`, for several ranks."""
+    plan = dataclasses.replace(factorization, rank=max(ranks))
     problems = [_Problem(one, plan, centred) for one in moments]
+    starts = _starts(moments, problems, plan)
+    return {
+        rank: _error(problems, _fit(problems, [one.first(rank) for one in starts], sweeps))
+        for rank in ranks
+    }
+
+
+def _starts(moments, problems, plan):
+    """Where a fit may begin: the nearest sum, and the nearest in the metric of the inputs."""
     kernel = np.stack([one.kernel for one in moments], axis=1).reshape(plan.full_shape)
     nearest = _Factors.of(*nearest_kronecker_sum(kernel, plan), plan)
-    start_error = _error(problems, nearest)
-    best = min(
-        (nearest, _nearest_in_metric(plan, problems)), key=lambda factors: _loss(problems, factors)
-    )
-    loss = _loss(problems, best)
-    factors = best
+    return [nearest, _nearest_in_metric(plan, problems)]
+
+
+def _fit(problems, starts, sweeps):
+    """The factors of the least loss, or of the least error."""
+    losses = [_loss(problems, start) for start in starts]
+    loss = min(losses)
+    factors = best = starts[losses.index(loss)]
     for _ in range(sweeps):
-        factors = _sweep(problems, factors)
-        before, loss = loss, _loss(problems, factors)
+        before = loss
+        factors, loss = _sweep(problems, factors)
         if loss < before:
             best = factors
         if before - loss <= TOLERANCE * before:
             break
     # The prior may have cost some of what counts.
-    best = min((nearest, best), key=lambda factors: _error(problems, factors))
-    return Fit(*best.shaped(plan), _error(problems, best), start_error)
+    return min((starts[0], best), key=lambda factors: _error(problems, factors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +202,10 @@ class _Factors:
         left = left.reshape(plan.rank, -1, plan.groups, plan.output_factors[0])
         right = right.reshape(plan.rank, -1, plan.output_factors[1])
         return cls([left[:, :, group] for group in range(plan.groups)], right)
+
+    def first(self, rank):
+        """The first terms, which are the largest of those to begin with."""
+        return _Factors([left[:rank] for left in self.left], self.right[:rank])
 
     def shaped(self, plan):
         left = np.stack(self.left, axis=2)
@@ -325,22 +347,24 @@ def _error(problems, factors):
 
 
 def _sweep(problems, factors):
+    """Better factors, and the loss with them."""
     lefts = [
-        _solve([problem], [factors.right], left, problem.mask, "left")
+        _solve([problem], [factors.right], left, problem.mask, "left")[0]
         for problem, left in zip(problems, factors.left, strict=True)
     ]
-    right = _solve(problems, lefts, factors.right, problems[0].mask.T, "right")
+    right, loss = _solve(problems, lefts, factors.right, problems[0].mask.T, "right")
     # Both sides of a term of the same size: it keeps the systems well conditioned.
     sizes = [np.sqrt(sum(np.square(left[r]).sum() for left in lefts)) for r in range(len(right))]
     norms = np.linalg.norm(right.reshape(len(right), -1), axis=1)
     scale = np.sqrt(np.divide(norms, sizes, out=np.ones_like(norms), where=np.array(sizes) > 0))
     scale = np.where(scale > 0, scale, 1.0)[:, None, None]
-    return _Factors([left * scale for left in lefts], right / scale)
+    return _Factors([left * scale for left in lefts], right / scale), loss
 
 
 def _solve(problems, others, old, mask, side):
-    """One factor, given the other one of each problem."""
+    """One factor, given the other one of each problem, and the loss with it."""
     new = old.copy()
+    loss = sum(problem.squares + problem.prior * problem.prior_squares for problem in problems)
     rank, n, _ = old.shape
     target = sum(
         problem.target(other, side, problem.prior)
@@ -354,7 +378,9 @@ def _solve(problems, others, old, mask, side):
         # Where nothing is known, all stays as it is.
         inertia = 1e-9 * np.trace(matrix) / len(matrix) + np.finfo("float64").tiny
         matrix[np.diag_indices_from(matrix)] += inertia
-        part = old[:, :, columns].reshape(rank * n, -1)
-        values = target[:, :, columns].reshape(rank * n, -1) + inertia * part
-        new[:, :, columns] = np.linalg.solve(matrix, values).reshape(rank, n, -1)
-    return new
+        before, goal = (one[:, :, columns].reshape(rank * n, -1) for one in (old, target))
+        part = np.linalg.solve(matrix, goal + inertia * before)
+        new[:, :, columns] = part.reshape(rank, n, -1)
+        # That is part' matrix part - 2 part' goal, but for the inertia.
+        loss += np.sum(part * (inertia * (before - part) - goal))
+    return new, max(loss, 0.0)

@@ -275,6 +275,7 @@ def plan_rewrite(
         return plan
     candidates = _candidates(free, pinned)
     _check_reachable(plan, candidates, limit)
+    _leave_out_too_large(plan, candidates, limit)
     predict_errors(model, plan, candidates, calibration_data)
     _search(plan, candidates, pinned, limit)
     return plan
@@ -448,8 +449,8 @@ def predict_errors(model, plan, candidates, calibration_data):
     for path, calibration in calibrations.items():
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():
-            for rank in candidates[path]:
-                plan[path].errors[rank] = calibration.error(plan[path].factorizations, rank)
+            errors = calibration.errors(plan[path].factorizations, candidates[path])
+            plan[path].errors.update(errors)
 
 
 def _kernel_errors(layer, plan, ranks):
@@ -469,26 +470,36 @@ def _most_parameters(plan, limit):
     return {"max_params": value, "budget": value * plan.full_parameters}.get(name, np.inf)
 
 
+def _least_parameters(plan, candidates):
+    """`{path: parameters}` with every rank at its least."""
+    return {
+        path: min(map(layer.parameters_at, candidates.get(path, ())), default=layer.parameters)
+        for path, layer in plan.items()
+    }
+
+
 def _check_reachable(plan, candidates, limit):
     """Checks that some plan keeps to a limit.
 
     Raises:
         ValueError: if none does.
     """
-    least = plan.other_parameters + sum(
-        min(
-            (layer.parameters_at(r) for r in candidates.get(layer.path, ())),
-            default=layer.parameters,
-        )
-        for layer in plan.values()
-    )
-    most = _most_parameters(plan, limit)
-    if least > most:
+    least = plan.other_parameters + sum(_least_parameters(plan, candidates).values())
+    if least > _most_parameters(plan, limit):
         raise ValueError(
             f"No plan keeps to the limit: with every rank at its least, the model still has "
             f"{least:,} parameters ({least / plan.full_parameters:.2%}). "
             f"Received: {limit[0]}={limit[1]}"
         )
+
+
+def _leave_out_too_large(plan, candidates, limit):
+    """Leaves out ranks with which no plan keeps to a limit, whatever becomes of other layers."""
+    least = _least_parameters(plan, candidates)
+    spare = _most_parameters(plan, limit) - plan.other_parameters - sum(least.values())
+    for path, ranks in candidates.items():
+        most = least[path] + spare
+        candidates[path] = [rank for rank in ranks if plan[path].parameters_at(rank) <= most]
 
 
 def _search(plan, candidates, pinned, limit):
