@@ -21,7 +21,7 @@ from absl import app, flags
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "tests" / "train_with_backup.py"
 TRIALS = flags.DEFINE_integer("trials", 25, "trainings that are killed", lower_bound=1)
-WIDTH = 768
+WIDTH = 256
 MOST_KILLS = 3
 
 

@@ -140,7 +140,8 @@ def test_the_optimizer_keeps_what_it_knows_of_other_variables(name):
     model, before, after = mlp(), State(), State()
     optimizer = OPTIMIZERS[name]()
     model.compile(optimizer, "mse", jit_compile=False)
-    callback = BilinearRewrite(3, 0.9, layers={"hidden_64": 1})
+    ranks = {"hidden_64": 1, "hidden_48": None, "last": None}
+    callback = BilinearRewrite(3, 0.9, layers=ranks)
     history = fit(model, before, callback, after)
     assert bilinear(model) == ["hidden_64"]
     assert model.optimizer is optimizer
