@@ -9,6 +9,7 @@ import numbers
 import operator
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -389,16 +390,24 @@ class BilinearRewrite(keras.callbacks.Callback):
             self._apply(plans[now - 1] if now else None)
             self._steps = steps[:count]
             self._plans = plans[: max((step.plans for step in self._steps), default=0)]
-            try:
-                self.model.load_weights(backup)
-            except ValueError:
-                continue
-            self._values = dict(map(tuple, state["values"]))
-            return
+            if self._fits(backup):
+                self._values = dict(map(tuple, state["values"]))
+                return
         raise ValueError(
             f"The weights in {str(self.backup_dir)!r} fit the model {self._target.name!r} "
             "neither as it is nor as it was rewritten."
         )
+
+    def _fits(self, backup):
+        """Whether weights are those of the model as it is."""
+        with tempfile.TemporaryDirectory() as folder:
+            # Keras loads no file with the name that the older backup has.
+            weights = shutil.copy(backup, pathlib.Path(folder, "backup.weights.h5"))
+            try:
+                self.model.load_weights(weights)
+            except ValueError:
+                return False
+        return True
 
     def _backup(self):
         """The weights that BackupAndRestore is going to load, if there are any."""
