@@ -418,25 +418,44 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
 
 
-def load(name, data_dir):
+def load(name, data_dir, examples=None):
+    """A data set, with at most so many training examples."""
     from keras_bilinear import datasets
 
     if name == "spoken_digit":
-        return sequences.load_spoken_digit(data_dir)
-    if name == "tiny_shakespeare":
-        return sequences.load_tiny_shakespeare(data_dir)
-    return datasets.load(name, data_dir)
+        dataset = sequences.load_spoken_digit(data_dir)
+    elif name == "tiny_shakespeare":
+        dataset = sequences.load_tiny_shakespeare(data_dir)
+    else:
+        dataset = datasets.load(name, data_dir)
+    return dataclasses.replace(
+        dataset, x_train=dataset.x_train[:examples], y_train=dataset.y_train[:examples]
+    )
+
+
+def read_rows(path):
+    """The finished runs of a study, as dictionaries of texts; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def write_rows(path, rows):
+    from keras_bilinear.files import staged
+
+    with staged(path.parent) as folder, (folder / path.name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main(argv):
     del argv
     fields = [field.name for field in dataclasses.fields(Run)]
     path = RESULTS / f"accuracy_{STUDY.value}.csv"
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            # Older rows lack the newer columns.
-            rows = [dict.fromkeys(("recurrent", "bits"), "") | row for row in csv.DictReader(file)]
+    # Older rows lack the newer columns.
+    rows = [dict.fromkeys(("recurrent", "bits"), "") | row for row in read_rows(path)]
     finished = {tuple(row[name] for name in fields): row for row in rows}
     command = f"python benchmarks/accuracy.py --study={STUDY.value}"
     load_once = functools.cache(load)
@@ -449,10 +468,7 @@ def main(argv):
             )
             row = {name: str(value) for name, value in row.items()}
             rows.append(row)
-            with staged(RESULTS) as folder, (folder / path.name).open("w", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(path, rows)
             finished[run.key] = row
             logging.info("%s", row)
             tabulate(rows, path, command)

@@ -14,7 +14,6 @@ the time of the full network's. Each finished run becomes one row of
 `benchmarks/results/callback_NETWORK.csv`; a run that stands there is not done again.
 """
 
-import csv
 import dataclasses
 import math
 import time
@@ -115,23 +114,14 @@ def tabulate(rows, command):
 
 def main(argv):
     del argv
-    from keras_bilinear.files import staged
 
     path = accuracy.RESULTS / f"callback_{NETWORK.value}.csv"
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [*csv.DictReader(file)]
+    rows = accuracy.read_rows(path)
     command = f"python benchmarks/callback.py --network={NETWORK.value}"
     run, epochs = NETWORKS[NETWORK.value]
-    dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value)
+    dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value, EXAMPLES.value)
     if EXAMPLES.value:
         command += f" --examples={EXAMPLES.value}"
-        dataset = dataclasses.replace(
-            dataset,
-            x_train=dataset.x_train[: EXAMPLES.value],
-            y_train=dataset.y_train[: EXAMPLES.value],
-        )
     batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
     small = None
 
@@ -158,10 +148,7 @@ def main(argv):
             f"{seconds:.1f}",
         )
         rows.append(dict(zip(FIELDS, map(str, values), strict=True)))
-        with staged(accuracy.RESULTS) as folder, (folder / path.name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        accuracy.write_rows(path, rows)
         logging.info("%s", rows[-1])
         tabulate(rows, command)
         return rows[-1]

@@ -16,7 +16,6 @@ Each finished run becomes one row of `benchmarks/results/rewriting_NETWORK.csv`;
 run that stands there already is not done again.
 """
 
-import csv
 import pathlib
 import tempfile
 
@@ -248,33 +247,20 @@ def main(argv):
     del argv
     import dataclasses
 
-    from keras_bilinear.files import staged
-
     path = accuracy.RESULTS / f"rewriting_{NETWORK.value}.csv"
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [*csv.DictReader(file)]
+    rows = accuracy.read_rows(path)
     done = {tuple(row[name] for name in FIELDS[:3]) for row in rows}
     command = f"python benchmarks/rewriting.py --network={NETWORK.value}"
     run, calibration_examples = NETWORKS[NETWORK.value]
-    dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value)
+    dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value, EXAMPLES.value)
     if EXAMPLES.value:
         command += f" --examples={EXAMPLES.value}"
-        dataset = dataclasses.replace(
-            dataset,
-            x_train=dataset.x_train[: EXAMPLES.value],
-            y_train=dataset.y_train[: EXAMPLES.value],
-        )
     batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
 
     def write(*values):
         row = dict(zip(FIELDS, map(str, values), strict=True))
         rows.append(row)
-        with staged(accuracy.RESULTS) as folder, (folder / path.name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        accuracy.write_rows(path, rows)
         logging.info("%s", row)
         tabulate(rows, command)
 
