@@ -251,7 +251,7 @@ class LayerChecks:
                     np.testing.assert_array_equal(to_numpy(actual), to_numpy(expected))
 
     def test_empty_inputs_as_the_full_layer_takes_them(self, spec):
-        """Keras 3.13 refuses empty convolutions in its own layers too."""
+        """Empty batches of images also where TensorFlow, on some processors, refuses them."""
         layer = spec.make()
         for x in spec.inputs:
             full = built(layer, x).expand()
@@ -260,7 +260,10 @@ class LayerChecks:
                     outcome(lambda one=one, empty=empty: tuple(one(empty).shape))
                     for one in (layer, full)
                 )
-                assert actual == expected
+                accepted = [expected]
+                if expected[0] == "raises" and empty.shape[0] == 0:
+                    accepted.append(("returns", full.compute_output_shape(empty.shape)))
+                assert actual in accepted
 
     @pytest.mark.parametrize("policy", POLICIES)
     def test_dtype_policy(self, spec, policy):
