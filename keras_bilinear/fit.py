@@ -253,7 +253,7 @@ class _Problem:
         )
 
     def normal(self, other, mask, side, prior):
-        """The matrix of the normal equations of one side, `(rank, n, rank, n)`.
+        """The matrix of the normal equations of one side, `(n, rank, n, rank)`.
 
         Args:
             other: the factor of the other side, `(rank, m, outputs)`.
@@ -262,39 +262,42 @@ class _Problem:
             prior: weight of the prior.
         """
         rank, m, _ = other.shape
-        products = np.tensordot(other * mask, other, ((2,), (2,)))  # rank, m, rank, m
-        own = products[:, np.arange(m), :, np.arange(m)]  # m, rank, rank
+        other = other.swapaxes(0, 1)
+        products = np.tensordot(other * mask, other, ((2,), (2,)))  # m, rank, m, rank
+        own = products[np.arange(m), :, np.arange(m)]  # m, rank, rank
         known = self.known if side == "left" else self.known.T
         n = len(known)
         weights = prior * known
         if self.diagonal:
             weights = weights + (self.gram if side == "left" else self.gram.T)
-        matrix = np.zeros((rank, n, rank, n))
-        if not self.diagonal:
+        if self.diagonal:
+            matrix = np.zeros((n, rank, n, rank))
+        else:
             gram = self.gram if side == "left" else self.gram.T
-            products = products.transpose(1, 3, 0, 2).reshape(m * m, rank * rank)
-            whole = (gram @ products.astype(gram.dtype)).reshape(n, n, rank, rank)
-            matrix += whole.transpose(2, 0, 3, 1)
+            products = products.transpose(0, 2, 1, 3).astype(gram.dtype, order="C")
+            whole = (gram @ products.reshape(m * m, -1)).reshape(n, n, rank, rank)
+            matrix = whole.transpose(0, 2, 1, 3).astype("float64")
         diagonal = np.tensordot(weights, own, ((1,), (0,)))  # n, rank, rank
-        matrix[:, np.arange(n), :, np.arange(n)] += diagonal
+        matrix[np.arange(n), :, np.arange(n)] += diagonal
         return matrix
 
     def target(self, other, side, prior):
-        """The right-hand side of the normal equations of one side, `(rank, n, outputs)`."""
+        """The right-hand side of the normal equations of one side, `(n, rank, outputs)`."""
         cross = (self.cross + prior * self.kernel) * self.mask
         axes = (1, 3) if side == "left" else (0, 2)
-        return np.tensordot(other, cross, ((1, 2), axes))
+        return np.tensordot(other, cross, ((1, 2), axes)).swapaxes(0, 1)
 
     def error(self, left, right, prior):
         """Mean squared error over the examples, with the prior's share."""
         total = 0.0
         target = self.target(right, "left", prior)
+        rank, n, _ = left.shape
+        left = left.swapaxes(0, 1)
         for columns, mask in _columns(self.mask):
-            rank, n, _ = left.shape
-            matrix = self.normal(right, mask, "left", prior).reshape(rank * n, rank * n)
-            part = left[:, :, columns].reshape(rank * n, -1)
+            matrix = self.normal(right, mask, "left", prior).reshape(n * rank, n * rank)
+            part = left[:, :, columns].reshape(n * rank, -1)
             total += np.sum(part * (matrix @ part))
-            total -= 2 * np.sum(part * target[:, :, columns].reshape(rank * n, -1))
+            total -= 2 * np.sum(part * target[:, :, columns].reshape(n * rank, -1))
         return max(total + self.squares + prior * self.prior_squares, 0.0)
 
 
@@ -363,9 +366,10 @@ def _sweep(problems, factors):
 
 def _solve(problems, others, old, mask, side):
     """One factor, given the other one of each problem, and the loss with it."""
+    rank, n, _ = old.shape
+    old = old.swapaxes(0, 1)
     new = old.copy()
     loss = sum(problem.squares + problem.prior * problem.prior_squares for problem in problems)
-    rank, n, _ = old.shape
     target = sum(
         problem.target(other, side, problem.prior)
         for problem, other in zip(problems, others, strict=True)
@@ -374,13 +378,13 @@ def _solve(problems, others, old, mask, side):
         matrix = sum(
             problem.normal(other, shared, side, problem.prior)
             for problem, other in zip(problems, others, strict=True)
-        ).reshape(rank * n, rank * n)
+        ).reshape(n * rank, n * rank)
         # Where nothing is known, all stays as it is.
         inertia = 1e-9 * np.trace(matrix) / len(matrix) + np.finfo("float64").tiny
         matrix[np.diag_indices_from(matrix)] += inertia
-        before, goal = (one[:, :, columns].reshape(rank * n, -1) for one in (old, target))
+        before, goal = (one[:, :, columns].reshape(n * rank, -1) for one in (old, target))
         part = np.linalg.solve(matrix, goal + inertia * before)
-        new[:, :, columns] = part.reshape(rank, n, -1)
+        new[:, :, columns] = part.reshape(n, rank, -1)
         # That is part' matrix part - 2 part' goal, but for the inertia.
         loss += np.sum(part * (inertia * (before - part) - goal))
-    return new, max(loss, 0.0)
+    return new.swapaxes(0, 1), max(loss, 0.0)
