@@ -268,12 +268,11 @@ class _Problem:
         known = self.known if side == "left" else self.known.T
         n = len(known)
         weights = prior * known
+        gram = self.gram if side == "left" else self.gram.T
         if self.diagonal:
-            weights = weights + (self.gram if side == "left" else self.gram.T)
-        if self.diagonal:
+            weights = weights + gram
             matrix = np.zeros((n, rank, n, rank))
         else:
-            gram = self.gram if side == "left" else self.gram.T
             products = products.transpose(0, 2, 1, 3).astype(gram.dtype, order="C")
             whole = (gram @ products.reshape(m * m, -1)).reshape(n, n, rank, rank)
             matrix = whole.transpose(0, 2, 1, 3).astype("float64")

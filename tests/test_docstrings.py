@@ -40,7 +40,7 @@ def test_every_layer_has_an_example(name):
 
 @pytest.mark.skipif(
     keras.config.backend() != "tensorflow",
-    reason="the layers are tested there; this takes a minute",
+    reason="the layers are tested on this backend; this takes a minute",
 )
 def test_examples_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
