@@ -1,6 +1,7 @@
 """Keras layers that store a bilinear projection instead of a full one."""
 
 from keras_bilinear.callbacks import BilinearRewrite
+from keras_bilinear.export import export_litert
 from keras_bilinear.layers import (
     BilinearConv1D,
     BilinearConv2D,
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "compare",
     "expand_model",
+    "export_litert",
     "plan_rewrite",
     "rewrite_model",
     "summarize",
