@@ -18,6 +18,7 @@ from keras_bilinear.layers import (
     BilinearSimpleRNNCell,
 )
 from keras_bilinear.rewrite import Rewriter, expand_model, rewrite_model
+from keras_bilinear.runtime import exporting
 from keras_bilinear.search import RewritePlan, plan_rewrite
 from keras_bilinear.summary import compare, summarize
 from keras_bilinear.version import __version__
@@ -43,6 +44,7 @@ __all__ = [
     "compare",
     "expand_model",
     "export_litert",
+    "exporting",
     "plan_rewrite",
     "rewrite_model",
     "summarize",

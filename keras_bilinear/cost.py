@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from keras_bilinear.runtime import LITERT, runtime
+from keras_bilinear.runtime import EXPORTED, runtime
 
 FACTORIZED = ("left", "right")
 
@@ -48,7 +48,7 @@ NANOSECONDS = {
         Work(0.0729, 0.186, 16.5, 0.0, 0.0, 0.0),
     ),
     # Forward pass only; the materialized way is no choice there.
-    LITERT: (
+    EXPORTED: (
         Work(0.03, 0.01, 0.0, 0.0, 0.0, 0.0),
         Work(0.03, 0.01, 0.0, 0.0, 0.0, 0.0),
     ),
@@ -177,7 +177,7 @@ def choose_order(plan, implementation, strides=()):
         implementation: `"auto"`, `"factorized"` or `"materialized"`.
         strides: those of a convolution.
     """
-    if runtime() == LITERT:
+    if runtime() == EXPORTED:
         smaller = plan.parameters < plan.full_parameters
         implementation = "factorized" if smaller else "materialized"
     if implementation == "materialized":

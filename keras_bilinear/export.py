@@ -24,13 +24,15 @@ import numpy as np
 from keras_bilinear.calibration import model_batches
 from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
 from keras_bilinear.rewrite import copy_model
-from keras_bilinear.runtime import traced_for_litert
+from keras_bilinear.runtime import exporting
 from keras_bilinear.sites import check_built
 
 # The largest difference from the model that a kind of quantization may make.
 TOLERANCES = {None: 1e-4, "float16": 1e-2, "dynamic_int8": 0.1, "int8": 0.2}
 # Examples on which a file is compared with its model, and quantized.
-COMPARED, REPRESENTATIVE = 4, 256
+COMPARED, REPRESENTATIVE = 8, 256
+# Names of inputs that Keras counts up in each process.
+_UNNAMED = re.compile(r"^((keras_tensor|input_layer)(_\d+)?)?$")
 _NOT_FLOAT32 = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16", "float64")
 
 
@@ -64,8 +66,9 @@ def export_litert(
             first of them are those on which it is compared with the model;
             `None` takes random ones.
         input_shapes: shapes of the inputs, batch size included: a tuple for a
-            single input, a list, or a dictionary by the names of the inputs.
-            `None` takes what the model says, and one example.
+            single input, a list, or a dictionary by the names of the inputs, which
+            are `input_1` and so on where the model has none. `None` takes what the
+            model says, and one example.
         unroll: whether recurrent layers repeat their operations for each time
             step, instead of a loop. `None` does so for `"int8"` only, for which
             LiteRT has no loops. A loop is the smaller, but for a few time steps.
@@ -162,7 +165,7 @@ def _recurrent(model):
 def _input_specs(model, shapes):
     """The arguments of the model as the file is to have them: a list of nested `InputSpec`s.
 
-    Each of them has a name.
+    Each of them has a name: that which the user gave it, or `input_1` and so on.
     """
     if getattr(model, "inputs", None):
         tensors = model.inputs if isinstance(model, keras.Sequential) else [model.input]
@@ -172,12 +175,14 @@ def _input_specs(model, shapes):
     else:  # subclassed: it knows the shapes of its first call
         built = model.get_build_config() or {}
         known = built.get("shapes_dict") or {"inputs": built.get("input_shape")}
-        numbers = itertools.count(1)
         arguments = keras.tree.map_shape_structure(
-            lambda shape: _spec(f"input_{next(numbers)}", (1, *shape[1:]), model.input_dtype),
+            lambda shape: _spec("", (1, *shape[1:]), model.input_dtype),
             list(known.values()),
         )
-    specs = keras.tree.flatten(arguments)
+    specs = [
+        _spec(_UNNAMED.sub(f"input_{number}", one.name), one.shape, one.dtype)
+        for number, one in enumerate(keras.tree.flatten(arguments), 1)
+    ]
     if shapes is not None:
         specs = [_spec(one.name, _given_shape(one, specs, shapes), one.dtype) for one in specs]
     for one in specs:
@@ -227,7 +232,7 @@ def _examples(model, arguments, data):
     if data is None:
         return _random_examples(model, specs)
     parts, count = [], 0
-    for batch in model_batches(data):
+    for batch in model_batches(data, "representative_data"):
         inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
         if isinstance(inputs, Mapping) and {one.name for one in specs} <= inputs.keys():
             inputs = [inputs[one.name] for one in specs]
@@ -337,7 +342,7 @@ def _convert(model, file, arguments, examples, quantize, quantize_io):
     if quantize_io:
         options["inference_input_type"] = options["inference_output_type"] = tf.int8
     try:
-        with traced_for_litert():
+        with exporting():
             model.export(
                 str(file), format="litert", verbose=False, input_signature=arguments, **options
             )

@@ -9,12 +9,12 @@ import math
 
 from keras import ops
 
-from keras_bilinear.runtime import LITERT, runtime
+from keras_bilinear.runtime import EXPORTED, runtime
 
 # XLA likes one large matrix product and fuses the transposes around it; LiteRT
 # quantizes and runs best the products whose right operand is a constant matrix.
 # The others call one library kernel per op and like it batched.
-_FLAT_PRODUCTS = ("jax", LITERT)
+_FLAT_PRODUCTS = ("jax", EXPORTED)
 
 
 def project(x, left, right, order):
@@ -223,7 +223,7 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
 def _multiply(x, kernel, inputs, outputs, axes, other, options):
     """Contracts with a left factor without a window: a matrix product."""
     columns = (*axes, other)
-    if x.sizes["group"] == 1 and runtime() == LITERT:
+    if x.sizes["group"] == 1 and runtime() == EXPORTED:
         rows = ("n", "group", *columns)
         y = ops.matmul(x.merge(rows, inputs), kernel.merge(("group", *axes, *inputs), outputs))
         return _Named(y, (rows, outputs), x.sizes)

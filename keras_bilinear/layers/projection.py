@@ -16,7 +16,7 @@ from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
 from keras_bilinear.fit import Moments, fit_kronecker_sum
 from keras_bilinear.initializers import FactorInitializers, split_into_gates
-from keras_bilinear.runtime import LITERT, runtime, traced_for_litert
+from keras_bilinear.runtime import EXPORTED, exporting, runtime
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
 SHARED = ("rank", "input_factors", "output_factors", "implementation")
@@ -79,8 +79,8 @@ class KroneckerKernel:
         self.factorization = factorization
         self.gain = initializers[0].gain
         self._order = choose_order(factorization, implementation, strides)
-        with traced_for_litert():
-            self._litert_order = choose_order(factorization, implementation, strides)
+        with exporting():
+            self._exported_order = choose_order(factorization, implementation, strides)
         shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
         self.left = layer.add_weight(
             name=f"left_{name}",
@@ -109,7 +109,7 @@ class KroneckerKernel:
     @property
     def order(self):
         """The side to contract first, `"left"` or `"right"`; `None` forms the kernel."""
-        return self._litert_order if runtime() == LITERT else self._order
+        return self._exported_order if runtime() == EXPORTED else self._order
 
     @property
     def materialized(self):
