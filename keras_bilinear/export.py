@@ -335,22 +335,39 @@ def _for_inference(config, unroll):
 def _convert(model, file, arguments, examples, quantize, quantize_io):
     import tensorflow as tf
 
-    target = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    options = {"target_spec": target}
-    if quantize:
-        options["optimizations"] = [tf.lite.Optimize.DEFAULT]
-    if quantize == "float16":
-        target["supported_types"] = [tf.float16]
-    if quantize == "int8":
-        target["supported_ops"] = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-        options["representative_dataset"] = lambda: _runs(examples)
-    if quantize_io:
-        options["inference_input_type"] = options["inference_output_type"] = tf.int8
-    try:
+    # `keras.export.ExportArchive` would do, but some versions of it forget the batch size.
+    specs = keras.tree.flatten(arguments)
+
+    def serve(**tensors):
+        inputs = keras.tree.pack_sequence_as(arguments, [tensors[one.name] for one in specs])
         with exporting():
-            model.export(
-                str(file), format="litert", verbose=False, input_signature=arguments, **options
+            outputs = model(*inputs, training=False)
+        if isinstance(outputs, dict):
+            return outputs
+        return {f"output_{i}": one for i, one in enumerate(keras.tree.flatten(outputs))}
+
+    module = tf.Module()
+    module.model, module.all_variables = model, [variable.value for variable in model.variables]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            function = tf.function(serve, autograph=False).get_concrete_function(
+                **{one.name: tf.TensorSpec(one.shape, one.dtype, one.name) for one in specs}
             )
+            tf.saved_model.save(module, folder, signatures=function)
+            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+            # Operations that LiteRT cannot run must not pass silently.
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+            converter.experimental_enable_resource_variables = True
+            if quantize:
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            if quantize == "float16":
+                converter.target_spec.supported_types = [tf.float16]
+            if quantize == "int8":
+                converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+                converter.representative_dataset = lambda: _runs(examples)
+            if quantize_io:
+                converter.inference_input_type = converter.inference_output_type = tf.int8
+            file.write_bytes(converter.convert())
     except Exception as error:  # the converter's own class has no public name
         raise ValueError(
             "The model cannot be exported with built-in LiteRT operations only: "

@@ -327,7 +327,7 @@ def test_arguments_that_are_not_valid_are_refused_before_work_starts(
     refuses, options, match, monkeypatch
 ):
     model = recurrent(BilinearGRU(8))
-    monkeypatch.setattr(model, "export", None)
+    monkeypatch.setattr("keras_bilinear.export.inference_twin", None)
     refuses((ValueError, TypeError), match, model, **options)
 
 
