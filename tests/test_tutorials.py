@@ -1,13 +1,19 @@
 import pathlib
+from types import SimpleNamespace
 
 import keras
+import numpy as np
 import pytest
+
+from keras_bilinear import datasets, tutorials
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("the tutorials are written for this backend", allow_module_level=True)
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
+tf = pytest.importorskip("tensorflow")
+for package in ("ipykernel", "matplotlib", "sklearn", "tensorflow_datasets"):
+    pytest.importorskip(package)
 
 FOLDER = pathlib.Path(__file__).parents[1] / "tutorials"
 SOURCES = sorted(FOLDER.glob("*.py"))
@@ -56,3 +62,41 @@ def test_notebook_runs(source, tmp_path, monkeypatch):
     assert "dtype policy: " in printed
     assert "examples to train on" in printed
     assert any("image/png" in output.get("data", {}) for output in outputs), "nothing is drawn"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "classes"),
+    [
+        ("fashion_mnist", (28, 28, 1), "float32", 10),
+        ("cifar10", (32, 32, 3), "float32", 10),
+        ("imdb_reviews", (datasets.TOKENS,), "int32", 2),
+        ("spoken_digit", (tutorials.SAMPLING_RATE,), "float32", 10),
+    ],
+)
+def test_data_in_the_place_of_others_have_their_form(
+    name, shape, dtype, classes, monkeypatch, capsys
+):
+    monkeypatch.setattr(tutorials, "QUICK", True)
+    monkeypatch.setattr(tutorials, "_is_prepared", lambda name: False)
+    dataset = tutorials.load(name)
+    assert f"in the place of {name}" in capsys.readouterr().out
+    assert dataset.classes == classes
+    for x, y in ((dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)):
+        assert x.shape == (tutorials.QUICK_EXAMPLES, *shape)
+        assert x.dtype == dtype
+        assert {*y} == {*range(classes)}
+        assert 0 < x.max() < datasets.VOCABULARY
+    assert (dataset.x_train != dataset.x_test).any()
+
+
+def test_only_so_many_examples_are_read():
+    images = np.arange(40, dtype="uint8").reshape(10, 2, 2, 1)
+    builder = SimpleNamespace(
+        as_dataset=lambda split, as_supervised: tf.data.Dataset.from_tensor_slices(
+            (images, np.arange(10))
+        )
+    )
+    for examples, count in ((3, 3), (-1, 10)):
+        x, y = datasets._read(builder, "train", "image", examples)
+        np.testing.assert_array_equal(x, images[:count].astype("float32") / 255)
+        np.testing.assert_array_equal(y, np.arange(count))
