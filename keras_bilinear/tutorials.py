@@ -63,15 +63,23 @@ def draw(results: dict) -> None:
             `metrics=["accuracy"]` and validation data.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     _, (curves, sizes) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for name, (model, history) in results.items():
         accuracy = history.history["val_accuracy"]
         curves.plot(range(1, len(accuracy) + 1), accuracy, marker="o", markersize=4, label=name)
-        sizes.scatter(model.count_params(), accuracy[-1], s=70, label=name)
+        size = model.count_params()
+        sizes.scatter(size, accuracy[-1], s=70)
+        sizes.annotate(
+            f"{size:,}", (size, accuracy[-1]), (0, -18), textcoords="offset points", ha="center"
+        )
     curves.set(xlabel="epoch", ylabel="accuracy on the test set")
     curves.legend(frameon=False)
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     sizes.set(xlabel="parameters", xscale="log")
+    sizes.xaxis.set_minor_formatter("")
+    sizes.margins(0.2)
     for axes in (curves, sizes):
         axes.grid(alpha=0.3)
         axes.spines[:].set_visible(False)

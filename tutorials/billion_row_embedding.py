@@ -38,7 +38,7 @@ from keras_bilinear.tutorials import QUICK, draw, load, set_up
 
 set_up()
 data = load("imdb_reviews")
-epochs, batch_size = (1 if QUICK else 6), 128
+epochs, batch_size = (1 if QUICK else 3), 128
 
 # %% [markdown]
 # ## From words to pairs
@@ -107,8 +107,9 @@ print(f"its factors: {embedding.count_params():,}, {embedding.count_params() * 4
 
 # %%
 def train(model, x, x_validation):
+    steps = epochs * -(-len(x) // batch_size)
     model.compile(
-        keras.optimizers.Adam(2e-3),
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(2e-3, steps)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
