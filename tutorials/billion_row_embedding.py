@@ -133,7 +133,7 @@ for name, model in networks.items():
 # ## What came out
 
 # %%
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
 print(f"the most memory that this whole process has used: {peak:.1f} GB")
 draw(results)
 
