@@ -116,7 +116,6 @@ plt.figure(figsize=(7, 4))
 plt.axhline(accuracy(trained), color="gray", linestyle="dotted", label="the trained model")
 for name, values in curves.items():
     plt.plot([100 * budget for budget in budgets], values, marker="o", label=name)
-plt.xscale("log")
 plt.xlabel("parameters that are kept, in percent")
 plt.ylabel("accuracy on the test set")
 plt.legend(frameon=False)
