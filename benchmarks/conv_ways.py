@@ -77,7 +77,7 @@ def measure(case):
     steps = []
     for order in WAYS:
         layer = build(case)
-        layer._kernel.order = order
+        layer._kernel._order = order
         steps.append(Steps(layer, inputs, xla=keras.config.backend() == "jax"))
     positions = math.prod(steps[0].layer.compute_output_shape(inputs.shape)[:-1])
     forward = median_seconds([s.forward for s in steps], rounds=4, burst=0.05)

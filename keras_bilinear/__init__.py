@@ -1,6 +1,7 @@
 """Keras layers that store a bilinear projection instead of a full one."""
 
 from keras_bilinear.callbacks import BilinearRewrite
+from keras_bilinear.export import export_litert
 from keras_bilinear.layers import (
     BilinearConv1D,
     BilinearConv2D,
@@ -17,6 +18,7 @@ from keras_bilinear.layers import (
     BilinearSimpleRNNCell,
 )
 from keras_bilinear.rewrite import Rewriter, expand_model, rewrite_model
+from keras_bilinear.runtime import exporting
 from keras_bilinear.search import RewritePlan, plan_rewrite
 from keras_bilinear.summary import compare, summarize
 from keras_bilinear.version import __version__
@@ -41,6 +43,8 @@ __all__ = [
     "__version__",
     "compare",
     "expand_model",
+    "export_litert",
+    "exporting",
     "plan_rewrite",
     "rewrite_model",
     "summarize",

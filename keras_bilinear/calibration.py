@@ -122,11 +122,12 @@ def calibrate(bilinear_class: type, layer: keras.Layer, data) -> Calibration | N
     return calibration
 
 
-def batches(data) -> Iterable:
+def batches(data, name: str = "calibration_data") -> Iterable:
     """Calibration data, one batch at a time.
 
     Args:
         data: an array, or an iterable of arrays.
+        name: what errors call them.
 
     Raises:
         TypeError: if it is neither.
@@ -137,18 +138,19 @@ def batches(data) -> Iterable:
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
         return data
     raise TypeError(
-        "`calibration_data` must be an array or an iterable of arrays. "
-        f"Received: calibration_data={data!r} (of type {type(data).__name__})"
+        f"`{name}` must be an array or an iterable of arrays. "
+        f"Received: {name}={data!r} (of type {type(data).__name__})"
     )
 
 
-def model_batches(data) -> Iterable | None:
+def model_batches(data, name: str = "calibration_data") -> Iterable | None:
     """Calibration data of a model, as batches that can be read again and again.
 
     Args:
         data: an array, a dictionary of arrays, or an iterable of batches. In a
             tuple of a batch only the first element, the inputs, counts. An
             iterator, which can be read only once, is kept in memory.
+        name: what errors call them.
 
     Raises:
         TypeError: if it is none of these.
@@ -157,13 +159,13 @@ def model_batches(data) -> Iterable | None:
     if data is None:
         return None
     if isinstance(data, Mapping):
-        parts = {name: list(batches(values)) for name, values in data.items()}
+        parts = {key: list(batches(values, name)) for key, values in data.items()}
         data = [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
-    data = batches(data)
+    data = batches(data, name)
     if iter(data) is data:
         data = list(data)
     if next(iter(data), None) is None:
-        raise ValueError("`calibration_data` must have at least one batch. Received: none")
+        raise ValueError(f"`{name}` must have at least one batch. Received: none")
     return data
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": ("commands.plan", "show what a saved model would become under a budget"),
     "rewrite": ("commands.rewrite", "make a smaller model from a saved one"),
     "expand": ("commands.expand", "make a model of stock layers from a rewritten one"),
+    "export": ("commands.export", "write a saved model as a LiteRT file for phones"),
     "benchmark": ("benchmark", "time bilinear layers against the full ones"),
 }
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from keras import backend
+from keras_bilinear.runtime import EXPORTED, runtime
 
 FACTORIZED = ("left", "right")
 
@@ -46,6 +46,11 @@ NANOSECONDS = {
     "torch": (
         Work(0.03, 0.639, 2.62, 3.22, 12.3, 68.5),
         Work(0.0729, 0.186, 16.5, 0.0, 0.0, 0.0),
+    ),
+    # Forward pass only; the materialized way is no choice there.
+    EXPORTED: (
+        Work(0.03, 0.01, 0.0, 0.0, 0.0, 0.0),
+        Work(0.03, 0.01, 0.0, 0.0, 0.0, 0.0),
     ),
 }
 
@@ -151,7 +156,7 @@ def work(plan, order, strides):
 
 def seconds(plan, order, strides, coefficients=None):
     """Predicted time for each output position, in arbitrary units of this backend."""
-    factorized, materialized = coefficients or NANOSECONDS[backend.backend()]
+    factorized, materialized = coefficients or NANOSECONDS[runtime()]
     rates = materialized if order is None else factorized
     each = zip(
         dataclasses.astuple(work(plan, order, strides)), dataclasses.astuple(rates), strict=True
@@ -164,13 +169,17 @@ def choose_order(plan, implementation, strides=()):
 
     A dense projection goes by its MACs, and so do the gates of a recurrent layer,
     whose small products count `SMALL_PRODUCT` times; a convolution goes by the
-    fitted model.
+    fitted model. A file for LiteRT would hold a formed kernel in its full size,
+    so there the factors are taken wherever they are the smaller.
 
     Args:
         plan: a `Factorization`.
         implementation: `"auto"`, `"factorized"` or `"materialized"`.
         strides: those of a convolution.
     """
+    if runtime() == EXPORTED:
+        smaller = plan.parameters < plan.full_parameters
+        implementation = "factorized" if smaller else "materialized"
     if implementation == "materialized":
         return None
     if plan.pointwise:

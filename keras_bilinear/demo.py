@@ -22,7 +22,7 @@ from absl import flags
 from keras_bilinear import datasets
 from keras_bilinear.demo_results import DemoResults, Result
 from keras_bilinear.errors import CommandError, require
-from keras_bilinear.export import export_litert, measure_litert
+from keras_bilinear.export import export_litert
 from keras_bilinear.factors import choose_factors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.layers import BilinearDense, BilinearEmbedding
@@ -34,7 +34,6 @@ QUICK_EXAMPLES = 512
 # The flags that decide the result.
 SETTINGS = ("width", "depth", "rank", "scale", "batch_size", "learning_rate", "seed")
 # Examples on which the LiteRT file is compared with the Keras model.
-COMPARED_EXAMPLES = 64
 # The first steps compile and warm up.
 UNTIMED_STEPS = 3
 
@@ -246,13 +245,12 @@ def write(model: keras.Model, dataset: datasets.Dataset, output_dir: pathlib.Pat
     """Writes a trained network as `.keras` and `.tflite` and measures both files.
 
     Returns:
-        The size of the `.keras` file and the `LiteRTMeasurement`.
+        The size of the `.keras` file and the `LiteRTReport`.
     """
     with staged(output_dir) as folder, _quiet():
         keras_file, litert_file = folder / f"{name}.keras", folder / f"{name}.tflite"
         model.save(keras_file)
-        export_litert(model, litert_file)
-        litert = measure_litert(litert_file, model, dataset.x_test[:COMPARED_EXAMPLES])
+        litert = export_litert(model, litert_file, representative_data=dataset.x_test)
         return keras_file.stat().st_size, litert
 
 

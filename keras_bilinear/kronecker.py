@@ -7,11 +7,14 @@ padding or dtypes.
 
 import math
 
-from keras import backend, ops
+from keras import ops
 
-# XLA likes one large matrix product and fuses the transposes around it; the
-# other backends call one library kernel per op and like it batched.
-_COMPILES_WITH_XLA = backend.backend() == "jax"
+from keras_bilinear.runtime import EXPORTED, runtime
+
+# XLA likes one large matrix product and fuses the transposes around it; LiteRT
+# quantizes and runs best the products whose right operand is a constant matrix.
+# The others call one library kernel per op and like it batched.
+_FLAT_PRODUCTS = ("jax", EXPORTED)
 
 
 def project(x, left, right, order):
@@ -79,7 +82,7 @@ def _split(x, count, axis):
 
 def _multiply_each(matrix, x):
     """`matrix @ x[i]` for each of the matrices in `x`: `(m, p), (n, p, q) -> (n, m, q)`."""
-    if not _COMPILES_WITH_XLA:
+    if runtime() not in _FLAT_PRODUCTS:
         return ops.matmul(matrix, x)
     m, p = matrix.shape
     y = ops.matmul(ops.reshape(ops.transpose(x, (0, 2, 1)), (-1, p)), ops.transpose(matrix))
@@ -220,6 +223,10 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
 def _multiply(x, kernel, inputs, outputs, axes, other, options):
     """Contracts with a left factor without a window: a matrix product."""
     columns = (*axes, other)
+    if x.sizes["group"] == 1 and runtime() == EXPORTED:
+        rows = ("n", "group", *columns)
+        y = ops.matmul(x.merge(rows, inputs), kernel.merge(("group", *axes, *inputs), outputs))
+        return _Named(y, (rows, outputs), x.sizes)
     if x.sizes["group"] == 1:
         batch = (("n", "group"),)
         kernel = kernel.merge(("group", *axes, *outputs), inputs)

@@ -1,9 +1,11 @@
 """Whole models: full layers become bilinear ones as a plan says, and the other way round."""
 
 import dataclasses
+import json
 import pathlib
 import tempfile
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 
 import keras
 
@@ -244,8 +246,13 @@ def _finish(copy, model):
     return copy
 
 
-def copy_model(model: keras.Model) -> keras.Model:
+def copy_model(model: keras.Model, change: Callable | None = None) -> keras.Model:
     """A model of its own with the same configuration and weights, not compiled.
+
+    Args:
+        model: the model.
+        change: a function that is called with each dictionary in the
+            configuration, and may change it; `None` changes nothing.
 
     Raises:
         ValueError: if the model cannot be saved and loaded.
@@ -254,6 +261,8 @@ def copy_model(model: keras.Model) -> keras.Model:
         file = pathlib.Path(folder, "model.keras")
         try:
             model.save(file)
+            if change is not None:
+                file = _changed(file, change)
             # Whatever code there is in it is in this process already.
             return keras.models.load_model(file, compile=False, safe_mode=False)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -262,6 +271,28 @@ def copy_model(model: keras.Model) -> keras.Model:
                 "Has each class of its own a `get_config`, and is it registered with "
                 f"`keras.saving.register_keras_serializable`? {type(error).__name__}: {error}"
             ) from error
+
+
+def _changed(file, change):
+    """A `.keras` file beside another one, with a changed configuration."""
+
+    def visit(value):
+        if isinstance(value, dict):
+            change(value)
+        for one in value.values() if isinstance(value, dict) else value:
+            if isinstance(one, dict | list):
+                visit(one)
+
+    new = file.with_name("changed.keras")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(new, "w") as archive:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "config.json":
+                config = json.loads(content)
+                visit(config)
+                content = json.dumps(config)
+            archive.writestr(name, content)
+    return new
 
 
 def _check_plan(model, plan):

@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 from keras_bilinear import datasets, plan_rewrite
+from keras_bilinear.litert import run_litert
 
 
 @pytest.fixture
@@ -43,6 +44,26 @@ def test_a_saved_model_is_planned_rewritten_and_expanded(run, saved, model):
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="see test_export.py")
+def test_a_saved_model_is_exported(run, saved, model):
+    pytest.importorskip("ai_edge_litert")
+    arguments = ("export", saved / "full.keras", saved / "full.tflite")
+    data = f"--representative_data={saved / 'x.npy'}"
+    status, output, _ = run(*arguments, "--input_shape=2,24")
+    assert status == 0
+    assert "FULLY_CONNECTED" in output
+    x = model_kinds.VECTORS.reshape(-1, 2, 24)
+    (outputs,) = run_litert(saved / "full.tflite", {"input_1": x}).outputs.values()
+    expected = ops.convert_to_numpy(model(model_kinds.VECTORS))
+    np.testing.assert_allclose(outputs.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+    options = ("--overwrite", "--quantize=int8", "--quantize_io", "--input_shape=input_1=1,24")
+    assert run(*arguments, data, *options)[0] == 0
+    (outputs,) = run_litert(
+        saved / "full.tflite", {"input_1": x.reshape(-1, 1, 24)}
+    ).outputs.values()
+    np.testing.assert_allclose(outputs[:, 0], expected, atol=0.1 * np.abs(expected).max())
 
 
 def test_models_are_inspected(run, saved, model):
@@ -138,6 +159,10 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):
         (["rewrite", "{}/full.keras", "{}/small.h5"], "the output must be a .keras file"),
         (["plan", "{}/full.keras", "--output={}/a.txt"], "the output must be a .json file"),
         (["rewrite", "{}/full.keras", "{}/full.keras/small.keras"], "cannot write into"),
+        (["export", "{}/full.keras", "{}/a.bin"], "the output must be a .tflite file"),
+        (["export", "{}/full.keras", "{}/a.tflite", "--input_shape=1,x"], "must be numbers with"),
+        (["export", "{}/full.keras", "{}/a.tflite", "--input_shape=1,25"], "must fit the input"),
+        (["export", "{}/full.keras", "{}/a.tflite", "--quantize=int8"], "`representative_data`"),
         (["plan", "{}/full.keras", "--budget=0"], "`budget` must be above 0"),
         (["plan", "{}/full.keras", "--budget=0.01"], "No plan keeps to the limit"),
         (["plan", "{}/full.keras", "--budget=0.1", "--rank=3"], "At most one of"),

@@ -77,7 +77,7 @@ def options_of_a_dimension(dimensions):
 )
 def test_equals_the_stock_layer_with_the_expanded_kernel(dimensions, options, order, pattern):
     layer = make(dimensions, (6, 8), **options, rank=2, pattern=pattern, activation="tanh")
-    layer._kernel.order = order
+    layer._kernel._order = order
     x = draw(2, *range(6, 6 + dimensions), 6)
     assert_close(evaluate(layer, x), evaluate(stock_layer(layer), x))
 

@@ -1,118 +1,362 @@
+import json
+
 import keras
+import model_kinds
 import numpy as np
 import pytest
+from keras import layers, ops
 
 from keras_bilinear import (
     BilinearConv1D,
     BilinearConv2D,
+    BilinearConv3D,
     BilinearDense,
     BilinearEmbedding,
     BilinearGRU,
+    BilinearLSTM,
+    BilinearSimpleRNN,
+    export_litert,
+    exporting,
+    rewrite_model,
 )
-from keras_bilinear.export import export_litert, inference_twin, measure_litert
+from keras_bilinear.export import inference_twin
+from keras_bilinear.litert import inspect_litert, run_litert
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("ai_edge_litert")
 
+RNG = np.random.default_rng(0)
+on_tensorflow = pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="other backends export in a process with TensorFlow, which some tests show",
+)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype("float32")
+
 
 @pytest.fixture
 def exported(tmp_path):
-    def export(model, inputs):
+    def export(model, *arguments, **options):
         path = tmp_path / "model.tflite"
-        export_litert(model, path)
+        report = export_litert(model, path, *arguments, **options)
         assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
-        return measure_litert(path, model, inputs)
+        assert report.path == str(path)
+        assert report.bytes == path.stat().st_size
+        assert report.difference <= report.tolerance
+        return report
 
     return export
 
 
-def test_a_square_rank_1_layer_is_exported_factorized(exported):
-    model = keras.Sequential([keras.Input((1024,)), BilinearDense(1024)])
-    measured = exported(model, np.random.default_rng(0).normal(size=(8, 1024)).astype("float32"))
-    assert measured.bytes < 25_000
-    assert measured.difference < 1e-5
-    assert 0 < measured.latency_us < 1e5
+@pytest.fixture
+def refuses(tmp_path):
+    """Exports what cannot be; nothing is made, and what was there stays."""
+
+    def refuse(error, match, model, name="model.tflite", **options):
+        (tmp_path / "model.tflite").write_bytes(b"older")
+        with pytest.raises(error, match=match):
+            export_litert(model, tmp_path / name, **options)
+        assert (tmp_path / "model.tflite").read_bytes() == b"older"
+        assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
+
+    return refuse
 
 
-def test_a_masked_embedding_is_exported_with_builtin_operations(exported):
+def test_a_file_answers_as_the_float64_kernel_does(exported):
+    layer = BilinearDense(1024, rank=2)
+    x = normal(3, 1024)
+    report = exported(
+        keras.Sequential([keras.Input((1024,), name="x"), layer]), representative_data=x
+    )
+    kernel = ops.convert_to_numpy(layer.kernel).astype("float64")
+    (outputs,) = run_litert(report.path, {"x": x[:, None]}).outputs.values()
+    np.testing.assert_allclose(outputs[:, 0], x @ kernel, rtol=1e-4, atol=1e-4)
+    assert report.difference < 1e-6
+    assert report.bytes < 22_000
+    assert report.ops == {"RESHAPE": 3, "TRANSPOSE": 2, "FULLY_CONNECTED": 2}
+    assert 4 * 2048 <= report.arena_bytes <= 4 * 6 * 1024
+    assert report.latency_us > 0
+    assert report.memory_bytes is None or 1e6 < report.memory_bytes < 2e8
+
+
+@on_tensorflow
+def test_a_report_is_a_table_and_json(exported):
+    report = exported(keras.Sequential([keras.Input((8,)), BilinearDense(8)]))
+    assert "FULLY_CONNECTED" in str(report)
+    assert "<pre" in report._repr_html_()
+    assert json.loads(report.to_json())["bytes"] == report.bytes
+
+
+@on_tensorflow
+def test_a_masked_embedding_is_exported(exported):
     model = keras.Sequential(
         [
             keras.Input((6,), dtype="int32"),
             BilinearEmbedding(1000, 30, mask_zero=True, rank=2),
-            keras.layers.GlobalAveragePooling1D(),
+            layers.GlobalAveragePooling1D(),
             BilinearDense(3),
         ]
     )
-    measured = exported(model, np.random.default_rng(0).integers(0, 1000, (8, 6)))
-    assert measured.difference < 1e-5
+    tokens = RNG.integers(0, 1000, (8, 6))
+    assert exported(model, representative_data=tokens).difference < 1e-5
 
 
+@on_tensorflow
 def test_convolutions_are_exported_as_their_factors(exported):
-    bilinear = BilinearConv2D(64, 3, rank=2, implementation="materialized")
-    spatial = BilinearConv2D(32, 3, 2, padding="same", pattern="spatial", activation="relu")
+    materialized = BilinearConv2D(64, 3, rank=2, implementation="materialized")
     model = keras.Sequential(
         [
             keras.Input((12, 12, 3)),
             BilinearConv2D(64, 3, padding="same"),
-            bilinear,
-            spatial,
-            keras.layers.Reshape((25, 32)),
-            BilinearConv1D(16, 5, padding="causal", dilation_rate=2, implementation="factorized"),
-            BilinearConv1D(16, 3, groups=2, implementation="factorized"),
-            keras.layers.GlobalAveragePooling1D(),
+            materialized,
+            BilinearConv2D(32, 3, 2, padding="same", pattern="spatial", activation="relu"),
+            layers.Reshape((25, 32)),
+            BilinearConv1D(16, 5, padding="causal", dilation_rate=2),
+            BilinearConv1D(16, 3, groups=2),
+            BilinearConv1D(20, 1),
+            layers.GlobalAveragePooling1D(),
         ]
     )
-    inputs = np.random.default_rng(0).normal(size=(4, 12, 12, 3)).astype("float32")
-    measured = exported(model, inputs)
-    assert measured.difference < 1e-5
-    assert 4 * model.count_params() < measured.bytes < 4 * bilinear.factorization.full_parameters
+    report = exported(model)
+    assert report.difference < 1e-5
+    assert 4 * model.count_params() < report.bytes < 4 * materialized.factorization.full_parameters
 
 
-def test_a_mixed_precision_model_is_exported_in_float32(exported):
-    dtype = "mixed_bfloat16"
-    inner = keras.Sequential([keras.Input((20,)), BilinearDense(12, dtype=dtype)])
-    model = keras.Sequential([keras.Input((20,)), inner, keras.layers.Dense(4, dtype=dtype)])
-    inputs = np.random.default_rng(0).normal(size=(8, 20)).astype("float32")
-    assert exported(model, inputs).difference < 1e-5
-    hidden = inputs @ keras.ops.convert_to_numpy(inner.layers[0].kernel)
-    expected = hidden @ model.get_weights()[-2]  # all biases are zero
-    np.testing.assert_allclose(
-        inference_twin(model).predict(inputs, verbose=0), expected, atol=1e-4
+@on_tensorflow
+def test_a_convolution_over_three_axes_is_exported(exported):
+    model = keras.Sequential([keras.Input((4, 5, 6, 4)), BilinearConv3D(8, 3, padding="same")])
+    assert exported(model).difference < 1e-5
+
+
+def images(*filters):
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 32)),
+            *(BilinearConv2D(size, 3, padding="same", rank=2) for size in filters),
+            layers.Flatten(),
+            BilinearDense(128, rank=4),
+        ]
     )
+
+
+@on_tensorflow
+def test_every_quantization_makes_smaller_files_of_whole_factors(exported):
+    model, x = images(64, 64), normal(64, 8, 8, 32)
+    sizes = {}
+    for quantize in (None, "float16", "dynamic_int8", "int8"):
+        report = exported(model, quantize=quantize, representative_data=x)
+        assert (report.difference < 1e-5) == (quantize is None)
+        # Each factor is a constant on the right of a built-in operation.
+        assert report.ops["FULLY_CONNECTED"] == 4
+        assert report.ops["CONV_2D"] == 2
+        assert "BATCH_MATMUL" not in report.ops
+        sizes[quantize] = report.bytes
+    assert sizes["float16"] < 0.7 * sizes[None]
+    assert sizes["dynamic_int8"] < sizes["float16"]
+    assert sizes["int8"] < sizes["float16"]
+
+
+@on_tensorflow
+def test_integers_go_in_and_come_out_on_request(exported):
+    model, x = images(32), normal(64, 8, 8, 32)
+    converted = exported(model, quantize="int8", representative_data=x)
+    integers = exported(model, quantize="int8", representative_data=x, quantize_io=True)
+    assert {"QUANTIZE", "DEQUANTIZE"} <= converted.ops.keys()
+    assert not {"QUANTIZE", "DEQUANTIZE"} & integers.ops.keys()
+
+
+def recurrent(*layers, steps=6):
+    return keras.Sequential([keras.Input((steps, 16)), *layers])
+
+
+@on_tensorflow
+@pytest.mark.parametrize("layer", [BilinearSimpleRNN, BilinearGRU, BilinearLSTM])
+def test_recurrent_layers_are_a_loop_or_unrolled(exported, layer):
+    model = recurrent(layer(32, rank=2, implementation="materialized"))
+    loop = exported(model)
+    assert loop.ops["WHILE"] == 1
+    assert loop.difference < 1e-5
+    unrolled = exported(model, unroll=True)
+    assert "WHILE" not in unrolled.ops
+    assert unrolled.difference < 1e-5
+    assert loop.bytes < unrolled.bytes
+    integers = exported(model, quantize="int8", representative_data=normal(50, 6, 16))
+    assert "WHILE" not in integers.ops
+
+
+@on_tensorflow
+def test_masks_states_and_directions_of_recurrent_layers_are_exported(exported):
+    model = keras.Sequential(
+        [
+            keras.Input((7,), dtype="int32"),
+            BilinearEmbedding(50, 16, mask_zero=True),
+            layers.Bidirectional(BilinearLSTM(12, return_sequences=True)),
+            layers.TimeDistributed(BilinearDense(9)),
+            BilinearGRU(16, reset_after=False, go_backwards=True),
+        ]
+    )
+    tokens = RNG.integers(1, 50, (8, 7))
+    tokens[:4, 3:] = 0
+    assert exported(model, representative_data=tokens).difference < 1e-5
+
+
+@on_tensorflow
+def test_an_unknown_number_of_steps_can_be_given(exported, refuses):
+    model = recurrent(layers.LSTM(8), steps=None)
+    assert exported(model, input_shapes=(2, 5, 16)).difference < 1e-5
+    refuses(ValueError, r"`input_shapes` must say those of .*None", model)
+
+
+@pytest.mark.parametrize("kind", ["two_inputs", "attention", "subclassed"])
+def test_rewritten_models_of_other_kinds_are_exported(exported, kind):
+    model, inputs = getattr(model_kinds, kind)()
+    small = rewrite_model(model, rank=1)
+    report = exported(small, representative_data=inputs)
+    assert report.difference < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_a_mixed_precision_model_is_exported_in_float32(exported, dtype):
+    inner = keras.Sequential([keras.Input((20,)), BilinearDense(12, dtype=dtype)])
+    model = keras.Sequential([keras.Input((20,)), inner, layers.Dense(4, dtype=dtype)])
+    x = normal(8, 20)
+    hidden = x @ ops.convert_to_numpy(inner.layers[0].kernel)
+    expected = hidden @ model.get_weights()[-2]  # all biases are zero
+    twin = inference_twin(model)
+    np.testing.assert_allclose(twin.predict(x, verbose=0), expected, atol=1e-4)
+    if keras.config.backend() == "tensorflow":
+        assert exported(model, representative_data=x).difference < 1e-5
 
 
 def test_a_float32_model_is_its_own_twin():
-    model = keras.Sequential([keras.Input((4,)), BilinearDense(4)])
+    model = keras.Sequential([keras.Input((4,)), BilinearDense(4), BilinearDense(4)])
     assert inference_twin(model) is model
+    assert inference_twin(model, unroll=True) is model
 
 
-def test_a_materialized_layer_has_a_factorized_twin_where_that_is_smaller():
-    small = BilinearDense(64, implementation="materialized", name="small")
-    large = BilinearDense(64, rank=60, implementation="materialized", name="large")
-    model = keras.Sequential([keras.Input((64,)), small, large])
-    twin = inference_twin(model)
-    implementations = [layer.implementation for layer in twin.layers]
-    assert implementations == ["factorized", "materialized"]
-    x = np.random.default_rng(0).normal(size=(8, 64)).astype("float32")
-    expected = model.predict(x, verbose=0)
-    np.testing.assert_allclose(twin.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("layer", [BilinearDense, BilinearGRU])
+def test_while_a_model_is_exported_factors_are_applied_where_they_are_smaller(layer):
+    small = layer(64, rank=2, implementation="materialized")
+    large = layer(64, rank=60, implementation="factorized")
+    for one, smaller in ((small, True), (large, False)):
+        one(normal(2, 3, 64)[:, 0] if layer is BilinearDense else normal(2, 3, 64))
+        kernel = one.cell._recurrent_kernel if layer is BilinearGRU else one._kernel
+        assert kernel.materialized == smaller
+        with exporting():
+            assert kernel.materialized != smaller
+        assert kernel.materialized == smaller
 
 
-def test_a_materialized_recurrent_layer_has_a_factorized_twin():
-    layer = BilinearGRU(64, rank=2, implementation="materialized", unroll=True)
-    model = keras.Sequential([keras.Input((3, 16)), layer])
-    twin = inference_twin(model)
-    assert twin.layers[0].cell.implementation == "factorized"
-    x = np.random.default_rng(0).normal(size=(8, 3, 16)).astype("float32")
-    expected = model.predict(x, verbose=0)
-    np.testing.assert_allclose(twin.predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("export_format", ["tf_saved_model", "onnx"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (BilinearDense(256, rank=2, implementation="materialized"), (256,)),
+        (BilinearConv2D(64, 3, padding="same", implementation="materialized"), (8, 8, 64)),
+        (BilinearGRU(64, implementation="materialized"), (5, 64)),
+        (BilinearLSTM(64, implementation="materialized"), (5, 64)),
+    ],
+    ids=["dense", "conv", "gru", "lstm"],
+)
+@on_tensorflow
+def test_saved_models_and_onnx_files_hold_factors(tmp_path, layer, shape, export_format):
+    model = keras.Sequential([keras.Input(shape, name="x"), layer])
+    x = normal(4, *shape)
+    expected = ops.convert_to_numpy(model(x))
+    path = tmp_path / "model.onnx"
+    with exporting():
+        model.export(path, format=export_format, verbose=False)
+    if export_format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        (outputs,) = onnxruntime.InferenceSession(path).run(None, {"x": x})
+        stored = path.stat().st_size
+    else:
+        import tensorflow as tf
+
+        serve = tf.saved_model.load(path).signatures["serving_default"]
+        (outputs,) = serve(x=tf.constant(x)).values()
+        stored = (path / "variables/variables.data-00000-of-00001").stat().st_size
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    full = sum(kernel.factorization.full_parameters for kernel in kernels(layer))
+    assert stored < 0.5 * 4 * full
 
 
-def test_an_export_that_needs_more_than_builtin_operations_fails_and_leaves_the_file(tmp_path):
-    path = tmp_path / "model.tflite"
-    path.write_bytes(b"older")
-    model = keras.Sequential([keras.Input((8, 4)), keras.layers.LSTM(2)])
-    with pytest.raises(ValueError, match=r"^The model cannot be exported .* only: .*tf\.\w+.*"):
-        export_litert(model, path)
-    assert path.read_bytes() == b"older"
-    assert len(list(tmp_path.iterdir())) == 1
+def kernels(layer):
+    return getattr(layer, "cell", layer)._kernels.values()
+
+
+@on_tensorflow
+def test_what_is_no_built_in_operation_is_refused_with_its_layer(refuses):
+    class Determinant(keras.layers.Layer):
+        def call(self, x):
+            return ops.det(x)
+
+    model = keras.Sequential([keras.Input((3, 3)), Determinant(name="volume")])
+    refuses(ValueError, r"built-in .* layer 'volume' \(Determinant\): 'tf\.\w+' op", model)
+
+
+@on_tensorflow
+def test_a_file_that_differs_too_much_is_not_kept(refuses):
+    model, x = images(16), normal(8, 8, 8, 32)
+    options = {"quantize": "int8", "representative_data": x, "tolerance": 1e-6}
+    refuses(ValueError, r"differ from the model's by .*tolerance=1e-06", model, **options)
+
+
+@on_tensorflow
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"quantize": "int4"}, r"must be one of .* Received: quantize='int4'"),
+        ({"quantize": "int8"}, "needs `representative_data`"),
+        ({"quantize_io": True}, "`quantize_io` needs `quantize='int8'`"),
+        (
+            {"quantize": "int8", "representative_data": np.ones((9, 6, 16)), "unroll": False},
+            "no integer loops",
+        ),
+        ({"representative_data": np.ones((9, 6, 17))}, r"must fit the input .* \(9, 6, 17\)"),
+        ({"representative_data": "x"}, "`representative_data` must be an array"),
+        ({"input_shapes": (1, 6, 17)}, r"must fit the input .* Received: \(1, 6, 17\)"),
+        ({"input_shapes": [(1, 6, 16)] * 2}, "a shape for each of the 1 inputs"),
+        ({"input_shapes": {"y": (1, 6, 16)}}, "by the names of inputs"),
+        ({"name": "model.bin"}, r"must end with \.tflite"),
+    ],
+)
+def test_arguments_that_are_not_valid_are_refused_before_work_starts(
+    refuses, options, match, monkeypatch
+):
+    model = recurrent(BilinearGRU(8))
+    monkeypatch.setattr(model, "export", None)
+    refuses((ValueError, TypeError), match, model, **options)
+
+
+@on_tensorflow
+def test_an_unbuilt_model_and_a_missing_folder_are_refused(refuses):
+    refuses(ValueError, "must be a built Keras model", keras.Sequential([BilinearDense(8)]))
+    model = keras.Sequential([keras.Input((4,)), BilinearDense(8)])
+    refuses(OSError, "no writable folder", model, name="missing/model.tflite")
+
+
+@on_tensorflow
+def test_missing_packages_are_named(refuses, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    model = keras.Sequential([keras.Input((4,)), BilinearDense(8)])
+    refuses(ImportError, "needs tensorflow: run `pip install tensorflow`", model)
+
+
+@on_tensorflow
+def test_a_file_that_is_none_cannot_be_run(tmp_path):
+    path = tmp_path / "broken.tflite"
+    path.write_bytes(b"not a model")
+    with pytest.raises(RuntimeError, match=r"cannot run 'broken\.tflite'"):
+        run_litert(path, {"x": np.ones((1, 1, 4))})
+
+
+@on_tensorflow
+def test_the_arena_is_what_lives_at_once(exported):
+    inputs = keras.Input((100,))
+    hidden = layers.Dense(300)(inputs)
+    model = keras.Model(inputs, layers.Dense(50)(hidden))
+    report = exported(model)
+    assert inspect_litert(report.path)["arena_bytes"] == report.arena_bytes == 4 * 400

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         saved.check_output(output, ".json")
     with saved.progress(f"planning {source}") as bar:
         model = saved.load(source)
-        plan = saved.make_plan(model, saved.calibration(model, bar))
+        plan = saved.make_plan(model, saved.read_data(model, bar))
     print(plan, end="")
     if output:
         saved.write(plan.to_json() + "\n", output)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         raise CommandError(f"--plan and --{', --'.join(limits)} exclude each other")
     with saved.progress(f"rewriting {source}") as bar:
         model = saved.load(source)
-        data = saved.calibration(model, bar)
+        data = saved.read_data(model, bar)
         plan = _read_plan(pathlib.Path(FLAGS.plan)) if FLAGS.plan else saved.make_plan(model, data)
         with saved.command_errors(ValueError):
             small = rewrite_model(model, plan, data)

@@ -42,15 +42,23 @@ def define_plan_flags() -> None:
     flags.DEFINE_integer(
         "scale", None, "What the factors of hidden layers are multiplied by; 1 if it is not given."
     )
+    define_data_flags("calibration", "to fit to")
+
+
+def define_data_flags(name: str, use: str) -> None:
+    """Defines the flags that name inputs of the model.
+
+    Args:
+        name: of the flag for the inputs themselves.
+        use: what they are for.
+    """
     flags.DEFINE_string(
-        "calibration",
+        name,
         None,
-        "Inputs of the model: a .npy file, a .npz file with an array for each input, or the name "
-        "of an image or text classification set of TensorFlow Datasets.",
+        f"Inputs of the model {use}: a .npy file, a .npz file with an array for each input, or "
+        "the name of an image or text classification set of TensorFlow Datasets.",
     )
-    flags.DEFINE_integer(
-        "examples", 1024, "Examples of the calibration data to use.", lower_bound=1
-    )
+    flags.DEFINE_integer("examples", 1024, "Examples of them to use.", lower_bound=1)
     flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
 
 
@@ -117,17 +125,18 @@ def write(text: str, path: pathlib.Path) -> None:
         (folder / path.name).write_text(text)
 
 
-def calibration(model: keras.Model, bar: rich.progress.Progress):
-    """The calibration data that `--calibration` names; `None` without the flag.
+def read_data(model: keras.Model, bar: rich.progress.Progress, flag: str = "calibration"):
+    """The inputs that a flag names; `None` without the flag.
 
     Args:
         model: the model that they are for.
         bar: where each pass through the data is shown.
+        flag: see `define_data_flags`.
 
     Raises:
         CommandError: if they cannot be read or are no inputs of the model.
     """
-    name = FLAGS.calibration
+    name = FLAGS[flag].value
     if name is None:
         return None
     data = _read(name)
@@ -141,17 +150,17 @@ def calibration(model: keras.Model, bar: rich.progress.Progress):
         reason = str(error).strip().splitlines()[0]
         raise CommandError(f"{name!r} has no inputs of the model: {reason}") from error
     data = keras.tree.map_structure(lambda values: values[: FLAGS.examples], data)
-    return _Passes([*model_batches(data)], bar)
+    return _Passes([*model_batches(data)], bar, flag.replace("_", " "))
 
 
 class _Passes:
     """Batches that show how far a pass through them is."""
 
-    def __init__(self, batches, bar):
-        self._batches, self._bar = batches, bar
+    def __init__(self, batches, bar, name):
+        self._batches, self._bar, self._name = batches, bar, name
 
     def __iter__(self):
-        task = self._bar.add_task("calibration data", total=len(self._batches))
+        task = self._bar.add_task(self._name, total=len(self._batches))
         try:
             for batch in self._batches:
                 yield batch

@@ -16,6 +16,7 @@ from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
 from keras_bilinear.fit import Moments, fit_kronecker_sum
 from keras_bilinear.initializers import FactorInitializers, split_into_gates
+from keras_bilinear.runtime import EXPORTED, exporting, runtime
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
 SHARED = ("rank", "input_factors", "output_factors", "implementation")
@@ -77,7 +78,9 @@ class KroneckerKernel:
 
         self.factorization = factorization
         self.gain = initializers[0].gain
-        self.order = choose_order(factorization, implementation, strides)
+        self._order = choose_order(factorization, implementation, strides)
+        with exporting():
+            self._exported_order = choose_order(factorization, implementation, strides)
         shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
         self.left = layer.add_weight(
             name=f"left_{name}",
@@ -102,6 +105,11 @@ class KroneckerKernel:
         if math.prod(left.shape) <= math.prod(right.shape):
             return ops.multiply(left, self.gain), right
         return left, ops.multiply(right, self.gain)
+
+    @property
+    def order(self):
+        """The side to contract first, `"left"` or `"right"`; `None` forms the kernel."""
+        return self._exported_order if runtime() == EXPORTED else self._order
 
     @property
     def materialized(self):

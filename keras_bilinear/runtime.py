@@ -1,0 +1,40 @@
+"""Where the operations that layers make are going to run: on Keras' backend, or from a file."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+from keras import backend
+
+EXPORTED = "exported"
+_RUNTIME = contextvars.ContextVar("runtime", default="")
+
+
+def runtime() -> str:
+    """`"tensorflow"`, `"jax"` or `"torch"`, or `"exported"` while a model is traced for a file."""
+    return _RUNTIME.get() or backend.backend()
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Within it, bilinear layers make the operations that suit a file.
+
+    A kernel that is formed at each call would be stored in its full size, as
+    converters compute ahead what depends on weights alone. Here the factors are
+    applied one after the other, wherever they are the smaller, as matrix products
+    with a constant matrix on the right. `export_litert` does so by itself; around
+    `model.export` it makes ONNX files and the like small.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((64,)), BilinearDense(64)])
+    >>> with exporting():
+    ...     y = model(np.ones((2, 64)))
+    >>> y.shape == (2, 64)
+    True
+    """
+    token = _RUNTIME.set(EXPORTED)
+    try:
+        yield
+    finally:
+        _RUNTIME.reset(token)
