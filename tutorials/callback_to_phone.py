@@ -93,16 +93,19 @@ plt.show()
 # ## LiteRT files
 #
 # Each network is written twice: with its weights in float32, and with `dynamic_int8`, where
-# weights are stored as integers of eight bits and inputs are rounded as they come. The report says
-# how large the file is, how long one example takes on this machine, and how far its outputs are
-# from those of the Keras model.
+# weights are stored as integers of eight bits and inputs are rounded as they come. It leaves alone
+# what has fewer than 1,024 numbers, as small factors do. The report says how large the file is,
+# which operations it has, how long one example takes on this machine, and how far its outputs are
+# from those of the Keras model on a hundred images.
 
 # %%
 reports = {}
 for name, model in {"full": full, "bilinear": small}.items():
     for quantize in (None, "dynamic_int8"):
         label = f"{name}, {quantize or 'float32'}"
-        reports[label] = export_litert(model, f"{label}.tflite", quantize=quantize)
+        reports[label] = export_litert(
+            model, f"{label}.tflite", quantize, representative_data=data.x_test[:100]
+        )
         print(label)
         print(reports[label])
 
