@@ -12,11 +12,12 @@
 #
 # # From a callback to a phone
 #
-# A network that begins full and becomes bilinear while it is trained has the best of both: it
-# learns its first features with all its freedom, and has the rest of the training to get over the
-# rewrite. `BilinearRewrite` is a Keras callback that does it inside one `fit`. What comes out is
-# written as a LiteRT (TensorFlow Lite) file with built-in operations only, as a phone runs it, and
-# tried out here.
+# `BilinearRewrite` is a Keras callback that makes a network bilinear while it is trained, inside
+# one `fit`. The network begins full, as you have written it; after the first epochs its layers
+# show how much rank each of them needs, and the rest of the training gets over the rewrite. What
+# comes out is written as a LiteRT (TensorFlow Lite) file with built-in operations only, as a phone
+# runs it, and tried out here. (Where the ranks are known already, begin bilinear: that takes less
+# time.)
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
