@@ -47,11 +47,6 @@ NANOSECONDS = {
         Work(0.03, 0.639, 2.62, 3.22, 12.3, 68.5),
         Work(0.0729, 0.186, 16.5, 0.0, 0.0, 0.0),
     ),
-    # Forward pass only; the materialized way is no choice there.
-    EXPORTED: (
-        Work(0.03, 0.01, 0.0, 0.0, 0.0, 0.0),
-        Work(0.03, 0.01, 0.0, 0.0, 0.0, 0.0),
-    ),
 }
 
 
@@ -169,8 +164,12 @@ def choose_order(plan, implementation, strides=()):
 
     A dense projection goes by its MACs, and so do the gates of a recurrent layer,
     whose small products count `SMALL_PRODUCT` times; a convolution goes by the
-    fitted model. A file for LiteRT would hold a formed kernel in its full size,
-    so there the factors are taken wherever they are the smaller.
+    fitted model.
+
+    An exported file would hold a formed kernel in its full size, so there the
+    factors are taken wherever they are the smaller, in the order with fewer MACs.
+    Of two with as many the right one comes first: as it does not sum over the
+    terms, it makes more channels at once, which fill the machine's vectors.
 
     Args:
         plan: a `Factorization`.
@@ -178,8 +177,11 @@ def choose_order(plan, implementation, strides=()):
         strides: those of a convolution.
     """
     if runtime() == EXPORTED:
-        smaller = plan.parameters < plan.full_parameters
-        implementation = "factorized" if smaller else "materialized"
+        if plan.parameters >= plan.full_parameters:
+            return None
+        if plan.pointwise:
+            return plan.order
+        return min(("right", "left"), key=lambda order: count_macs(plan, order, strides))
     if implementation == "materialized":
         return None
     if plan.pointwise:

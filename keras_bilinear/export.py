@@ -50,9 +50,10 @@ def export_litert(
 
     The file has built-in operations only, and of every bilinear layer the
     factors, not the kernel. It is for inputs of fixed sizes, and for one example
-    at a time if nothing else is said. A model of another dtype policy is exported
-    as in float32. The file is run and compared with the model before it gets its
-    name; whatever fails, nothing is left of it.
+    at a time if nothing else is said; those of a subclassed model are float32. A
+    model of another dtype policy is exported as in float32. The file is run and
+    compared with the model before it gets its name; whatever fails, nothing is
+    left of it.
 
     Args:
         model: a built model, of any backend.
@@ -174,10 +175,14 @@ def _input_specs(model, shapes):
         )
     else:  # subclassed: it knows the shapes of its first call
         built = model.get_build_config() or {}
-        known = built.get("shapes_dict") or {"inputs": built.get("input_shape")}
+        known = [*(built.get("shapes_dict") or {"": built.get("input_shape")}).values()]
+        if None in known:
+            raise ValueError(
+                "The shapes of the model's inputs must be known: call it on data first. "
+                f"Received: model={model!r}"
+            )
         arguments = keras.tree.map_shape_structure(
-            lambda shape: _spec("", (1, *shape[1:]), model.input_dtype),
-            list(known.values()),
+            lambda shape: _spec("", (1, *shape[1:]), "float32"), known
         )
     specs = [
         _spec(_UNNAMED.sub(f"input_{number}", one.name), one.shape, one.dtype)

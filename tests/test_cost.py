@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from keras_bilinear import cost
+from keras_bilinear import cost, exporting
 from keras_bilinear.factors import Factorization
 
 WINDOWS = {"channel": ((1, 1), (3, 3)), "spatial": ((3, 1), (1, 3))}
@@ -12,7 +12,7 @@ def plan(channels, filters, rank=1, pattern="channel", groups=1):
     return Factorization.create(channels, filters, None, None, rank, *WINDOWS[pattern], groups)
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+@pytest.mark.parametrize("backend", cost.NANOSECONDS)
 def test_auto_takes_the_faster_implementation(backend, monkeypatch):
     monkeypatch.setattr(cost, "runtime", lambda: backend)
     for pattern in WINDOWS:
@@ -37,6 +37,15 @@ def test_a_dense_projection_goes_by_its_macs():
     dense = Factorization.create(64, 8, (32, 2), (2, 4))
     assert cost.choose_order(dense, "auto") == "left"
     assert cost.choose_order(Factorization.create(64, 64, rank=50), "auto") is None
+
+
+def test_files_hold_what_is_smaller():
+    with exporting():
+        for implementation in ("auto", "factorized", "materialized"):
+            assert cost.choose_order(plan(64, 64, 4), implementation, (1, 1)) == "right"
+            assert cost.choose_order(plan(64, 64, 60), implementation, (1, 1)) is None
+        few_out = Factorization.create(64, 8, (8, 8), (2, 4), 1, *WINDOWS["channel"])
+        assert cost.choose_order(few_out, "auto", (1, 1)) == "left"
 
 
 def test_gates_are_factorized_where_that_saves_much():

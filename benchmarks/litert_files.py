@@ -1,8 +1,8 @@
 """Size, speed, memory and accuracy of LiteRT files, full and bilinear.
 
-    python benchmarks/litert.py --suite=layers
-    python benchmarks/litert.py --suite=networks --data_dir=DIR
-    python benchmarks/litert.py --suite=applications
+    python benchmarks/litert_files.py --suite=layers
+    python benchmarks/litert_files.py --suite=networks --data_dir=DIR
+    python benchmarks/litert_files.py --suite=applications
 
 Each suite writes `benchmarks/results/litert_SUITE.json` and the same as Markdown.
 
@@ -238,7 +238,7 @@ def main(argv):
         files = export(cases, pathlib.Path(folder))
         measure(files)
     records = [record for record, *_ in files]
-    command = f"python benchmarks/litert.py --suite={SUITE.value}"
+    command = f"python benchmarks/litert_files.py --suite={SUITE.value}"
     results = {"command": command, **machine(), "records": [*map(dataclasses.asdict, records)]}
     with staged(accuracy.RESULTS) as folder:
         (folder / f"litert_{SUITE.value}.json").write_text(json.dumps(results, indent=1) + "\n")
