@@ -56,8 +56,9 @@ def train(callbacks):
             keras.layers.Dense(10, dtype="float32"),
         ]
     )
+    steps = epochs * -(-len(data.x_train) // batch_size)
     model.compile(
-        "adam",
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -135,9 +136,10 @@ accuracies = {
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(12, 3), sharey=True, layout="constrained")
-for one, title, values in zip(
+for one, title, form, values in zip(
     axes,
     ("kB", "microseconds", "accuracy on the test set"),
+    ("{:,.0f}", "{:.1f}", "{:.3f}"),
     (
         [report.bytes / 1000 for report in reports.values()],
         [report.latency_us for report in reports.values()],
@@ -145,7 +147,7 @@ for one, title, values in zip(
     ),
     strict=True,
 ):
-    one.bar_label(one.barh(list(reports), values), fmt="{:.3g}", padding=3)
+    one.bar_label(one.barh(list(reports), values), fmt=form, padding=3)
     one.set_title(title)
     one.margins(x=0.2)
     one.spines[:].set_visible(False)
