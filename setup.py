@@ -16,6 +16,13 @@ DEMO = [
     "scikit-learn>=1.4",
     "tensorflow-datasets>=4.9",
 ]
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5,<10",
+    "mkdocstrings>=1,<2",
+    "mkdocstrings-python>=2,<3",
+]
+NOTEBOOKS = ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]
 
 setup(
     name="keras-bilinear",
@@ -37,10 +44,12 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "docs": DOCS,
         "jax": ["jax>=0.5"],
         "litert": LITERT,
         "test": [
             *DEMO,
+            *NOTEBOOKS,
             "hypothesis>=6.100",
             "onnxruntime>=1.20",
             "pytest>=8",

@@ -38,13 +38,13 @@ class Dataset:
     x_test: np.ndarray
     y_test: np.ndarray
 
-    def head(self, count: int) -> "Dataset":
-        """The first `count` examples of both splits."""
+    def head(self, count: int | None) -> "Dataset":
+        """The first `count` examples of both splits; all of them if it is `None`."""
         arrays = ("x_train", "y_train", "x_test", "y_test")
         return dataclasses.replace(self, **{name: getattr(self, name)[:count] for name in arrays})
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
+def load(name: str, data_dir: str | None = None, examples: int | None = None) -> Dataset:
     """Loads `"digits"` from scikit-learn, and any other name from TensorFlow Datasets.
 
     A set without a test split is tested on its validation split or, without
@@ -54,13 +54,16 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
         name: `"digits"`, or the name of an image or text classification set.
         data_dir: folder of the prepared TensorFlow Datasets; one that is not
             there yet is downloaded into it. `None` is their default folder.
+        examples: read only so many, the first, of both splits; `None` reads all.
 
     Raises:
         CommandError: if the package that has the data is not installed; if the
             name is not known; if the data cannot be downloaded; or if it is
             not for image or text classification.
     """
-    return _load_digits() if name == "digits" else _load_tfds(name, data_dir)
+    if name == "digits":
+        return _load_digits().head(examples)
+    return _load_tfds(name, data_dir, -1 if examples is None else examples)
 
 
 def _load_digits():
@@ -76,7 +79,7 @@ def _load_digits():
     return Dataset("digits", "image", 10, x_train, y_train, x_test, y_test)
 
 
-def _load_tfds(name, data_dir):
+def _load_tfds(name, data_dir, examples):
     require("tensorflow", "tensorflow_datasets", "importlib_resources")
     import tensorflow_datasets as tfds
 
@@ -93,8 +96,8 @@ def _load_tfds(name, data_dir):
     if "train" not in builder.info.splits:
         raise CommandError(f"data set {name!r} has no train split")
     train, test = _splits(builder.info.splits)
-    x_train, y_train = _read(builder, train, kind)
-    x_test, y_test = _read(builder, test, kind)
+    x_train, y_train = _read(builder, train, kind, examples)
+    x_test, y_test = _read(builder, test, kind, examples)
     if min(y_train.min(), y_test.min()) < 0:
         raise CommandError(f"data set {name!r} keeps labels of its {train} or {test} split secret")
     if kind == "text":
@@ -141,10 +144,10 @@ def _splits(splits):
     return "train[:80%]", "train[80%:]"
 
 
-def _read(builder, split, kind):
+def _read(builder, split, kind, examples):
     import tensorflow as tf
 
-    data = builder.as_dataset(split=split, as_supervised=True)
+    data = builder.as_dataset(split=split, as_supervised=True).take(examples)
     if kind == "image" and None in data.element_spec[0].shape:
         data = data.map(lambda x, y: (tf.cast(tf.image.resize(x, IMAGE_SIZE), tf.uint8), y))
     batches = list(data.batch(1024).as_numpy_iterator())

@@ -1,0 +1,136 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/compress_your_model.ipynb)
+#
+# # Compress your own trained model
+#
+# You have a trained network and want a tenth of it. `rewrite_model` looks at each layer, finds out
+# how well a bilinear one of each rank stands for it, and shares out the budget such that the sum
+# of the squared errors is least. With inputs of the model at hand it also *fits* the layers to
+# them, one after the other: each answers to what it gets from the rewritten layers before it as
+# the full model would. That is the difference between a network that still works and one that has
+# to be trained again.
+#
+# Put your own model and data in the place of the ones below; nothing else changes.
+
+# %% tags=["skip-execution"]
+# %pip install -q "keras-bilinear[tutorials]"
+
+# %%
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+
+from keras_bilinear import compare, expand_model, plan_rewrite, rewrite_model
+from keras_bilinear.tutorials import QUICK, load, set_up
+
+set_up()
+keras.utils.set_random_seed(0)
+data = load("fashion_mnist")
+test_set = data.x_test, data.y_test
+
+# %% [markdown]
+# ## The trained model
+#
+# A network of dense layers, from stock Keras layers.
+
+# %%
+width = 32 if QUICK else 256
+trained = keras.Sequential(
+    [
+        keras.Input((28, 28, 1)),
+        keras.layers.Flatten(),
+        keras.layers.Dense(width, activation="relu", name="hidden"),
+        keras.layers.Dense(width, activation="relu", name="hidden_2"),
+        keras.layers.Dense(10, dtype="float32", name="classes"),
+    ],
+    name="clothes",
+)
+
+
+def train(model, learning_rate, epochs):
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    model.fit(data.x_train, data.y_train, 128, epochs, validation_data=test_set)
+
+
+def accuracy(model):
+    labels = model.predict(data.x_test, batch_size=1000, verbose=0).argmax(-1)
+    return np.mean(labels == data.y_test)
+
+
+train(trained, 1e-3, epochs=1 if QUICK else 6)
+
+# %% [markdown]
+# ## The plan
+#
+# A plan says what becomes of each layer, and why a layer is left alone. It can be edited
+# (`plan["hidden"].rank = 6`) and kept (`plan.to_json()`). Calibration data are a few hundred to a
+# few thousand *inputs*; labels are not needed.
+
+# %%
+inputs = data.x_train[:1024]
+plan = plan_rewrite(trained, budget=0.1, calibration_data=inputs)
+plan
+
+# %% [markdown]
+# ## The small model
+
+# %%
+small = rewrite_model(trained, plan, calibration_data=inputs)
+comparison = compare(trained, small, test_set)
+comparison
+
+# %%
+comparison.plot()
+
+# %% [markdown]
+# ## How far can one go?
+#
+# For several budgets: the nearest sum of Kronecker products of each kernel, which knows no data;
+# the fit to the calibration data; and the fit after a little training at a low learning rate.
+
+# %%
+budgets = (0.2,) if QUICK else (0.2, 0.1, 0.05)
+curves = {"nearest, no data": [], "fitted to inputs": [], "fitted, then trained": []}
+for budget in budgets:
+    curves["nearest, no data"].append(accuracy(rewrite_model(trained, budget=budget)))
+    small = rewrite_model(trained, budget=budget, calibration_data=inputs)
+    curves["fitted to inputs"].append(accuracy(small))
+    train(small, 3e-4, epochs=1 if QUICK else 2)
+    curves["fitted, then trained"].append(accuracy(small))
+
+# %%
+plt.figure(figsize=(7, 4))
+plt.axhline(accuracy(trained), color="gray", linestyle="dotted", label="the trained model")
+for name, values in curves.items():
+    plt.plot([100 * budget for budget in budgets], values, marker="o", label=name)
+plt.xlabel("parameters that are kept, in percent")
+plt.ylabel("accuracy on the test set")
+plt.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## Take it along
+#
+# The small model is saved and loaded as any other; `import keras_bilinear` is all that loading
+# needs. Where even that is too much, `expand_model` turns it into stock Keras layers again, of
+# full size and with the same outputs.
+
+# %%
+small.save("small.keras")
+loaded = keras.models.load_model("small.keras")
+stock = expand_model(loaded)
+print({type(layer).__name__ for layer in stock.layers})
+print(f"accuracy {accuracy(small):.4f}, {accuracy(loaded):.4f} and {accuracy(stock):.4f}")

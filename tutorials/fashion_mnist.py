@@ -1,0 +1,103 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/fashion_mnist.ipynb)
+#
+# # Fashion-MNIST: a bilinear MLP
+#
+# A dense layer with 1,024 inputs and 1,024 outputs stores a million numbers. A bilinear one
+# reshapes its input into a 32 x 32 matrix `X` and multiplies it from both sides, `Y = Lᵀ X R`. The
+# two factors are 32 x 32 as well: 2,048 numbers. One such product is a poor layer, as it can only
+# treat all rows alike and all columns alike. A sum of a few of them, the `rank`, is a good one.
+#
+# This notebook trains three networks in the same way: a full one, a bilinear one, and a full one
+# that is so narrow that it is as small. The last is the fair rival: a bilinear network is worth it
+# only if it beats the network that one gets by just using fewer units.
+
+# %% tags=["skip-execution"]
+# %pip install -q "keras-bilinear[tutorials]"
+
+# %%
+import keras
+
+from keras_bilinear import BilinearDense
+from keras_bilinear.tutorials import QUICK, draw, load, set_up
+
+set_up()
+data = load("fashion_mnist")
+epochs, batch_size = (1 if QUICK else 12), 128
+
+# %% [markdown]
+# ## Three networks
+#
+# `BilinearDense` takes the arguments of `Dense`, and `rank`. The last layer has only ten outputs;
+# it is computed in float32, as the softmax of the loss needs that precision.
+
+
+# %%
+def network(width, dense=keras.layers.Dense, **options):
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            keras.layers.Flatten(),
+            dense(width, activation="relu", **options),
+            dense(width, activation="relu", **options),
+            dense(10, dtype="float32", **options),
+        ]
+    )
+
+
+networks = {
+    "full": network(1024),
+    "bilinear, rank 10": network(1024, BilinearDense, rank=10),
+    "narrower full": network(51),
+}
+for name, model in networks.items():
+    print(f"{name}: {model.count_params():,} parameters")
+
+# %% [markdown]
+# ## Training
+#
+# All three get the same optimizer and the same learning rate. That works because the factors start
+# such that the kernel they stand for has the variance of a full one, and because their gradients
+# are scaled such that this kernel moves as fast as a full one would.
+
+
+# %%
+def train(model):
+    steps = epochs * -(-len(data.x_train) // batch_size)
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model.fit(
+        data.x_train,
+        data.y_train,
+        batch_size=batch_size,
+        epochs=epochs,
+        validation_data=(data.x_test, data.y_test),
+    )
+
+
+results = {}
+for name, model in networks.items():
+    print(name)
+    keras.utils.set_random_seed(0)
+    results[name] = model, train(model)
+
+# %% [markdown]
+# ## What came out
+#
+# Of the two small networks, one has 51 units in each hidden layer, the other 1,024. That is what
+# the factors buy: the width of a large network at the size of a small one.
+
+# %%
+draw(results)

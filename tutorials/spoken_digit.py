@@ -1,0 +1,130 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/spoken_digit.ipynb)
+#
+# # Spoken digits: a bilinear GRU
+#
+# A small network that listens for a few words is what runs on a watch or a headset all day. Here
+# it is a GRU of 256 units over a second of sound, full, bilinear, and full with so few units that
+# it is as small.
+#
+# The recordings are split by take: of each speaker and digit the takes 0 to 4 are the test set,
+# the others are for training.
+
+# %% tags=["skip-execution"]
+# %pip install -q "keras-bilinear[tutorials]"
+
+# %%
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+
+from keras_bilinear import BilinearDense, BilinearGRU
+from keras_bilinear.tutorials import QUICK, SAMPLING_RATE, draw, load, set_up
+
+set_up()
+data = load("spoken_digit")
+epochs, batch_size = (2 if QUICK else 30), 32
+
+# %% [markdown]
+# ## From sound to frames
+#
+# The network does not get the wave but its loudness in 40 bands of pitch, every 16 milliseconds: a
+# log-mel spectrogram. The bands are narrow where the ear hears differences well.
+
+# %%
+spectrogram = keras.layers.MelSpectrogram(
+    fft_length=256,
+    sequence_stride=128,
+    num_mel_bins=40,
+    sampling_rate=SAMPLING_RATE,
+    min_freq=20.0,
+    max_freq=4000.0,
+    dtype="float32",
+)
+
+
+def frames(waves):
+    batches = [spectrogram(waves[i : i + 100]) for i in range(0, len(waves), 100)]
+    bands = np.concatenate([keras.ops.convert_to_numpy(batch) for batch in batches])
+    return np.swapaxes(bands, 1, 2)
+
+
+x_train, x_test = frames(data.x_train), frames(data.x_test)
+mean, deviation = x_train.mean(), x_train.std()
+x_train, x_test = (x_train - mean) / deviation, (x_test - mean) / deviation
+
+plt.figure(figsize=(8, 3))
+plt.imshow(x_train[0].T, origin="lower", aspect="auto")
+plt.title(f"A spoken {data.y_train[0]}")
+plt.xlabel("frame")
+plt.ylabel("band")
+plt.show()
+
+# %% [markdown]
+# ## Three networks
+
+
+# %%
+def network(units, gru=keras.layers.GRU, dense=keras.layers.Dense, **options):
+    return keras.Sequential(
+        [
+            keras.Input(x_train.shape[1:]),
+            gru(units, **options),
+            dense(10, dtype="float32", **options),
+        ]
+    )
+
+
+networks = {
+    "full": network(256),
+    "bilinear, rank 2": network(256, BilinearGRU, BilinearDense, rank=2),
+    "narrower full": network(28),
+}
+for name, model in networks.items():
+    print(f"{name}: {model.count_params():,} parameters")
+
+# %% [markdown]
+# ## Training
+#
+# The memory of a GRU is its state. The narrower network is small because it remembers few numbers;
+# the bilinear one remembers 256 and saves in how they are mixed.
+
+
+# %%
+def train(model):
+    steps = epochs * -(-len(x_train) // batch_size)
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model.fit(
+        x_train,
+        data.y_train,
+        batch_size=batch_size,
+        epochs=epochs,
+        validation_data=(x_test, data.y_test),
+        verbose=2,
+    )
+
+
+results = {}
+for name, model in networks.items():
+    print(name)
+    keras.utils.set_random_seed(0)
+    results[name] = model, train(model)
+
+# %% [markdown]
+# ## What came out
+
+# %%
+draw(results)
