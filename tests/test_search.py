@@ -9,8 +9,7 @@ from keras import layers
 import keras_bilinear
 from keras_bilinear import RewritePlan, plan_rewrite
 from keras_bilinear.decompose import nearest_kronecker_sum, remaining_energies
-from keras_bilinear.factors import Factorization
-from keras_bilinear.search import RANKS
+from keras_bilinear.factors import Factorization, choose_factors
 
 
 def mlp(*widths):
@@ -27,11 +26,18 @@ def test_the_plan_is_the_best_within_the_budget(budget):
     assert plan.full_parameters == model.count_params()
     tables = []
     for path, layer in plan_rewrite(model, budget=1.0).items():
-        ranks = [r for r in RANKS if layer.parameters_at(r) < layer.full_parameters]
         kernel = keras.ops.convert_to_numpy(model.get_layer(path).kernel)
         tables.append([(0.0, layer.full_parameters)])
-        for rank in ranks:
-            one = keras_bilinear.BilinearDense.from_full(model.get_layer(path), rank=rank)
+        low_rank = (kernel.shape[0], 1), (1, kernel.shape[1])
+        assert {factors for factors, _ in layer.errors} == {
+            low_rank,
+            (choose_factors(kernel.shape[0]), choose_factors(kernel.shape[1])),
+        }
+        for (inputs, outputs), rank in layer.errors:
+            one = keras_bilinear.BilinearDense.from_full(
+                model.get_layer(path), rank, inputs, outputs
+            )
+            assert one.count_params() < layer.full_parameters
             rest = kernel - keras.ops.convert_to_numpy(one.kernel)
             share = np.sum(rest**2) / np.sum(kernel**2)
             tables[-1].append((share, one.count_params()))
@@ -50,8 +56,13 @@ def test_limits_on_parameters_and_on_errors():
     plan = plan_rewrite(model, max_error=0.5)
     for layer in plan.values():
         assert layer.error <= 0.5
-        smaller = [rank for rank in layer.errors if layer.rank and rank < layer.rank]
-        assert all(layer.errors[rank] > 0.5 for rank in smaller)
+        smaller = [
+            error
+            for (factors, rank), error in layer.errors.items()
+            if layer.parameters_at(rank, factors) < layer.parameters
+        ]
+        assert smaller
+        assert min(smaller) > 0.5
     assert plan_rewrite(model, max_error=1e-6).parameters == model.count_params()
 
 
