@@ -33,9 +33,10 @@ from keras_bilinear.widen import hidden_layers
 # How many ranks the search chooses from for each power of 2, as far as they save anything.
 # Of kernels of low rank all errors come from one decomposition; of others each takes a fit
 # of its own, whose time grows with a power of the rank. So those have at most `MOST_TERMS`
-# terms or, where that is more, as many as make an unknown matrix of `MOST_UNKNOWNS` rows.
+# terms or, where that is more, as many as make a linear system of `MOST_UNKNOWNS`; and
+# where they are behind with `FEW_UNKNOWNS`, more of them are not fitted.
 LOW_RANKS_PER_OCTAVE, RANKS_PER_OCTAVE = 8, 2
-MOST_TERMS, MOST_UNKNOWNS = 64, 2048
+MOST_TERMS, MOST_UNKNOWNS, FEW_UNKNOWNS = 64, 2048, 512
 
 
 @dataclasses.dataclass
@@ -363,6 +364,8 @@ def plan_rewrite(
     _check_reachable(plan, candidates, limit)
     _leave_out_too_large(plan, candidates, limit)
     predict_errors(model, plan, candidates, calibration_data)
+    for path, pairs in candidates.items():
+        candidates[path] = [choice for choice in pairs if choice in plan[path].errors]
     _search(plan, candidates, pinned, limit)
     return plan
 
@@ -557,7 +560,7 @@ def predict_errors(model, plan, candidates, calibration_data):
     for path, calibration in calibrations.items():
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():
-            _note_errors(plan[path], candidates[path], calibration.errors)
+            _note_fitted_errors(plan[path], candidates[path], calibration)
 
 
 def _by_factors(pairs):
@@ -572,6 +575,35 @@ def _note_errors(layer, choices, predict):
     for factors, ranks in choices.items():
         errors = predict(layer.with_factors(factors), ranks)
         layer.errors.update({(factors, rank): error for rank, error in errors.items()})
+
+
+def _note_fitted_errors(layer, choices, calibration):
+    """As `_note_errors`, but for ranks that take long to fit and are going to be behind."""
+    choices = {factors: (layer.with_factors(factors), ranks) for factors, ranks in choices.items()}
+    for factors, (kernels, ranks) in sorted(
+        choices.items(), key=lambda choice: not choice[1][0][0].is_low_rank
+    ):
+        first, *_ = kernels
+        few = ranks
+        if not first.is_low_rank:
+            few = [r for r in ranks if r * max(input_index(first).shape) <= FEW_UNKNOWNS]
+        many = [rank for rank in ranks if rank not in few]
+        if few:
+            _note_errors(layer, {factors: few}, calibration.errors)
+        if many and few and _is_behind(layer, factors, few[-1]):
+            for rank in many:
+                del layer.errors[factors, rank]
+        elif many:
+            _note_errors(layer, {factors: many}, calibration.errors)
+
+
+def _is_behind(layer, factors, rank):
+    """Whether other factors have a smaller error and take no more parameters."""
+    size, error = layer.parameters_at(rank, factors), layer.errors[factors, rank]
+    return any(
+        one != factors and other_error < error and layer.parameters_at(other, one) <= size
+        for (one, other), other_error in layer.errors.items()
+    )
 
 
 def _kernel_errors(layer, factorizations, ranks):
