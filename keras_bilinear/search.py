@@ -87,6 +87,8 @@ class LayerPlan:
                 f"The factors of the layer {self.path!r} are those of its scale. "
                 f"Received: factors={value!r}"
             )
+        if value is None:
+            raise ValueError(f"`factors` must be two pairs. Received: factors={value!r}")
         self.factorizations = self.with_factors(value)
 
     def with_factors(self, factors: tuple | None) -> list[Factorization]:
