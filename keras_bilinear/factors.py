@@ -268,7 +268,7 @@ class Factorization:
 
         >>> Factorization.create(784, 1024).low_rank_factors
         ((784, 1), (1, 1024))
-        >>> Factorization.create(64, 128, None, None, 1, (1, 1), (3, 3)).low_rank_factors
+        >>> Factorization.create(64, 128, left_window=(1, 1), right_window=(3, 3)).low_rank_factors
         ((1, 64), (128, 1))
         """
         if self.gates or self.groups > 1 or math.prod(self.left_window) > 1:
