@@ -6,7 +6,7 @@ and so on for `cifar10` and `spoken_digit`. A full network is trained, and made
 smaller at four budgets, by five methods:
 
 - fitted: `rewrite_model` with a plan and a fit on training inputs;
-- nearest: `rewrite_model` without data, to the nearest Kronecker sums;
+- nearest: `rewrite_model` without data, to the kernels nearest to the full ones;
 - svd: each kernel becomes two of a lower rank, by truncated singular value
   decomposition; the ranks go up where that keeps most energy for its parameters,
   until there are as many parameters as in the fitted network;
@@ -82,14 +82,19 @@ def trained(run, dataset, path, batch_size):
     return keras.models.load_model(path)
 
 
-def make_small(model, budget, method, data, seed):
+def make_small(model, budget, method, data, seed, cache):
+    """The network of a method; `cache` keeps the fitted one, whose sizes others take."""
     import keras
 
-    from keras_bilinear import rewrite_model
+    from keras_bilinear import plan_rewrite, rewrite_model
 
     if method == "nearest":
         return rewrite_model(model, budget=budget)
-    fitted = rewrite_model(model, budget=budget, calibration_data=data)
+    if (seed, budget) not in cache:
+        plan = plan_rewrite(model, budget=budget, calibration_data=data)
+        logging.info("%s", plan)
+        cache[seed, budget] = rewrite_model(model, plan, data)
+    fitted = cache[seed, budget]
     if method == "svd":
         return low_rank_model(model, fitted.count_params())
     if method == "scratch":
@@ -264,6 +269,7 @@ def main(argv):
         logging.info("%s", row)
         tabulate(rows, command)
 
+    cache = {}
     for seed in range(accuracy.SEEDS.value):
         model_path = pathlib.Path(
             MODELS_DIR.value, f"{NETWORK.value}_{EXAMPLES.value}_{seed}.keras"
@@ -277,7 +283,7 @@ def main(argv):
                 if (str(seed), str(budget), method) in done:
                     continue
                 data = dataset.x_train[:calibration_examples]
-                small = make_small(model, budget, method, data, seed)
+                small = make_small(model, budget, method, data, seed, cache)
                 rate = run.learning_rate if method == "scratch" else FINE_TUNING_RATE
                 compile_model(small, rate, EPOCHS, dataset, batch_size)
                 accuracies = [test_accuracy(small, dataset)]

@@ -139,7 +139,8 @@ def work(plan, order, strides):
         patches += passes * step.positions * step.window * step.inputs
         outputs += step.positions * step.outputs
     moved = 0
-    if order is not None:
+    # Those of a kernel of low rank lie in memory as both factors take them.
+    if order is not None and not plan.is_low_rank:
         first, last = steps
         moved = math.prod(strides) * first.inputs + last.outputs
         # A matrix product of rank 1 takes its operand as the convolution leaves it.

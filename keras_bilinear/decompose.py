@@ -7,7 +7,7 @@ import numpy as np
 
 # Above so many rows, a few singular vectors are found by iteration.
 LARGE = 1024
-OVERSAMPLING, POWERS = 16, 6
+OVERSAMPLING, POWERS, FEW_POWERS = 16, 6, 2
 # A larger kernel is decomposed in float32.
 LARGE_KERNEL = 1 << 24
 
@@ -50,9 +50,8 @@ def remaining_energies(parts, factorization, most):
     left = np.zeros(most + 1)
     for one in matrices:
         matrix = _rearrange(one, plan)
-        vectors, matrix = _leading_vectors(matrix, most)
         taken = np.zeros(most + 1)
-        energies = np.square(vectors.T @ matrix).sum(1)
+        energies = _leading_energies(matrix, most)
         taken[1 : len(energies) + 1] = energies
         left += np.maximum(np.square(matrix).sum() - np.cumsum(taken), 0)
     return left
@@ -138,14 +137,33 @@ def _leading_vectors(matrix, count):
     """
     if len(matrix) > len(matrix.T):
         matrix = matrix.T
-    rows = len(matrix)
-    if rows <= LARGE or count > rows // 4:
+    if _are_many(matrix, count):
         _, vectors = np.linalg.eigh(matrix @ matrix.T)
         return vectors[:, ::-1][:, :count], matrix
-    subspace = np.random.default_rng(0).normal(size=(rows, count + OVERSAMPLING))
-    subspace = subspace.astype(matrix.dtype)
-    for _ in range(POWERS):
-        subspace, _ = np.linalg.qr(matrix @ (matrix.T @ subspace))
+    subspace = _leading_subspace(matrix, count, POWERS)
     projected = subspace.T @ matrix
     _, vectors = np.linalg.eigh(projected @ projected.T)
     return subspace @ vectors[:, ::-1][:, :count], matrix
+
+
+def _leading_energies(matrix, count):
+    """The squares of the leading singular values of a matrix."""
+    if len(matrix) > len(matrix.T):
+        matrix = matrix.T
+    if not _are_many(matrix, count):
+        # A subspace that is a little off misses little of the energy.
+        matrix = _leading_subspace(matrix, count, FEW_POWERS).T @ matrix
+    return np.linalg.eigvalsh(matrix @ matrix.T)[::-1][:count]
+
+
+def _are_many(matrix, count):
+    """Whether so many singular vectors come sooner from a whole decomposition."""
+    return len(matrix) <= LARGE or count > len(matrix) // 4
+
+
+def _leading_subspace(matrix, count, powers):
+    subspace = np.random.default_rng(0).normal(size=(len(matrix), count + OVERSAMPLING))
+    subspace = subspace.astype(matrix.dtype)
+    for _ in range(powers):
+        subspace, _ = np.linalg.qr(matrix @ (matrix.T @ subspace))
+    return subspace

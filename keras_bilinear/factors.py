@@ -258,6 +258,34 @@ class Factorization:
         return math.prod(self.full_shape)
 
     @property
+    def low_rank_factors(self):
+        """`(input_factors, output_factors)` with which each term is one of the matrix rank.
+
+        One factor then takes all inputs, within their window, to one number for each
+        term, and the other one takes these numbers to all outputs: two plain layers,
+        one after the other. `None` for groups and gates, and where both factors have
+        a window.
+
+        >>> Factorization.create(784, 1024).low_rank_factors
+        ((784, 1), (1, 1024))
+        >>> Factorization.create(64, 128, left_window=(1, 1), right_window=(3, 3)).low_rank_factors
+        ((1, 64), (128, 1))
+        """
+        if self.gates or self.groups > 1 or math.prod(self.left_window) > 1:
+            return None
+        if self.pointwise:
+            return (self.input_dim, 1), (1, self.output_dim)
+        return (1, self.input_dim), (self.output_dim, 1)
+
+    @property
+    def is_low_rank(self):
+        """Whether it has these factors, in this order or the other one."""
+        factors = self.low_rank_factors
+        own = self.input_factors, self.output_factors
+        swapped = self.input_factors[::-1], self.output_factors[::-1]
+        return factors is not None and (own == factors or (self.pointwise and swapped == factors))
+
+    @property
     def attainable_rank(self):
         """The highest matrix rank of a materialized kernel, of one group or gate.
 

@@ -1,9 +1,11 @@
 """Kronecker sums that are fitted to what a layer sees, in NumPy."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
+from scipy import linalg
 
 from keras_bilinear.decompose import (
     arrange,
@@ -137,9 +139,11 @@ def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
     Alternating least squares: with one factor given, the other one is the
     solution of a linear system. It starts from the best of the sum that is
     nearest to the kernel and of the one that is nearest in the metric of
-    Kronecker factors of the Gram matrix. Directions that the examples do not
-    show are held at the kernel's by a small prior, which weighs more the fewer
-    examples there are.
+    Kronecker factors of the Gram matrix. Where the terms are of rank 1 as
+    matrices, `Factorization.is_low_rank`, the solution has a closed form: a
+    singular value decomposition in the metric of the Gram matrix. Directions that
+    the examples do not show are held at the kernel's by a small prior, which
+    weighs more the fewer examples there are.
 
     Args:
         moments: `Moments` of the examples, or `Frequencies`; one for each group.
@@ -151,6 +155,8 @@ def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
         A `Fit`, never of a larger error on the examples than the nearest sum.
     """
     problems = [_Problem(one, factorization, centred) for one in moments]
+    if factorization.is_low_rank:
+        return _fit_low_rank(*problems, factorization)
     starts = _starts(moments, problems, factorization)
     best = _fit(problems, starts, sweeps)
     return Fit(*best.shaped(factorization), _error(problems, best), _error(problems, starts[0]))
@@ -160,11 +166,51 @@ def fit_errors(moments, factorization, ranks, centred=False, sweeps=SWEEPS):
     """`{rank: error}` of `fit_kronecker_sum`, for several ranks."""
     plan = dataclasses.replace(factorization, rank=max(ranks))
     problems = [_Problem(one, plan, centred) for one in moments]
+    if plan.is_low_rank:
+        *_, errors = _low_rank_terms(*problems, plan.rank)
+        return {rank: errors[rank] for rank in ranks}
     starts = _starts(moments, problems, plan)
     return {
         rank: _error(problems, _fit(problems, [one.first(rank) for one in starts], sweeps))
         for rank in ranks
     }
+
+
+def _fit_low_rank(problem, plan):
+    """The `Fit` of a kernel of low rank."""
+    nearest = leading_terms(problem.as_matrix(problem.kernel), plan.rank)
+    start_error = problem.relative(problem.error_of(nearest[0].T @ nearest[1]))
+    inputs, outputs, errors = _low_rank_terms(problem, plan.rank)
+    error = errors[plan.rank]
+    if start_error < error:  # the prior has cost some of what counts
+        (inputs, outputs), error = nearest, start_error
+    takes_inputs = plan.output_factors[0] == problem.known.shape[1] == 1
+    left, right = (inputs, outputs) if takes_inputs else (outputs, inputs)
+    return Fit(left.reshape(plan.left_shape), right.reshape(plan.right_shape), error, start_error)
+
+
+def _low_rank_terms(problem, rank):
+    """The terms of a kernel of low rank that solves a problem, and the errors of 0, 1, ... of them.
+
+    With the Gram matrix, the prior included, as `C C^T`, the loss is the squared
+    distance of `C^T W` to that of the kernel of full rank, but for a constant.
+
+    Returns:
+        `(inputs, outputs, errors)`: `(rank, inputs)`, `(rank, outputs)`, the two
+        vectors of a term of the same norm, and a list.
+    """
+    kernel, prior = problem.as_matrix(problem.kernel), problem.prior
+    solve, solve_transposed = problem.whitening()
+    inputs, outputs = leading_terms(solve(problem.as_matrix(problem.cross) + prior * kernel), rank)
+    sizes = np.square(outputs).sum(1)  # the singular values
+    inputs = solve_transposed(inputs.T).T
+    # The loss is that of no term less their squares; the error has none of the prior.
+    norms = np.square(inputs).sum(1) * sizes
+    products = np.einsum("ri,ri->r", inputs @ kernel, outputs)
+    gained = np.cumsum(sizes**2 + prior * (norms - 2 * products))
+    errors = [problem.relative(problem.squares - one) for one in (0.0, *gained)]
+    balance = np.sqrt(np.divide(sizes, np.sqrt(norms), out=np.ones_like(sizes), where=norms > 0))
+    return inputs * balance[:, None], outputs / balance[:, None], errors
 
 
 def _starts(moments, problems, plan):
@@ -237,6 +283,39 @@ class _Problem:
             gram = take(gram, inputs, inputs).reshape(a, b, a, b)
             self.gram = np.ascontiguousarray(gram.transpose(0, 2, 1, 3)).reshape(a * a, b * b)
         self.known = (inputs >= 0).astype("float64")
+
+    def as_matrix(self, values):
+        """Numbers that are arranged as the kernel, of low rank, as `(inputs, outputs)`."""
+        return values.reshape(self.known.size, -1)
+
+    def whitening(self):
+        """Functions that solve for `C` and for `C^T`, where `C C^T` is the Gram matrix and prior.
+
+        Of a kernel of low rank.
+        """
+        if self.diagonal:
+            root = np.sqrt(self.gram.ravel() + self.prior)[:, None]
+            return (lambda x: x / root,) * 2
+        gram = self.as_matrix(self.gram).astype("float64")
+        gram[np.diag_indices_from(gram)] += self.prior
+        root = linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
+        return tuple(
+            functools.partial(
+                linalg.solve_triangular, root, lower=True, trans=trans, check_finite=False
+            )
+            for trans in ("N", "T")
+        )
+
+    def error_of(self, kernel):
+        """Mean squared error over the examples of a kernel of low rank, as a matrix."""
+        gram = self.gram.reshape(-1, 1) if self.diagonal else self.as_matrix(self.gram)
+        product = gram * kernel if self.diagonal else gram @ kernel
+        cross = self.as_matrix(self.cross)
+        return self.squares + np.sum(kernel * (product - 2 * cross))
+
+    def relative(self, error):
+        """Root of a mean squared error over that of zero."""
+        return math.sqrt(max(error, 0.0) / self.squares) if self.squares else 0.0
 
     def traces(self):
         """The partial traces of the Gram matrix, the prior included: `(a, a)` and `(b, b)`."""

@@ -82,9 +82,11 @@ def _split(x, count, axis):
 
 def _multiply_each(matrix, x):
     """`matrix @ x[i]` for each of the matrices in `x`: `(m, p), (n, p, q) -> (n, m, q)`."""
+    m, p = matrix.shape
+    if x.shape[2] == 1:  # the factors of a kernel of low rank: one plain product
+        return ops.reshape(ops.matmul(ops.reshape(x, (-1, p)), ops.transpose(matrix)), (-1, m, 1))
     if runtime() not in _FLAT_PRODUCTS:
         return ops.matmul(matrix, x)
-    m, p = matrix.shape
     y = ops.matmul(ops.reshape(ops.transpose(x, (0, 2, 1)), (-1, p)), ops.transpose(matrix))
     return ops.transpose(ops.reshape(y, (-1, x.shape[2], m)), (0, 2, 1))
 
@@ -103,6 +105,10 @@ def rows(indices, left, right):
     rank, d1, u1 = left.shape
     _, d2, u2 = right.shape
     indices = ops.reshape(indices, (-1,))
+    if d2 == 1:  # every index has the same row of the right factor
+        left = ops.reshape(ops.transpose(left, (1, 2, 0)), (d1, u1 * rank))
+        left = ops.reshape(ops.take(left, indices, axis=0), (-1, rank))
+        return ops.reshape(ops.matmul(left, ops.reshape(right, (rank, u2))), (-1, u1 * u2))
     quotient = ops.floor_divide(indices, d2)
     remainder = ops.subtract(indices, ops.multiply(quotient, d2))
     # Backends have their fastest gather, and its gradient, for matrices.
@@ -224,6 +230,10 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
 
 def _multiply(x, kernel, inputs, outputs, axes, other, options):
     """Contracts with a left factor without a window: a matrix product."""
+    if x.sizes["group"] == x.sizes[other] == 1:  # with the channels last, as they are
+        kernel = kernel.merge(("group", *axes, *inputs), outputs)
+        y = ops.matmul(x.merge(("n", "group"), *axes, (*inputs, other)), kernel)
+        return _Named(y, ("n", *axes, ("group", *outputs, other)), x.sizes)
     columns = (*axes, other)
     if x.sizes["group"] == 1 and runtime() == EXPORTED:
         rows = ("n", "group", *columns)

@@ -124,14 +124,14 @@ def rewrite_layers(
 
 
 def _make_bilinear(site, plan, calibration):
-    kernel, *_ = plan.factorizations
+    input_factors, output_factors = plan.factors
     try:
         bilinear = counterpart(site.layer)._from_full(
             site.layer,
             calibration,
             rank=plan.rank,
-            input_factors=kernel.input_factors,
-            output_factors=kernel.output_factors,
+            input_factors=input_factors,
+            output_factors=output_factors,
         )
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
@@ -187,20 +187,23 @@ class Rewriter:
                 for site, mine in pairs
             ]
         tied = tied_variables(layer)
-        replaced = [(mine, self._rank(site, tied)) for site, mine in pairs]
-        replaced = [(mine, rank) for mine, rank in replaced if rank is not None]
-        for mine, rank in replaced:
-            bilinear_class = counterpart(mine.layer)
-            become(mine.layer, bilinear_class._from_full(mine.layer, rank=rank))
+        replaced = [(mine, self._plan_of(site, tied)) for site, mine in pairs]
+        replaced = [(mine, plan) for mine, plan in replaced if plan and plan.rank]
+        for mine, plan in replaced:
+            _make_bilinear(mine, plan, None)
         remember(mine for mine, _ in replaced)
         refresh(copy)
         return copy
 
-    def _rank(self, site, tied):
+    def _plan_of(self, site, tied):
+        """The plan of a layer; `None` if it stays what it is."""
         if isinstance(self.plan, RewritePlan):
-            return self.plan[site.path].rank if site.path in self.plan else None
-        saves = not reason_to_leave(site, tied) and plan_layer(site).saves(self.plan)
-        return self.plan if saves else None
+            return self.plan.get(site.path)
+        plan = plan_layer(site, reason_to_leave(site, tied))
+        if plan.reason or not plan.saves(self.plan):
+            return None
+        plan.rank = self.plan
+        return plan
 
 
 def expand_model(model: keras.Model) -> keras.Model:

@@ -1,6 +1,7 @@
-"""From a budget to a plan: which layers of a model become bilinear, and of what rank."""
+"""From a budget to a plan: which layers become bilinear, with what factors and rank."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping
 
@@ -10,9 +11,14 @@ import rich.table
 from scipy import optimize, sparse
 
 from keras_bilinear.calibration import Calibration, collect, model_batches
-from keras_bilinear.decompose import remaining_energies
+from keras_bilinear.decompose import input_index, remaining_energies
 from keras_bilinear.display import Tabular, right
-from keras_bilinear.factors import Factorization, check_positive_int, exact_factors
+from keras_bilinear.factors import (
+    Factorization,
+    check_factors,
+    check_positive_int,
+    exact_factors,
+)
 from keras_bilinear.sites import (
     Site,
     can_calibrate,
@@ -24,8 +30,13 @@ from keras_bilinear.sites import (
 )
 from keras_bilinear.widen import hidden_layers
 
-# Ranks that the search chooses from, as far as they save anything.
-RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# How many ranks the search chooses from for each power of 2, as far as they save anything.
+# Of kernels of low rank all errors come from one decomposition; of others each takes a fit
+# of its own, whose time grows with a power of the rank. So those have at most `MOST_TERMS`
+# terms or, where that is more, as many as make a linear system of `MOST_UNKNOWNS`; and
+# where they are behind with `FEW_UNKNOWNS`, more of them are not fitted.
+LOW_RANKS_PER_OCTAVE, RANKS_PER_OCTAVE = 8, 2
+MOST_TERMS, MOST_UNKNOWNS, FEW_UNKNOWNS = 64, 2048, 512
 
 
 @dataclasses.dataclass
@@ -40,9 +51,9 @@ class LayerPlan:
             that cannot be rewritten.
         rank: number of Kronecker terms; `None` leaves the layer alone.
         reason: why it is left alone.
-        errors: for each rank that was looked at, the predicted error: root mean
-            square, relative, of its kernels or, with calibration data, of its
-            output.
+        errors: for each pair `(factors, rank)` that was looked at, the predicted
+            error: root mean square, relative, of its kernels or, with calibration
+            data, of its output.
         scale: what the factors of its outputs are multiplied by, see
             `plan_rewrite`.
         input_scale: likewise those of its inputs, as the layer before it has
@@ -55,22 +66,80 @@ class LayerPlan:
     factorizations: list[Factorization] = dataclasses.field(default_factory=list)
     rank: int | None = None
     reason: str = ""
-    errors: dict[int, float] = dataclasses.field(default_factory=dict)
+    errors: dict[tuple, float] = dataclasses.field(default_factory=dict)
     scale: int = 1
     input_scale: int = 1
+
+    @property
+    def factors(self) -> tuple | None:
+        """`(input_factors, output_factors)` of its kernel; `None` if it cannot be rewritten.
+
+        It can be set. A recurrent kernel has the output factors on both sides.
+        """
+        if not self.factorizations:
+            return None
+        return self.factorizations[0].input_factors, self.factorizations[0].output_factors
+
+    @factors.setter
+    def factors(self, value):
+        if self.scaled:
+            raise ValueError(
+                f"The factors of the layer {self.path!r} are those of its scale. "
+                f"Received: factors={value!r}"
+            )
+        if value is None:
+            raise ValueError(f"`factors` must be two pairs. Received: factors={value!r}")
+        self.factorizations = self.with_factors(value)
+
+    def with_factors(self, factors: tuple | None) -> list[Factorization]:
+        """Its factorizations with other factors; `None` for its own.
+
+        Raises:
+            ValueError: if they are not valid.
+        """
+        if factors is None or factors == self.factors:
+            return self.factorizations
+        if not self.factorizations:
+            raise self._cannot_be_rewritten("factors", factors)
+        if isinstance(factors, str) or not hasattr(factors, "__len__") or len(factors) != 2:
+            raise ValueError(
+                "`factors` must be a pair of pairs, of the inputs and of the outputs. "
+                f"Received: factors={factors!r}"
+            )
+        kernel, *others = self.factorizations
+        inputs = check_factors("input_factors", factors[0], kernel.input_dim)
+        outputs = check_factors("output_factors", factors[1], kernel.output_dim)
+        if inputs is None or outputs is None:
+            raise ValueError(f"`factors` must be two pairs. Received: factors={factors!r}")
+        return [
+            dataclasses.replace(kernel, input_factors=inputs, output_factors=outputs),
+            # A recurrent kernel gets the layer's own outputs.
+            *(
+                dataclasses.replace(one, input_factors=outputs, output_factors=outputs)
+                for one in others
+            ),
+        ]
+
+    def _cannot_be_rewritten(self, name, value):
+        return ValueError(
+            f"The layer {self.path!r} cannot be rewritten: {self.reason}. "
+            f"Received: {name}={value!r}"
+        )
 
     def __setattr__(self, name, value):
         if name == "rank" and value is not None:
             value = check_positive_int("rank", value)
             if not self.factorizations:
-                raise ValueError(
-                    f"The layer {self.path!r} cannot be rewritten: {self.reason}. "
-                    f"Received: rank={value}"
-                )
+                raise self._cannot_be_rewritten("rank", value)
         super().__setattr__(name, value)
 
-    def parameters_at(self, rank: int | None) -> int:
-        """Numbers that the layer stores at a rank; `None` for the full one."""
+    def parameters_at(self, rank: int | None, factors: tuple | None = None) -> int:
+        """Numbers that the layer stores.
+
+        Args:
+            rank: number of Kronecker terms; `None` for the full layer.
+            factors: other ones than its own.
+        """
         # Besides kernels it has a bias, or is a normalization: numbers for each output.
         vectors = self.full_parameters - sum(plan.full_parameters for plan in self.factorizations)
         if rank is None:
@@ -79,7 +148,7 @@ class LayerPlan:
             dataclasses.replace(plan, rank=rank)
             # The recurrent kernel of a layer gets its own outputs.
             .scaled(self.scale if index else self.input_scale, self.scale)
-            for index, plan in enumerate(self.factorizations)
+            for index, plan in enumerate(self.with_factors(factors))
         )
         return self.scale**2 * vectors + sum(kernel.parameters for kernel in kernels)
 
@@ -88,9 +157,9 @@ class LayerPlan:
         """Whether its inputs or its outputs are of another width than in the full model."""
         return self.scale * self.input_scale > 1
 
-    def saves(self, rank: int) -> bool:
+    def saves(self, rank: int, factors: tuple | None = None) -> bool:
         """Whether the layer stores fewer numbers at a rank than in full."""
-        return self.parameters_at(rank) < self.full_parameters
+        return self.parameters_at(rank, factors) < self.full_parameters
 
     @property
     def parameters(self) -> int:
@@ -99,8 +168,8 @@ class LayerPlan:
 
     @property
     def error(self) -> float | None:
-        """The predicted error at the planned rank; `None` if it was not looked at."""
-        return 0.0 if self.rank is None else self.errors.get(self.rank)
+        """The predicted error as planned; `None` if that was not looked at."""
+        return 0.0 if self.rank is None else self.errors.get((self.factors, self.rank))
 
     def skip(self, reason: str = "on request") -> None:
         """Leaves the layer alone."""
@@ -118,6 +187,7 @@ class RewritePlan(Tabular, Mapping):
 
     >>> layers = [keras.layers.Dense(512, name="hidden"), keras.layers.Dense(512, name="last")]
     >>> plan = plan_rewrite(keras.Sequential([keras.Input((784,)), *layers]), budget=0.1)
+    >>> plan["hidden"].factors = (28, 28), (16, 32)
     >>> plan["hidden"].rank = 4
     >>> plan["last"].skip()
     >>> plan.full_parameters, plan.parameters
@@ -151,7 +221,13 @@ class RewritePlan(Tabular, Mapping):
 
     def to_json(self) -> str:
         """The plan as JSON."""
-        layers = [dataclasses.asdict(layer) for layer in self.values()]
+        layers = [
+            {
+                **dataclasses.asdict(layer),
+                "errors": [[*factors, rank, e] for (factors, rank), e in layer.errors.items()],
+            }
+            for layer in self.values()
+        ]
         return json.dumps({"other_parameters": self.other_parameters, "layers": layers}, indent=1)
 
     @classmethod
@@ -174,7 +250,7 @@ class RewritePlan(Tabular, Mapping):
         table = rich.table.Table(
             "layer",
             "type",
-            *right("full", "planned", "rank", *(["scale"] if scaled else []), "error"),
+            *right("full", "planned", "rank", "factors", *(["scale"] if scaled else []), "error"),
             "left alone because",
             title=f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})",
         )
@@ -185,7 +261,7 @@ class RewritePlan(Tabular, Mapping):
                 layer.type,
                 f"{layer.full_parameters:,}",
                 f"{layer.parameters:,}",
-                "" if layer.rank is None else str(layer.rank),
+                *(["", ""] if layer.rank is None else [str(layer.rank), _text(layer.factors)]),
                 *([str(layer.scale)] if scaled else []),
                 error,
                 layer.reason if layer.rank is None else "",
@@ -193,12 +269,19 @@ class RewritePlan(Tabular, Mapping):
         return table
 
 
+def _text(factors):
+    return " -> ".join("x".join(map(str, pair)) for pair in factors)
+
+
 def _layer_plan(content):
     factorizations = [
         Factorization(**{key: tuple(v) if isinstance(v, list) else v for key, v in one.items()})
         for one in content["factorizations"]
     ]
-    errors = {int(rank): error for rank, error in content["errors"].items()}
+    errors = {
+        ((tuple(inputs), tuple(outputs)), rank): error
+        for inputs, outputs, rank, error in content["errors"]
+    }
     return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
 
 
@@ -212,10 +295,14 @@ def plan_rewrite(
     layers: Iterable[str] | Mapping[str, int | None] | None = None,
     scale: int = 1,
 ) -> RewritePlan:
-    """Plans which layers of a model become bilinear, and of what rank.
+    """Plans which layers of a model become bilinear, with what factors and of what rank.
 
-    The ranks are those with the smallest sum of squared predicted errors among
-    all that keep the model within the budget: a knapsack, solved exactly.
+    Each layer gets either near-square factors or those with which its kernel is
+    one of low rank: two plain layers, one after the other. These and the ranks are
+    the ones with the smallest sum of squared predicted errors among all that keep
+    the model within the budget: a knapsack, solved exactly. Recurrent layers,
+    whose states have the same factors on both sides, grouped convolutions and
+    layers with a `scale` keep near-square factors.
 
     Args:
         model: a built model.
@@ -228,10 +315,11 @@ def plan_rewrite(
             or an iterable of batches, such as a `tf.data.Dataset`. With them, the
             errors are those of each layer's output on them; without, those of
             its kernels.
-        rank: `"auto"`, or the rank of every layer, where that saves anything.
+        rank: `"auto"`, or the rank of every layer, with near-square factors, where
+            that saves anything.
         layers: paths of the layers that may be rewritten, `None` for all; or a
-            mapping from the paths of some of them to their rank, or to `None` for
-            leaving them alone.
+            mapping from the paths of some of them to their rank, with near-square
+            factors, or to `None` for leaving them alone.
         scale: what both output factors of each hidden layer are multiplied by:
             the paper's way to win back freedom. The layer has `scale**2` times
             the units, and the network the same outputs at first. Hidden are the
@@ -271,12 +359,15 @@ def plan_rewrite(
                 layer.rank = rank
             else:
                 layer.skip("too small to gain at this rank")
-        predict_errors(model, plan, {p.path: [p.rank] for p in free if p.rank}, calibration_data)
+        planned = {p.path: [(p.factors, p.rank)] for p in free if p.rank}
+        predict_errors(model, plan, planned, calibration_data)
         return plan
     candidates = _candidates(free, pinned)
     _check_reachable(plan, candidates, limit)
     _leave_out_too_large(plan, candidates, limit)
     predict_errors(model, plan, candidates, calibration_data)
+    for path, pairs in candidates.items():
+        candidates[path] = [choice for choice in pairs if choice in plan[path].errors]
     _search(plan, candidates, pinned, limit)
     return plan
 
@@ -294,14 +385,40 @@ def check_budget(model: keras.Model, budget: float, layers=None) -> None:
 
 
 def _candidates(free, pinned):
-    """`{path: ranks}` that the search chooses from."""
+    """`{path: [(factors, rank), ...]}` that the search chooses from."""
     candidates = {}
     for layer in free:
-        ranks = [layer.rank] if layer.path in pinned else RANKS
-        candidates[layer.path] = [r for r in ranks if layer.saves(r) or r == layer.rank]
+        if layer.path in pinned:
+            candidates[layer.path] = [(layer.factors, layer.rank)]
+            continue
+        candidates[layer.path] = [
+            (factors, rank)
+            for factors, ranks in _choices(layer).items()
+            for rank in ranks
+            if layer.saves(rank, factors)
+        ]
         if not candidates[layer.path]:
             layer.skip("too small to gain")
     return candidates
+
+
+def _choices(layer):
+    """`{factors: ranks}` for a layer, whether these save anything or not."""
+    first, *others = layer.factorizations
+    most = max(MOST_TERMS, MOST_UNKNOWNS // max(input_index(first).shape))
+    choices = {layer.factors: [rank for rank in rank_grid(RANKS_PER_OCTAVE) if rank <= most]}
+    if first.low_rank_factors and not others and not layer.scaled:
+        choices[first.low_rank_factors] = rank_grid(LOW_RANKS_PER_OCTAVE)
+    return choices
+
+
+def rank_grid(steps: int) -> list[int]:
+    """Ranks in a geometric progression.
+
+    Args:
+        steps: how many for each power of 2, as far as they are different integers.
+    """
+    return sorted({round(2 ** (i / steps)) for i in range(14 * steps)})
 
 
 def _limit(budget, max_params, max_error, rank):
@@ -428,19 +545,15 @@ def _scale(model, plan, scale, rank):
 
 
 def predict_errors(model, plan, candidates, calibration_data):
-    """Fills in `errors` of each layer, for `{path: ranks}`."""
+    """Fills in `errors` of each layer, for `{path: [(factors, rank), ...]}`."""
     sites = {site.path: site.layer for site in walk(model)}
-    for path, ranks in candidates.items():
-        if ranks:
-            plan[path].errors.update(_kernel_errors(sites[path], plan[path], ranks))
+    candidates = {path: _by_factors(pairs) for path, pairs in candidates.items() if pairs}
+    for path, choices in candidates.items():
+        _note_errors(plan[path], choices, functools.partial(_kernel_errors, sites[path]))
     batches = model_batches(calibration_data)
     if batches is None:
         return
-    layers = {
-        path: sites[path]
-        for path, ranks in candidates.items()
-        if ranks and can_calibrate(sites[path])
-    }
+    layers = {path: sites[path] for path in candidates if can_calibrate(sites[path])}
     calibrations = {path: Calibration(counterpart(layer), layer) for path, layer in layers.items()}
     for batch in batches:
         for path, calls in collect(model, layers, batch).items():
@@ -449,15 +562,57 @@ def predict_errors(model, plan, candidates, calibration_data):
     for path, calibration in calibrations.items():
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():
-            errors = calibration.errors(plan[path].factorizations, candidates[path])
-            plan[path].errors.update(errors)
+            _note_fitted_errors(plan[path], candidates[path], calibration)
 
 
-def _kernel_errors(layer, plan, ranks):
+def _by_factors(pairs):
+    """`{factors: ranks}` of pairs of them."""
+    choices = {}
+    for factors, rank in pairs:
+        choices.setdefault(factors, []).append(rank)
+    return choices
+
+
+def _note_errors(layer, choices, predict):
+    for factors, ranks in choices.items():
+        errors = predict(layer.with_factors(factors), ranks)
+        layer.errors.update({(factors, rank): error for rank, error in errors.items()})
+
+
+def _note_fitted_errors(layer, choices, calibration):
+    """As `_note_errors`, but for ranks that take long to fit and are going to be behind."""
+    choices = {factors: (layer.with_factors(factors), ranks) for factors, ranks in choices.items()}
+    for factors, (kernels, ranks) in sorted(
+        choices.items(), key=lambda choice: not choice[1][0][0].is_low_rank
+    ):
+        first, *_ = kernels
+        few = ranks
+        if not first.is_low_rank:
+            few = [r for r in ranks if r * max(input_index(first).shape) <= FEW_UNKNOWNS]
+        many = [rank for rank in ranks if rank not in few]
+        if few:
+            _note_errors(layer, {factors: few}, calibration.errors)
+        if many and few and _is_behind(layer, factors, few[-1]):
+            for rank in many:
+                del layer.errors[factors, rank]
+        elif many:
+            _note_errors(layer, {factors: many}, calibration.errors)
+
+
+def _is_behind(layer, factors, rank):
+    """Whether other factors have a smaller error and take no more parameters."""
+    size, error = layer.parameters_at(rank, factors), layer.errors[factors, rank]
+    return any(
+        one != factors and other_error < error and layer.parameters_at(other, one) <= size
+        for (one, other), other_error in layer.errors.items()
+    )
+
+
+def _kernel_errors(layer, factorizations, ranks):
     """`{rank: error}` of the kernels of a full layer."""
     parts = counterpart(layer)._kernel_parts(layer)
     left, total = np.zeros(max(ranks) + 1), 0.0
-    for kernels, factorization in zip(parts.values(), plan.factorizations, strict=True):
+    for kernels, factorization in zip(parts.values(), factorizations, strict=True):
         energies = remaining_energies(kernels, factorization, max(ranks))
         # Each kernel counts the same, whatever its size.
         left += energies / energies[0] if energies[0] else 0
@@ -471,9 +626,12 @@ def _most_parameters(plan, limit):
 
 
 def _least_parameters(plan, candidates):
-    """`{path: parameters}` with every rank at its least."""
+    """`{path: parameters}` with every layer at its least."""
     return {
-        path: min(map(layer.parameters_at, candidates.get(path, ())), default=layer.parameters)
+        path: min(
+            (layer.parameters_at(rank, factors) for factors, rank in candidates.get(path, ())),
+            default=layer.parameters,
+        )
         for path, layer in plan.items()
     }
 
@@ -494,42 +652,55 @@ def _check_reachable(plan, candidates, limit):
 
 
 def _leave_out_too_large(plan, candidates, limit):
-    """Leaves out ranks with which no plan keeps to a limit, whatever becomes of other layers."""
+    """Leaves out what no plan that keeps to a limit has, whatever becomes of other layers."""
     least = _least_parameters(plan, candidates)
     spare = _most_parameters(plan, limit) - plan.other_parameters - sum(least.values())
-    for path, ranks in candidates.items():
+    for path, pairs in candidates.items():
         most = least[path] + spare
-        candidates[path] = [rank for rank in ranks if plan[path].parameters_at(rank) <= most]
+        candidates[path] = [
+            (factors, rank)
+            for factors, rank in pairs
+            if plan[path].parameters_at(rank, factors) <= most
+        ]
 
 
 def _search(plan, candidates, pinned, limit):
-    """Sets the ranks: an integer program with one variable for each layer and rank."""
+    """Sets factors and ranks: an integer program with one variable for each layer and choice."""
     name, value = limit
     if name == "max_error":
-        for path, ranks in candidates.items():
-            if path in pinned:
+        for path, pairs in candidates.items():
+            layer = plan[path]
+            if path in pinned or not pairs:
                 continue
-            good = [rank for rank in ranks if plan[path].errors[rank] <= value]
+
+            def size(choice, layer=layer):
+                factors, rank = choice
+                return layer.parameters_at(rank, factors)
+
+            good = [choice for choice in pairs if layer.errors[choice] <= value]
             if good:
-                plan[path].rank = min(good)
-            elif plan[path].scaled:
-                plan[path].rank = max(ranks)
-            elif ranks:
-                plan[path].skip(f"no rank that saves anything has an error below {value}")
+                _choose(layer, min(good, key=size))
+            elif layer.scaled:
+                _choose(layer, max(pairs, key=size))
+            else:
+                layer.skip(f"no rank that saves anything has an error below {value}")
         return
     most = _most_parameters(plan, limit)
     choices = [
-        (layer, rank)
-        for layer in (plan[path] for path, ranks in candidates.items() if ranks)
-        for rank in [
+        (layer, choice)
+        for layer in (plan[path] for path, pairs in candidates.items() if pairs)
+        for choice in [
             *candidates[layer.path],
             *([] if layer.path in pinned or layer.scaled else [None]),
         ]
     ]
     if not choices:
         return
-    errors = [0.0 if rank is None else layer.errors[rank] ** 2 for layer, rank in choices]
-    sizes = [layer.parameters_at(rank) for layer, rank in choices]
+    errors = [0.0 if choice is None else layer.errors[choice] ** 2 for layer, choice in choices]
+    sizes = [
+        layer.parameters_at(None) if choice is None else layer.parameters_at(choice[1], choice[0])
+        for layer, choice in choices
+    ]
     fixed = plan.parameters - sum({layer.path: layer.parameters for layer, _ in choices}.values())
     order = {
         path: row for row, path in enumerate(dict.fromkeys(layer.path for layer, _ in choices))
@@ -551,8 +722,14 @@ def _search(plan, candidates, pinned, limit):
             optimize.LinearConstraint(np.array(sizes, "float64"), ub=most - fixed),
         ],
     )
-    for (layer, rank), chosen in zip(choices, solution.x, strict=True):
-        if chosen > 0.5:
-            layer.rank = rank
-            if rank is None:
-                layer.skip("kept full: within the budget")
+    for (layer, choice), chosen in zip(choices, solution.x, strict=True):
+        if chosen > 0.5 and choice is None:
+            layer.skip("kept full: within the budget")
+        elif chosen > 0.5:
+            _choose(layer, choice)
+
+
+def _choose(layer, choice):
+    factors, layer.rank = choice
+    if factors != layer.factors:  # those of a scale cannot be set
+        layer.factors = factors

@@ -56,6 +56,17 @@ def assert_close(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=10 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("factors", [((1, 6), (10, 1)), ((6, 1), (1, 10))])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_kernels_of_low_rank(factors, implementation):
+    layer = make(
+        2, (6, 10), 3, 2, "same", rank=4, input_factors=factors[0], output_factors=factors[1],
+        implementation=implementation,
+    )  # fmt: skip
+    x = draw(2, 7, 9, 6)
+    assert_close(evaluate(layer, x), stock_layer(layer)(x))
+
+
 def options_of_a_dimension(dimensions):
     """Strides, dilation, padding and window that go together."""
     mixed = tuple(range(1, dimensions + 1))

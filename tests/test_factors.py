@@ -130,6 +130,27 @@ def test_transposed_swaps_input_and_output(input_dim, output_dim, rank):
     assert plan.transposed.parameters == plan.parameters
 
 
+@given(st.integers(2, 99), st.integers(2, 99), st.integers(1, 9))
+def test_factors_of_low_rank_are_two_plain_products(input_dim, output_dim, rank):
+    for window, inputs in (((), input_dim), ((3, 2), 6 * input_dim)):
+        ones = (1,) * len(window)
+        square = Factorization.create(input_dim, output_dim, None, None, rank, ones, window)
+        assert not square.is_low_rank
+        factors = square.low_rank_factors
+        plan = Factorization.create(input_dim, output_dim, *factors, rank, ones, window)
+        assert plan.is_low_rank
+        assert plan.parameters == rank * (inputs + output_dim)
+        assert plan.macs == plan.parameters
+        assert plan.between(plan.order) == rank
+        assert plan.attainable_rank == min(rank, inputs, output_dim)
+    assert plan.low_rank_factors == factors
+    assert square.gate.low_rank_factors == factors
+    for options in ({"gates": 3}, {"groups": 2}):
+        other = Factorization.create(input_dim, output_dim, rank=rank, **options)
+        assert other.low_rank_factors is None
+        assert not other.is_low_rank
+
+
 def test_given_factors_are_kept():
     plan = Factorization.create(12, 10, (4, 3), np.array([5, 2]), np.int64(2))
     assert (plan.input_factors, plan.output_factors, plan.rank) == ((4, 3), (5, 2), 2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import keras_bilinear
 from keras_bilinear.decompose import arrange, nearest_kronecker_sum
 from keras_bilinear.factors import Factorization
-from keras_bilinear.fit import Frequencies, Moments, fit_kronecker_sum
+from keras_bilinear.fit import Frequencies, Moments, fit_errors, fit_kronecker_sum
 
 WINDOWS = {"dense": ((), ()), "channel": ((1, 1), (3, 2)), "spatial": ((3, 1), (1, 2))}
 
@@ -100,6 +100,76 @@ def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
                     **{**sides, name: sides[name] + sign * step}, error=0, start_error=0
                 )
                 assert relative_error(plan, rows, moments, moved, centred) > best
+
+
+def low_rank_plan(window, rank, swapped=False):
+    plan = Factorization.create(12, 9, None, None, rank, (1,) * len(window), window)
+    inputs, outputs = plan.low_rank_factors
+    if swapped:
+        inputs, outputs = inputs[::-1], outputs[::-1]
+    plan = Factorization.create(12, 9, inputs, outputs, rank, (1,) * len(window), window)
+    assert plan.is_low_rank
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("window", "swapped"), [((), False), ((), True), ((1,), False), ((3, 2), False)]
+)
+@pytest.mark.parametrize("centred", [False, True])
+def test_kernels_of_low_rank_are_the_singular_vectors_in_the_metric_of_the_examples(
+    window, swapped, centred
+):
+    plan = low_rank_plan(window, 3, swapped)
+    _, (x,), (moments,) = problem(np.random.default_rng(0), plan)
+    fit = fit_kronecker_sum([moments], plan, centred)
+    fitted = kernels(plan, fit.left, fit.right)[0]
+    kernel = moments.kernel
+    mean = x.mean(0) if centred else 0.0
+    gram = (x - mean).T @ (x - mean) / len(x)
+    # With the targets of the kernel itself, the prior adds to the metric and nothing else.
+    prior = max(1e-3, 0.1 * len(gram) / len(x)) * np.trace(gram) / len(gram)
+    values, vectors = np.linalg.eigh(gram + prior * np.eye(len(gram)))
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    left, sizes, right = np.linalg.svd(root @ kernel, full_matrices=False)
+    expected = inverse @ (left[:, :3] * sizes[:3]) @ right[:3]
+    np.testing.assert_allclose(fitted, expected, atol=1e-8)
+    error = relative_error(plan, [x], [moments], fit, centred)
+    np.testing.assert_allclose(fit.error, error, rtol=1e-6)
+    assert fit.error < fit.start_error
+    by_rank = fit_errors([moments], plan, [1, 2, 3, 9], centred)
+    assert by_rank[3] == pytest.approx(fit.error)
+    assert by_rank[1] > by_rank[2] > by_rank[3] > by_rank[9] == pytest.approx(0, abs=1e-6)
+    norms = [np.sum(one**2, axis=tuple(range(1, one.ndim))) for one in (fit.left, fit.right)]
+    np.testing.assert_allclose(*norms)
+
+
+def test_kernels_of_low_rank_are_fitted_to_targets_of_other_inputs():
+    rng = np.random.default_rng(0)
+    plan = low_rank_plan((), 9)
+    kernel, x = rng.normal(size=(12, 9)), rng.normal(size=(40_000, 12))
+    mixing = 2 * np.eye(12) + 0.1 * rng.normal(size=(12, 12))
+    moments = Moments(kernel)
+    moments.add(x @ mixing, x)
+    fit = fit_kronecker_sum([moments], plan)
+    fitted = oracle.kronecker_sum(fit.left, fit.right)
+    np.testing.assert_allclose(mixing @ fitted, kernel, atol=0.02)
+
+
+def test_tables_of_low_rank_are_weighted_by_the_use_of_their_rows():
+    rng = np.random.default_rng(0)
+    kernel, indices = rng.normal(size=(30, 8)), rng.zipf(1.5, size=50_000) % 30
+    plan = Factorization.create(30, 8, (30, 1), (1, 8), 2)
+    frequencies = Frequencies(kernel)
+    frequencies.add(indices)
+    fit = fit_kronecker_sum([frequencies], plan)
+    counts = np.bincount(indices, minlength=30) / len(indices)
+    weights = np.sqrt(counts + 1e-3 * counts.mean())[:, None]
+    left, sizes, right = np.linalg.svd(weights * kernel, full_matrices=False)
+    expected = (left[:, :2] * sizes[:2]) @ right[:2] / weights
+    np.testing.assert_allclose(oracle.kronecker_sum(fit.left, fit.right), expected, atol=1e-8)
+    rest = np.sqrt(counts @ np.square(kernel - expected).sum(1))
+    total = np.sqrt(counts @ np.square(kernel).sum(1))
+    np.testing.assert_allclose(fit.error, rest / total, rtol=1e-6)
 
 
 def test_frequencies_are_moments_of_single_rows():

@@ -9,8 +9,7 @@ from keras import layers
 import keras_bilinear
 from keras_bilinear import RewritePlan, plan_rewrite
 from keras_bilinear.decompose import nearest_kronecker_sum, remaining_energies
-from keras_bilinear.factors import Factorization
-from keras_bilinear.search import RANKS
+from keras_bilinear.factors import Factorization, choose_factors
 
 
 def mlp(*widths):
@@ -27,11 +26,18 @@ def test_the_plan_is_the_best_within_the_budget(budget):
     assert plan.full_parameters == model.count_params()
     tables = []
     for path, layer in plan_rewrite(model, budget=1.0).items():
-        ranks = [r for r in RANKS if layer.parameters_at(r) < layer.full_parameters]
         kernel = keras.ops.convert_to_numpy(model.get_layer(path).kernel)
         tables.append([(0.0, layer.full_parameters)])
-        for rank in ranks:
-            one = keras_bilinear.BilinearDense.from_full(model.get_layer(path), rank=rank)
+        low_rank = (kernel.shape[0], 1), (1, kernel.shape[1])
+        assert {factors for factors, _ in layer.errors} == {
+            low_rank,
+            (choose_factors(kernel.shape[0]), choose_factors(kernel.shape[1])),
+        }
+        for (inputs, outputs), rank in layer.errors:
+            one = keras_bilinear.BilinearDense.from_full(
+                model.get_layer(path), rank, inputs, outputs
+            )
+            assert one.count_params() < layer.full_parameters
             rest = kernel - keras.ops.convert_to_numpy(one.kernel)
             share = np.sum(rest**2) / np.sum(kernel**2)
             tables[-1].append((share, one.count_params()))
@@ -43,6 +49,107 @@ def test_the_plan_is_the_best_within_the_budget(budget):
     assert sum(layer.error**2 for layer in plan.values()) == pytest.approx(best, rel=1e-3, abs=1e-6)
 
 
+def with_kernels(*kernels):
+    """A model of dense layers with these kernels."""
+    model = mlp(len(kernels[0]), *(kernel.shape[1] for kernel in kernels))
+    for layer, kernel in zip(model.layers, kernels, strict=True):
+        layer.set_weights([kernel, np.zeros(kernel.shape[1])])
+    return model
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_each_layer_gets_the_factors_that_its_kernel_is_made_of(calibrated):
+    rng = np.random.default_rng(0)
+    product = rng.normal(size=(64, 3)) @ rng.normal(size=(3, 64))
+    kronecker = sum(np.kron(*rng.normal(size=(2, 8, 8))) for _ in range(3))
+    model = with_kernels(product, kronecker)
+    x = rng.normal(size=(500, 64)).astype("float32") if calibrated else None
+    plan = plan_rewrite(model, budget=0.12, calibration_data=x)
+    assert plan["dense_0"].factors == ((64, 1), (1, 64))
+    assert plan["dense_1"].factors == ((8, 8), (8, 8))
+    for layer in plan.values():
+        assert layer.rank == 3
+        assert layer.error == pytest.approx(0, abs=1e-3)
+    small = keras_bilinear.rewrite_model(model, plan, x)
+    y = rng.normal(size=(50, 64)).astype("float32")
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(small(y)),
+        keras.ops.convert_to_numpy(model(y)),
+        rtol=0.05,
+        atol=1,
+    )
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_no_plan_of_near_square_factors_alone_is_better(budget, calibrated, monkeypatch):
+    model = mlp(64, 100, 64, 48)
+    x = np.random.default_rng(0).normal(size=(300, 64)) * np.linspace(0, 2, 64)
+    x = x.astype("float32") if calibrated else None
+    plan = plan_rewrite(model, budget=budget, calibration_data=x)
+    monkeypatch.setattr(Factorization, "low_rank_factors", None)
+    square = plan_rewrite(model, budget=budget, calibration_data=x)
+    assert any(layer.factors[0][1] == 1 for layer in plan.values())
+    assert not any(layer.factors[0][1] == 1 for layer in square.values())
+    errors = [sum(layer.error**2 for layer in one.values()) for one in (plan, square)]
+    assert errors[0] <= errors[1] + 1e-9
+
+
+def test_fits_that_are_behind_are_not_looked_at_at_high_ranks(monkeypatch):
+    monkeypatch.setattr("keras_bilinear.search.FEW_UNKNOWNS", 16)
+    rng = np.random.default_rng(0)
+    product = rng.normal(size=(64, 4)) @ rng.normal(size=(4, 64))
+    kronecker = sum(np.kron(*rng.normal(size=(2, 8, 8))) for _ in range(12))
+    model = with_kernels(kronecker, product)
+    x = rng.normal(size=(500, 64)).astype("float32")
+    plan = plan_rewrite(model, budget=0.5, calibration_data=x)
+    square = (8, 8), (8, 8)
+    found = [
+        [rank for factors, rank in layer.errors if factors == square] for layer in plan.values()
+    ]
+    assert found == [[1, 2, 3, 4, 6, 8, 11, 16, 23], [1, 2]]
+    assert plan["dense_0"].factors == square
+
+
+def test_convolutions_and_embeddings_of_low_rank():
+    rng = np.random.default_rng(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4), dtype="int32"),
+            layers.Embedding(60, 16, name="table"),
+            layers.Conv2D(32, 3, name="conv"),
+            layers.Conv2D(32, 1, groups=2, name="grouped"),
+        ]
+    )
+    table = rng.normal(size=(60, 2)) @ rng.normal(size=(2, 16))
+    kernel = rng.normal(size=(144, 3)) @ rng.normal(size=(3, 32))
+    model.get_layer("table").set_weights([table])
+    model.get_layer("conv").set_weights([kernel.reshape(3, 3, 16, 32), np.ones(32)])
+    x = rng.integers(0, 60, (200, 4, 4)).astype("int32")
+    for data in (None, x):
+        plan = plan_rewrite(model, max_error=0.01, calibration_data=data)
+        assert plan["table"].factors == ((60, 1), (1, 16))
+        assert plan["table"].rank == 2
+        assert plan["conv"].factors == ((1, 16), (32, 1))
+        assert plan["conv"].rank == 3
+        assert {factors for factors, _ in plan["grouped"].errors} == {plan["grouped"].factors}
+        small = keras_bilinear.rewrite_model(model, plan, data)
+        assert small.get_layer("conv").right_kernel.shape == (3, 3, 3, 16, 1)
+        outputs = [keras.ops.convert_to_numpy(one(x)) for one in (model, small)]
+        np.testing.assert_allclose(*outputs, rtol=1e-2, atol=1e-2 * np.abs(outputs[0]).max())
+
+
+def test_recurrent_layers_keep_one_kind_of_factors():
+    model = keras.Sequential([keras.Input((5, 16)), layers.GRU(36, name="gru")])
+    layer = plan_rewrite(model, budget=0.2)["gru"]
+    assert {factors for factors, _ in layer.errors} == {((4, 4), (6, 6))}
+    layer.factors = (2, 8), (4, 9)
+    assert layer.factorizations[1].input_factors == (4, 9)
+    plan = RewritePlan([layer])
+    small = keras_bilinear.rewrite_model(model, plan)
+    assert small.count_params() == plan.parameters
+
+
 def test_limits_on_parameters_and_on_errors():
     model = mlp(64, 100, 64)
     plan = plan_rewrite(model, max_params=2000)
@@ -50,8 +157,13 @@ def test_limits_on_parameters_and_on_errors():
     plan = plan_rewrite(model, max_error=0.5)
     for layer in plan.values():
         assert layer.error <= 0.5
-        smaller = [rank for rank in layer.errors if layer.rank and rank < layer.rank]
-        assert all(layer.errors[rank] > 0.5 for rank in smaller)
+        smaller = [
+            error
+            for (factors, rank), error in layer.errors.items()
+            if layer.parameters_at(rank, factors) < layer.parameters
+        ]
+        assert smaller
+        assert min(smaller) > 0.5
     assert plan_rewrite(model, max_error=1e-6).parameters == model.count_params()
 
 
@@ -122,6 +234,53 @@ def test_plans_are_edited_and_kept_as_json(tmp_path):
     assert str(again) == str(plan)
     assert again.to_json() == plan.to_json()
     assert keras_bilinear.rewrite_model(model, again).count_params() == size
+    assert again[path].errors == plan[path].errors
+    assert again[path].factors == plan[path].factors
+
+
+def test_factors_are_edited():
+    model = mlp(64, 100, 64)
+    plan = plan_rewrite(model, budget=0.3)
+    layer = plan["dense_0"]
+    layer.rank = 6
+    layer.factors = (16, 4), (4, 25)
+    assert layer.parameters == 6 * (16 * 4 + 4 * 25) + 100
+    assert "16x4 -> 4x25" in str(plan)
+    layer.rank = 5
+    assert layer.factors == ((16, 4), (4, 25))
+    assert layer.error is None
+    small = keras_bilinear.rewrite_model(model, RewritePlan.from_json(plan.to_json()))
+    assert small.get_layer("dense_0").factorization.input_factors == (16, 4)
+    assert small.count_params() == plan.parameters
+    clone = keras.models.clone_model(model, clone_function=keras_bilinear.Rewriter(plan))
+    assert clone.get_layer("dense_0").factorization.output_factors == (4, 25)
+    assert clone.count_params() == plan.parameters
+
+
+@pytest.mark.parametrize(
+    ("factors", "text"),
+    [
+        (3, "must be a pair of pairs"),
+        ("ab", "must be a pair of pairs"),
+        ((8, 8), "`input_factors` must be a pair of positive integers. Received: input_factors=8"),
+        (((8, 7), (10, 10)), "product of `input_factors` must be at least 64"),
+        (((8, 8), (10, 11)), "`output_factors` must fit the size 100 tightly"),
+        (((8, 8), None), "must be two pairs"),
+        (None, "must be two pairs"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(factors, text):
+    layer = plan_rewrite(mlp(64, 100), budget=0.3)["dense_0"]
+    before = layer.factors
+    with pytest.raises(ValueError, match=text):
+        layer.factors = factors
+    assert layer.factors == before
+
+
+def test_factors_of_a_scale_stay():
+    plan = plan_rewrite(mlp(64, 64, 64), rank=1, scale=2)
+    with pytest.raises(ValueError, match="'dense_0' are those of its scale"):
+        plan["dense_0"].factors = (64, 1), (1, 64)
 
 
 def test_tables_show_every_layer():
@@ -174,6 +333,8 @@ def test_layers_that_cannot_be_rewritten_take_no_rank():
     path = next(path for path, layer in plan.items() if layer.type == "BatchNormalization")
     with pytest.raises(ValueError, match="cannot be rewritten: no projection"):
         plan[path].rank = 2
+    with pytest.raises(ValueError, match="cannot be rewritten: no projection"):
+        plan[path].factors = (2, 2), (2, 2)
     with pytest.raises(KeyError, match="no layer 'nothing' in the plan"):
         plan["nothing"]
 

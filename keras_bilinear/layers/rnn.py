@@ -88,7 +88,8 @@ class BilinearCell(BilinearLayer):
         input_factors: `(d1, d2)` with a product of at least the width of the
             input; `None` chooses near-square ones.
         output_factors: `(u1, u2)`, likewise for the units; the recurrent kernels
-            have them on both sides.
+            have them on both sides, so that these cannot be of low rank: with
+            `(1, units)` they would be no smaller than the full ones.
         implementation: `"factorized"` applies one factor after the other,
             `"materialized"` forms the kernels first, once for each call of the
             layer; `"auto"` takes what was measured to be faster for a batch.
