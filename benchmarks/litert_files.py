@@ -98,7 +98,7 @@ def layer_cases():
 NETWORKS = {
     "fashion_mnist, MLP": (accuracy.Run("fashion_mnist", "", (1024, 1024), epochs=4), 10),
     "cifar10, VGG": (accuracy.Run("cifar10", "", (32, 64, 128, 1024), epochs=1), 4),
-    "imdb_reviews, GRU": (accuracy.Run("imdb_reviews", "", (64, 64), epochs=1, recurrent="GRU"), 8),
+    "imdb_reviews, GRU": (accuracy.Run("imdb_reviews", "", (64, 64), epochs=4, recurrent="GRU"), 8),
     "spoken_digit, GRU": (
         accuracy.Run("spoken_digit", "", (256,), epochs=15, recurrent="GRU"),
         4,
