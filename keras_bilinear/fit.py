@@ -269,8 +269,8 @@ class _Problem:
         # Of the prior counts the size of the inputs, not which of them they are.
         diagonal = gram if gram.ndim == 1 else np.diagonal(gram)
         prior = max(LEAST_PRIOR, PRIOR * len(diagonal) / moments.count)
-        # Inputs that are constant, or zero, show nothing.
-        prior *= max(diagonal.mean(), 1e-6 * moments.size) or 1.0
+        # Inputs that are constant, or zero, show nothing but how their squares were rounded.
+        prior *= max(diagonal.mean(), 1e-3 * moments.size) or 1.0
         self.squares = squares.sum()
         self.prior, self.prior_squares = prior, np.square(kernel).sum()
         self.mask = (outputs >= 0).astype("float64")
@@ -298,7 +298,12 @@ class _Problem:
             return (lambda x: x / root,) * 2
         gram = self.as_matrix(self.gram).astype("float64")
         gram[np.diag_indices_from(gram)] += self.prior
-        root = linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
+        try:
+            root = linalg.cholesky(gram, lower=True, check_finite=False)
+        except linalg.LinAlgError:  # where inputs hardly vary, rounding may make it indefinite
+            values, vectors = linalg.eigh(gram, check_finite=False)
+            roots = np.sqrt(np.maximum(values, self.prior))[:, None]
+            return lambda x: vectors.T @ x / roots, lambda x: vectors @ (x / roots)
         return tuple(
             functools.partial(
                 linalg.solve_triangular, root, lower=True, trans=trans, check_finite=False

@@ -143,6 +143,21 @@ def test_kernels_of_low_rank_are_the_singular_vectors_in_the_metric_of_the_examp
     np.testing.assert_allclose(*norms)
 
 
+def test_kernels_of_low_rank_are_fitted_to_inputs_that_hardly_vary():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(200, 9)).astype("float32")
+    x = (100 * rng.uniform(1, 2, 200) + 1e-4 * rng.normal(size=(600, 200))).astype("float32")
+    moments = Moments(kernel)
+    moments.add(x, x)
+    plan = Factorization.create(200, 9, (200, 1), (1, 9), 4)
+    gram, *_ = moments.second(centred=True)
+    assert np.linalg.eigvalsh(gram)[0] < 0  # by rounding
+    fit = fit_kronecker_sum([moments], plan, centred=True)
+    fitted = oracle.kronecker_sum(fit.left, fit.right)
+    assert np.isfinite(fitted).all()
+    assert np.linalg.norm(fitted) < 2 * np.linalg.norm(kernel)
+
+
 def test_kernels_of_low_rank_are_fitted_to_targets_of_other_inputs():
     rng = np.random.default_rng(0)
     plan = low_rank_plan((), 9)

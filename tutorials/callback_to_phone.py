@@ -98,7 +98,7 @@ plt.show()
 # weights are stored as integers of eight bits and inputs are rounded as they come. It leaves alone
 # what has fewer than 1,024 numbers, as small factors do. The report says how large the file is,
 # which operations it has, how long one example takes on this machine, and how far its outputs are
-# from those of the Keras model on a hundred images.
+# from those of the Keras model on the first of these images.
 
 # %%
 reports = {}
