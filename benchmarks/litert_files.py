@@ -98,7 +98,7 @@ def layer_cases():
 NETWORKS = {
     "fashion_mnist, MLP": (accuracy.Run("fashion_mnist", "", (1024, 1024), epochs=4), 10),
     "cifar10, VGG": (accuracy.Run("cifar10", "", (32, 64, 128, 1024), epochs=1), 4),
-    "imdb_reviews, GRU": (accuracy.Run("imdb_reviews", "", (64, 64), epochs=4, recurrent="GRU"), 8),
+    "imdb_reviews, GRU": (accuracy.Run("imdb_reviews", "", (64, 64), epochs=2, recurrent="GRU"), 8),
     "spoken_digit, GRU": (
         accuracy.Run("spoken_digit", "", (256,), epochs=15, recurrent="GRU"),
         4,
@@ -213,7 +213,10 @@ def tabulate(records, command):
         other = full[one.model, one.quantize]
 
         def ratio(text, of, one=one, other=other):
-            return text if one is other else f"{text} ({of(other) / of(one):.1f}x)"
+            if one is other:
+                return text
+            times = of(other) / of(one)
+            return f"{text} ({times:.{1 if times >= 1 else 2}f}x)"
 
         cells = [one.model, one.variant, one.quantize, f"{one.parameters:,}"]
         cells.append(ratio(f"{one.bytes:,}", lambda record: record.bytes))
