@@ -12,10 +12,11 @@ smaller at four budgets, by five methods:
   until there are as many parameters as in the fitted network;
 - scratch: the fitted network with random weights.
 
-Each finished run becomes one row of `benchmarks/results/rewriting_NETWORK.csv`; a
+The full network is trained on as they are. Each finished run becomes one row of `benchmarks/results/rewriting_NETWORK.csv`; a
 run that stands there already is not done again.
 """
 
+import itertools
 import pathlib
 import tempfile
 
@@ -216,33 +217,30 @@ def low_rank_gru(layer, ranks):
 def tabulate(rows, command):
     from keras_bilinear.files import staged
 
-    full = {row["seed"]: row for row in rows if row["method"] == "full"}
-    size = int(next(iter(full.values()))["parameters"])
-    best = np.mean([float(row["one_shot"]) for row in full.values()])
+    best = np.mean([float(row["one_shot"]) for row in rows if row["method"] == "full"])
     lines = [
         f"# rewriting {NETWORK.value}",
         "",
         f"`{command}`; {accuracy.machine()}. Accuracy on the test set: right after the rewrite / "
         f"after 1 / after {EPOCHS} epochs of fine-tuning (from scratch: of training), Adam at "
-        f"{FINE_TUNING_RATE:g} (from scratch: 0.001) with cosine decay; means over seeds.",
-        "",
-        f"Full network: {size:,} parameters, {best:.4f}.",
+        f"{FINE_TUNING_RATE:g} (from scratch: 0.001) with cosine decay; means and "
+        "deviations over seeds. The last column is the difference from the full network as it was, "
+        "in points.",
         "",
         "| budget | method | seeds | parameters | one-shot | epoch 1 | epoch 5 | to the full one |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for budget in BUDGETS:
-        for method in METHODS:
-            found = [row for row in rows if (row["budget"], row["method"]) == (str(budget), method)]
-            if not found:
-                continue
-            means = [np.mean([float(row[name]) for row in found]) for name in FIELDS[4:]]
-            numbers = " | ".join(f"{mean:.4f}" for mean in means)
-            difference = 100 * (means[-1] - best)
-            lines.append(
-                f"| {budget} | {method} | {len(found)} | {int(found[0]['parameters']):,} | "
-                f"{numbers} | {difference:+.2f} |"
-            )
+    for budget, method in [(1, "full"), *itertools.product(BUDGETS, METHODS)]:
+        found = [row for row in rows if (row["budget"], row["method"]) == (str(budget), method)]
+        if not found:
+            continue
+        values = [[float(row[name]) for row in found] for name in FIELDS[4:]]
+        numbers = " | ".join(f"{np.mean(one):.4f} ± {np.std(one):.4f}" for one in values)
+        difference = 100 * (np.mean(values[-1]) - best)
+        lines.append(
+            f"| {budget} | {method} | {len(found)} | {int(found[0]['parameters']):,} | "
+            f"{numbers} | {difference:+.2f} |"
+        )
     with staged(accuracy.RESULTS) as folder:
         path = folder / f"rewriting_{NETWORK.value}.md"
         path.write_text("\n".join(lines) + "\n")
@@ -251,6 +249,8 @@ def tabulate(rows, command):
 def main(argv):
     del argv
     import dataclasses
+
+    import keras
 
     path = accuracy.RESULTS / f"rewriting_{NETWORK.value}.csv"
     rows = accuracy.read_rows(path)
@@ -269,6 +269,22 @@ def main(argv):
         logging.info("%s", row)
         tabulate(rows, command)
 
+    def fine_tuned(model, rate):
+        """The accuracies of a model, before and while it is trained on."""
+        compile_model(model, rate, EPOCHS, dataset, batch_size)
+        accuracies = [test_accuracy(model, dataset)]
+        for first, last in ((0, 1), (1, EPOCHS)):
+            model.fit(
+                dataset.x_train,
+                dataset.y_train,
+                batch_size=batch_size,
+                initial_epoch=first,
+                epochs=last,
+                verbose=0,
+            )
+            accuracies.append(test_accuracy(model, dataset))
+        return [f"{one:.4f}" for one in accuracies]
+
     cache = {}
     for seed in range(accuracy.SEEDS.value):
         model_path = pathlib.Path(
@@ -276,8 +292,8 @@ def main(argv):
         )
         model = trained(dataclasses.replace(run, seed=seed), dataset, model_path, batch_size)
         if (str(seed), "1", "full") not in done:
-            result = f"{test_accuracy(model, dataset):.4f}"
-            write(seed, 1, "full", model.count_params(), result, "", "")
+            copy = keras.models.load_model(model_path)
+            write(seed, 1, "full", model.count_params(), *fine_tuned(copy, FINE_TUNING_RATE))
         for budget in BUDGETS:
             for method in METHODS:
                 if (str(seed), str(budget), method) in done:
@@ -285,20 +301,7 @@ def main(argv):
                 data = dataset.x_train[:calibration_examples]
                 small = make_small(model, budget, method, data, seed, cache)
                 rate = run.learning_rate if method == "scratch" else FINE_TUNING_RATE
-                compile_model(small, rate, EPOCHS, dataset, batch_size)
-                accuracies = [test_accuracy(small, dataset)]
-                for first, last in ((0, 1), (1, EPOCHS)):
-                    small.fit(
-                        dataset.x_train,
-                        dataset.y_train,
-                        batch_size=batch_size,
-                        initial_epoch=first,
-                        epochs=last,
-                        verbose=0,
-                    )
-                    accuracies.append(test_accuracy(small, dataset))
-                texts = [f"{one:.4f}" for one in accuracies]
-                write(seed, budget, method, small.count_params(), *texts)
+                write(seed, budget, method, small.count_params(), *fine_tuned(small, rate))
 
 
 if __name__ == "__main__":

@@ -466,8 +466,21 @@ def _solve(problems, others, old, mask, side):
         inertia = 1e-9 * np.trace(matrix) / len(matrix) + np.finfo("float64").tiny
         matrix[np.diag_indices_from(matrix)] += inertia
         before, goal = (one[:, :, columns].reshape(n * rank, -1) for one in (old, target))
-        part = np.linalg.solve(matrix, goal + inertia * before)
+        part = _solve_symmetric(matrix, goal + inertia * before)
         new[:, :, columns] = part.reshape(n, rank, -1)
         # That is part' matrix part - 2 part' goal, but for the inertia.
         loss += np.sum(part * (inertia * (before - part) - goal))
     return new.swapaxes(0, 1), max(loss, 0.0)
+
+
+def _solve_symmetric(matrix, goal):
+    """The solution of a positive definite system; the matrix may be overwritten."""
+    diagonal = np.diagonal(matrix).copy()
+    try:
+        # The transpose lies in memory as LAPACK takes it, so nothing is copied.
+        factor = linalg.cho_factor(matrix.T, lower=True, overwrite_a=True, check_finite=False)
+    except linalg.LinAlgError:  # indefinite by rounding; below its diagonal it is what it was
+        below = np.tril(matrix, -1)
+        matrix = below + below.T + np.diag(diagonal)
+        return linalg.solve(matrix, goal, assume_a="sym", check_finite=False)
+    return linalg.cho_solve(factor, goal, check_finite=False)
