@@ -12,8 +12,9 @@ smaller at four budgets, by five methods:
   until there are as many parameters as in the fitted network;
 - scratch: the fitted network with random weights.
 
-The full network is trained on as they are. Each finished run becomes one row of `benchmarks/results/rewriting_NETWORK.csv`; a
-run that stands there already is not done again.
+The full network is trained on as they are. Each finished run becomes one row of
+`benchmarks/results/rewriting_NETWORK.csv`; a run that stands there already is not
+done again.
 """
 
 import itertools
