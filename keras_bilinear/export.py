@@ -22,6 +22,7 @@ import keras
 import numpy as np
 
 from keras_bilinear.calibration import model_batches
+from keras_bilinear.centering import centre_tables
 from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
 from keras_bilinear.rewrite import copy_model
 from keras_bilinear.runtime import exporting
@@ -367,7 +368,10 @@ def _convert(model, file, arguments, examples, quantize, quantize_io):
                 converter.representative_dataset = lambda: _runs(examples)
             if quantize_io:
                 converter.inference_input_type = converter.inference_output_type = tf.int8
-            file.write_bytes(converter.convert())
+            content = bytearray(converter.convert())
+            if quantize == "int8":
+                centre_tables(content)
+            file.write_bytes(content)
     except Exception as error:  # the converter's own class has no public name
         raise ValueError(
             "The model cannot be exported with built-in LiteRT operations only: "

@@ -104,6 +104,24 @@ def test_a_masked_embedding_is_exported(exported):
 
 
 @on_tensorflow
+def test_an_integer_embedding_multiplies_without_offsets(exported):
+    from ai_edge_litert.interpreter import Interpreter
+
+    embedding = BilinearEmbedding(1000, 32, rank=4)
+    model = keras.Sequential([keras.Input((6,), dtype="int32"), embedding])
+    for variable in embedding.trainable_variables:  # no longer symmetric around zero
+        variable.assign(np.abs(variable) + 0.01)
+    tokens = RNG.integers(-1000, 1000, (64, 6))
+    report = exported(model, "int8", representative_data=tokens)
+    interpreter = Interpreter(report.path)
+    interpreter.allocate_tensors()
+    (product,) = (one for one in interpreter._get_ops_details() if one["op_name"] == "BATCH_MATMUL")
+    details = {one["index"]: one for one in interpreter.get_tensor_details()}
+    assert details[product["inputs"][1]]["quantization"][1] == 0
+    assert report.difference < 0.02
+
+
+@on_tensorflow
 def test_convolutions_are_exported_as_their_factors(exported):
     materialized = BilinearConv2D(64, 3, rank=2, implementation="materialized")
     model = keras.Sequential(
