@@ -164,8 +164,8 @@ def choose_order(plan, implementation, strides=()):
     """The order of the factors, or `None` where the kernel is to be materialized.
 
     A dense projection goes by its MACs, and so do the gates of a recurrent layer,
-    whose small products count `SMALL_PRODUCT` times; a convolution goes by the
-    fitted model.
+    whose small products, but for those of low rank, count `SMALL_PRODUCT` times; a
+    convolution goes by the fitted model.
 
     An exported file would hold a formed kernel in its full size, so there the
     factors are taken wherever they are the smaller, in the order with fewer MACs.
@@ -186,7 +186,8 @@ def choose_order(plan, implementation, strides=()):
     if implementation == "materialized":
         return None
     if plan.pointwise:
-        macs = plan.macs * SMALL_PRODUCT if plan.gates else plan.macs
+        small = plan.gates and not plan.is_low_rank
+        macs = plan.macs * SMALL_PRODUCT if small else plan.macs
         cheaper = implementation == "factorized" or macs <= plan.full_macs
         return plan.order if cheaper else None
     ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)

@@ -114,6 +114,20 @@ def choose_aligned_factors(input_dim, output_dim, left_window, right_window):
     return min(itertools.product(_splits(input_dim), _splits(output_dim)), key=cost)
 
 
+def recurrent_input_factors(size, output_factors):
+    """The input factors of a recurrent kernel whose outputs, and so its inputs, have these.
+
+    They are the same; but those of a kernel of low rank, which has 1 on the other
+    side.
+
+    >>> recurrent_input_factors(64, (8, 8)), recurrent_input_factors(64, (1, 64))
+    ((8, 8), (64, 1))
+    """
+    if output_factors is None or output_factors == choose_factors(size):
+        return output_factors
+    return output_factors[::-1] if 1 in output_factors else output_factors
+
+
 def exact_factors(size):
     """The most square split of `size` that needs no padding; `None` for a prime.
 
@@ -263,15 +277,14 @@ class Factorization:
 
         One factor then takes all inputs, within their window, to one number for each
         term, and the other one takes these numbers to all outputs: two plain layers,
-        one after the other. `None` for groups and gates, and where both factors have
-        a window.
+        one after the other. `None` for groups, and where both factors have a window.
 
         >>> Factorization.create(784, 1024).low_rank_factors
         ((784, 1), (1, 1024))
         >>> Factorization.create(64, 128, left_window=(1, 1), right_window=(3, 3)).low_rank_factors
         ((1, 64), (128, 1))
         """
-        if self.gates or self.groups > 1 or math.prod(self.left_window) > 1:
+        if self.groups > 1 or math.prod(self.left_window) > 1:
             return None
         if self.pointwise:
             return (self.input_dim, 1), (1, self.output_dim)

@@ -18,6 +18,7 @@ from keras_bilinear.factors import (
     check_factors,
     check_positive_int,
     exact_factors,
+    recurrent_input_factors,
 )
 from keras_bilinear.sites import (
     Site,
@@ -74,7 +75,8 @@ class LayerPlan:
     def factors(self) -> tuple | None:
         """`(input_factors, output_factors)` of its kernel; `None` if it cannot be rewritten.
 
-        It can be set. A recurrent kernel has the output factors on both sides.
+        It can be set. A recurrent kernel has the output factors on both sides, see
+        `keras_bilinear.factors.recurrent_input_factors`.
         """
         if not self.factorizations:
             return None
@@ -115,7 +117,11 @@ class LayerPlan:
             dataclasses.replace(kernel, input_factors=inputs, output_factors=outputs),
             # A recurrent kernel gets the layer's own outputs.
             *(
-                dataclasses.replace(one, input_factors=outputs, output_factors=outputs)
+                dataclasses.replace(
+                    one,
+                    input_factors=recurrent_input_factors(one.output_dim, outputs),
+                    output_factors=outputs,
+                )
                 for one in others
             ),
         ]
@@ -300,9 +306,8 @@ def plan_rewrite(
     Each layer gets either near-square factors or those with which its kernel is
     one of low rank: two plain layers, one after the other. These and the ranks are
     the ones with the smallest sum of squared predicted errors among all that keep
-    the model within the budget: a knapsack, solved exactly. Recurrent layers,
-    whose states have the same factors on both sides, grouped convolutions and
-    layers with a `scale` keep near-square factors.
+    the model within the budget: a knapsack, solved exactly. Grouped convolutions
+    and layers with a `scale` keep near-square factors.
 
     Args:
         model: a built model.
@@ -404,10 +409,10 @@ def _candidates(free, pinned):
 
 def _choices(layer):
     """`{factors: ranks}` for a layer, whether these save anything or not."""
-    first, *others = layer.factorizations
+    first = layer.factorizations[0]
     most = max(MOST_TERMS, MOST_UNKNOWNS // max(input_index(first).shape))
     choices = {layer.factors: [rank for rank in rank_grid(RANKS_PER_OCTAVE) if rank <= most]}
-    if first.low_rank_factors and not others and not layer.scaled:
+    if first.low_rank_factors and not layer.scaled:
         choices[first.low_rank_factors] = rank_grid(LOW_RANKS_PER_OCTAVE)
     return choices
 

@@ -202,6 +202,8 @@ def test_recurrent_layers_are_a_loop_or_unrolled(exported, layer):
     assert loop.bytes < unrolled.bytes
     integers = exported(model, quantize="int8", representative_data=normal(50, 6, 16))
     assert "WHILE" not in integers.ops
+    low_rank = exported(recurrent(layer(32, rank=2, output_factors=(1, 32))))
+    assert low_rank.difference < 1e-5
 
 
 @on_tensorflow

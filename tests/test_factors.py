@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import re
@@ -14,6 +15,7 @@ from keras_bilinear.factors import (
     check_positive_int,
     choose_aligned_factors,
     choose_factors,
+    recurrent_input_factors,
 )
 
 PRIMES = [3, 5, 7, 11, 13, 17, 101, 509, 997, 10007, 1_000_003]
@@ -145,10 +147,19 @@ def test_factors_of_low_rank_are_two_plain_products(input_dim, output_dim, rank)
         assert plan.attainable_rank == min(rank, inputs, output_dim)
     assert plan.low_rank_factors == factors
     assert square.gate.low_rank_factors == factors
-    for options in ({"gates": 3}, {"groups": 2}):
-        other = Factorization.create(input_dim, output_dim, rank=rank, **options)
-        assert other.low_rank_factors is None
-        assert not other.is_low_rank
+    gates = dataclasses.replace(plan, left_window=(), right_window=(), gates=3)
+    assert gates.low_rank_factors == ((input_dim, 1), (1, output_dim))
+    other = Factorization.create(input_dim, output_dim, rank=rank, groups=2)
+    assert other.low_rank_factors is None
+    assert not other.is_low_rank
+
+
+def test_a_recurrent_kernel_has_the_same_factors_on_both_sides_or_is_of_low_rank():
+    for factors in ((8, 8), (4, 16), (16, 4), (7, 10), None):
+        assert recurrent_input_factors(64, factors) == factors
+    assert recurrent_input_factors(64, (1, 64)) == (64, 1)
+    assert recurrent_input_factors(64, (64, 1)) == (1, 64)
+    assert recurrent_input_factors(2, (1, 2)) == (1, 2)  # that is as square as it gets
 
 
 def test_given_factors_are_kept():

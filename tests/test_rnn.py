@@ -30,6 +30,7 @@ OPTIONS = {
     "backwards": {"go_backwards": True, "return_sequences": True},
     "unrolled": {"unroll": True, "return_state": True},
     "no bias": {"use_bias": False},
+    "low rank": {"input_factors": (WIDTH, 1), "output_factors": (1, UNITS)},
     "zeros": {"zero_output_for_mask": True, "return_sequences": True},
     "activation": {"activation": "softsign"},
     "dropout": {"dropout": 0.4, "seed": 1},
@@ -107,6 +108,17 @@ def test_equals_the_stock_layer_with_the_expanded_kernels(kind, options):
     mask = ops.convert_to_tensor(MASK)
     for arguments in ({}, {"mask": mask, "training": True}):
         assert_same(run(layer, **arguments), run(stock, **arguments))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_kernels_of_low_rank(kind):
+    layer = make(kind, **OPTIONS["low rank"])
+    kernels = layer.cell.factorization, layer.cell.recurrent_factorization
+    assert all(kernel.is_low_rank for kernel in kernels)
+    assert kernels[1].input_factors == (UNITS, 1)
+    assert layer.count_params() == sum(
+        kernel.gates * kernel.rank * (kernel.input_dim + UNITS) for kernel in kernels
+    ) + sum(np.size(weight) for weight in layer.get_weights()[4:])
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX compiles each of the drawn layers")

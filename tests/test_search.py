@@ -139,10 +139,30 @@ def test_convolutions_and_embeddings_of_low_rank():
         np.testing.assert_allclose(*outputs, rtol=1e-2, atol=1e-2 * np.abs(outputs[0]).max())
 
 
-def test_recurrent_layers_keep_one_kind_of_factors():
-    model = keras.Sequential([keras.Input((5, 16)), layers.GRU(36, name="gru")])
-    layer = plan_rewrite(model, budget=0.2)["gru"]
-    assert {factors for factors, _ in layer.errors} == {((4, 4), (6, 6))}
+@pytest.mark.parametrize("kind", ["SimpleRNN", "GRU", "LSTM"])
+def test_recurrent_layers_have_both_kernels_near_square_or_of_low_rank(kind):
+    rng = np.random.default_rng(0)
+    full = getattr(layers, kind)(36, name="recurrent")
+    model = keras.Sequential([keras.Input((5, 16)), full])
+    gates = full.cell.kernel.shape[1] // 36
+    kernels = [
+        np.concatenate(
+            [rng.normal(size=(width, 2)) @ rng.normal(size=(2, 36)) / 9 for _ in range(gates)], 1
+        )
+        for width in (16, 36)
+    ]
+    full.set_weights([*kernels, *full.get_weights()[2:]])
+    x = rng.normal(size=(50, 5, 16)).astype("float32")
+    for data in (None, x):
+        plan = plan_rewrite(model, max_error=0.01, calibration_data=data)
+        layer = plan["recurrent"]
+        assert {one for one, _ in layer.errors} == {((4, 4), (6, 6)), ((16, 1), (1, 36))}
+        assert (layer.factors, layer.rank) == (((16, 1), (1, 36)), 2)
+        assert layer.error == pytest.approx(0, abs=1e-3)
+        small = keras_bilinear.rewrite_model(model, plan, data)
+        assert small.count_params() == plan.parameters
+        outputs = [keras.ops.convert_to_numpy(one(x)) for one in (model, small)]
+        np.testing.assert_allclose(*outputs, rtol=1e-2, atol=1e-2)
     layer.factors = (2, 8), (4, 9)
     assert layer.factorizations[1].input_factors == (4, 9)
     plan = RewritePlan([layer])

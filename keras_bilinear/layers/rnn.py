@@ -10,7 +10,12 @@ from keras import ops, tree
 from keras_bilinear import keras_private, kronecker
 from keras_bilinear.calibration import calibrate
 from keras_bilinear.decompose import nearest_kronecker_sum
-from keras_bilinear.factors import Factorization, check_factors, check_positive_int
+from keras_bilinear.factors import (
+    Factorization,
+    check_factors,
+    check_positive_int,
+    recurrent_input_factors,
+)
 from keras_bilinear.fit import fit_kronecker_sum
 from keras_bilinear.layers.projection import (
     SHARED,
@@ -88,8 +93,8 @@ class BilinearCell(BilinearLayer):
         input_factors: `(d1, d2)` with a product of at least the width of the
             input; `None` chooses near-square ones.
         output_factors: `(u1, u2)`, likewise for the units; the recurrent kernels
-            have them on both sides, so that these cannot be of low rank: with
-            `(1, units)` they would be no smaller than the full ones.
+            have them on both sides. `(1, units)` makes these of low rank: they
+            have `(units, 1)` on the side of the inputs.
         implementation: `"factorized"` applies one factor after the other,
             `"materialized"` forms the kernels first, once for each call of the
             layer; `"auto"` takes what was measured to be faster for a batch.
@@ -132,7 +137,6 @@ class BilinearCell(BilinearLayer):
                 f"The last dimension of the input of `{type(self).__name__}` must be known. "
                 f"Received: input_shape={input_shape}"
             )
-        factors, rank = self.output_factors, self.recurrent_rank or self.rank
         self._kernel = GateKernel(
             self,
             self._factorize(input_shape[-1], self.input_factors, self.rank),
@@ -143,7 +147,11 @@ class BilinearCell(BilinearLayer):
         )
         self._recurrent_kernel = GateKernel(
             self,
-            self._factorize(self.units, factors, rank),
+            self._factorize(
+                self.units,
+                recurrent_input_factors(self.units, self.output_factors),
+                self.recurrent_rank or self.rank,
+            ),
             self.recurrent_initializer,
             regularizer=self.recurrent_regularizer,
             constraint=self.recurrent_constraint,
