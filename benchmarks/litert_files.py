@@ -97,8 +97,8 @@ def layer_cases():
 
 NETWORKS = {
     "fashion_mnist, MLP": (accuracy.Run("fashion_mnist", "", (1024, 1024), epochs=4), 10),
-    "cifar10, VGG": (accuracy.Run("cifar10", "", (32, 64, 128, 1024), epochs=1), 4),
-    "imdb_reviews, GRU": (accuracy.Run("imdb_reviews", "", (64, 64), epochs=2, recurrent="GRU"), 8),
+    "cifar10, VGG": (accuracy.Run("cifar10", "", (32, 64, 128, 1024), epochs=3), 4),
+    "imdb_reviews, GRU": (accuracy.Run("imdb_reviews", "", (64, 64), epochs=4, recurrent="GRU"), 8),
     "spoken_digit, GRU": (
         accuracy.Run("spoken_digit", "", (256,), epochs=15, recurrent="GRU"),
         4,
@@ -110,7 +110,7 @@ MODELS_DIR = flags.DEFINE_string(
     "where the trained networks are kept, so that only the files are measured anew",
 )
 EXAMPLES = flags.DEFINE_integer("examples", 20_000, "training examples of a network")
-TESTED = flags.DEFINE_integer("tested", 2_000, "test examples that each file is run on")
+TESTED = flags.DEFINE_integer("tested", 10_000, "test examples that each file is run on")
 
 
 def network_cases():
