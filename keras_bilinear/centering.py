@@ -4,6 +4,8 @@ import collections
 
 import numpy as np
 
+from keras_bilinear.litert import subgraphs
+
 _PASSED_ON = ("GATHER", "RESHAPE")
 
 
@@ -21,30 +23,30 @@ def centre_tables(content: bytearray) -> None:
     """
     from ai_edge_litert import schema_py_generated as schema
 
-    codes = {code: name for name, code in vars(schema.BuiltinOperator).items()}
     model = schema.Model.GetRootAs(content, 0)
-    for index in range(model.SubgraphsLength()):
-        graph = model.Subgraphs(index)
-        operators = [graph.Operators(i) for i in range(graph.OperatorsLength())]
-        kinds = [codes[model.OperatorCodes(one.OpcodeIndex()).BuiltinCode()] for one in operators]
-        makers = {one.Outputs(0): (kind, one) for kind, one in zip(kinds, operators, strict=True)}
+    for graph, operators in subgraphs(model):
+        makers = {
+            one.Outputs(i): (kind, one)
+            for kind, one in operators
+            for i in range(one.OutputsLength())
+        }
         readers = collections.Counter(
-            int(number) for one in operators for number in one.InputsAsNumpy()
+            one.Inputs(i) for _, one in operators for i in range(one.InputsLength())
         )
         holders = collections.Counter(
             graph.Tensors(i).Buffer() for i in range(graph.TensorsLength())
         )
-        for kind, operator in zip(kinds, operators, strict=True):
+        for kind, operator in operators:
             if kind != "BATCH_MATMUL":
                 continue
             chain = [operator.Inputs(1)]
             while chain[-1] in makers and makers[chain[-1]][0] in _PASSED_ON:
                 chain.append(makers[chain[-1]][1].Inputs(0))
             tensors = [graph.Tensors(number) for number in chain]
-            numbers = model.Buffers(tensors[-1].Buffer()).DataAsNumpy()
-            alone = all(readers[number] == 1 for number in chain)
-            alone = alone and holders[tensors[-1].Buffer()] == 1
-            if tensors[-1].Type() == schema.TensorType.INT8 and np.size(numbers) > 1 and alone:
+            table = tensors[-1]
+            alone = holders[table.Buffer()] == 1 and all(readers[number] == 1 for number in chain)
+            numbers = model.Buffers(table.Buffer()).DataAsNumpy()
+            if alone and table.Type() == schema.TensorType.INT8 and np.size(numbers) > 1:
                 _centre(numbers.view("int8"), tensors)
 
 
@@ -52,6 +54,8 @@ def _centre(numbers, tensors):
     """Rounds the numbers of a table to a symmetric range, which those that hand them on get too."""
     scale = tensors[-1].Quantization().ScaleAsNumpy()[0]
     zero = tensors[-1].Quantization().ZeroPointAsNumpy()[0]
+    if not zero:
+        return
     wider = scale * max(127 - zero, zero + 128) / 127
     numbers[:] = np.clip(np.round((numbers.astype("float64") - zero) * (scale / wider)), -127, 127)
     for tensor in tensors:

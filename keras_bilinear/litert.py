@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import rich.table
@@ -132,16 +133,9 @@ def inspect_litert(path: str | os.PathLike) -> dict:
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.Model.GetRootAs(pathlib.Path(path).read_bytes(), 0)
-    names = {
-        code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)
-    }
-    codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
-    # Codes beyond 127 stand in a newer field.
-    codes = [names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] for code in codes]
     ops, tensors, arena = collections.Counter(), 0, 0
-    for index in range(model.SubgraphsLength()):
-        graph = model.Subgraphs(index)
-        ops.update(codes[graph.Operators(i).OpcodeIndex()] for i in range(graph.OperatorsLength()))
+    for graph, operators in subgraphs(model):
+        ops.update(kind for kind, _ in operators)
         tensors += graph.TensorsLength()
         arena += _peak_bytes(model, graph, schema.TensorType)
     return {
@@ -150,6 +144,26 @@ def inspect_litert(path: str | os.PathLike) -> dict:
         "tensors": tensors,
         "arena_bytes": arena,
     }
+
+
+def subgraphs(model) -> Iterator[tuple]:
+    """The subgraphs of a LiteRT model, each with its operators, `(kind, operator)`.
+
+    Args:
+        model: a `Model` of LiteRT's schema.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {
+        code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)
+    }
+    codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
+    # Codes beyond 127 stand in a newer field.
+    kinds = [names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] for code in codes]
+    for index in range(model.SubgraphsLength()):
+        graph = model.Subgraphs(index)
+        operators = [graph.Operators(i) for i in range(graph.OperatorsLength())]
+        yield graph, [(kinds[one.OpcodeIndex()], one) for one in operators]
 
 
 def _peak_bytes(model, graph, types):
