@@ -17,9 +17,10 @@ from keras_bilinear.layers import (
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
+from keras_bilinear.plan import RewritePlan
 from keras_bilinear.rewrite import Rewriter, expand_model, rewrite_model
 from keras_bilinear.runtime import exporting
-from keras_bilinear.search import RewritePlan, plan_rewrite
+from keras_bilinear.search import plan_rewrite
 from keras_bilinear.summary import compare, summarize
 from keras_bilinear.version import __version__
 

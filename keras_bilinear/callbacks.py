@@ -36,8 +36,9 @@ from keras_bilinear.keras_private import (
     snapshot,
     strategy_scope,
 )
+from keras_bilinear.plan import RewritePlan
 from keras_bilinear.rewrite import expand_layers, rewrite_layers
-from keras_bilinear.search import RewritePlan, check_budget, plan_rewrite
+from keras_bilinear.search import check_budget, plan_rewrite
 from keras_bilinear.sites import counterpart, walk
 
 # So many training examples are calibration data, where none are given.

@@ -15,7 +15,8 @@ from keras_bilinear.factors import check_positive_int
 from keras_bilinear.keras_private import all_layers, become, refresh, restore, snapshot
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
-from keras_bilinear.search import RewritePlan, plan_layer, plan_rewrite
+from keras_bilinear.plan import RewritePlan
+from keras_bilinear.search import plan_layer, plan_rewrite
 from keras_bilinear.sites import (
     Site,
     can_calibrate,

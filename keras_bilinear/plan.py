@@ -1,0 +1,266 @@
+"""What becomes of each layer of a model: a plan that can be read, edited and kept."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+
+import rich.table
+
+from keras_bilinear.display import Tabular, right
+from keras_bilinear.factors import (
+    Factorization,
+    check_factors,
+    check_positive_int,
+    recurrent_input_factors,
+)
+
+
+@dataclasses.dataclass
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        path: names of the layers that hold it and its own, joined by `/`.
+        type: class of the full layer.
+        full_parameters: numbers that it stores.
+        factorizations: shapes of its kernels, with rank 1; none for a layer
+            that cannot be rewritten.
+        rank: number of Kronecker terms; `None` leaves the layer alone.
+        reason: why it is left alone.
+        errors: for each pair `(factors, rank)` that was looked at, the predicted
+            error: root mean square, relative, of its kernels or, with calibration
+            data, of its output.
+        scale: what the factors of its outputs are multiplied by, see
+            `plan_rewrite`.
+        input_scale: likewise those of its inputs, as the layer before it has
+            this scale.
+    """
+
+    path: str
+    type: str
+    full_parameters: int
+    factorizations: list[Factorization] = dataclasses.field(default_factory=list)
+    rank: int | None = None
+    reason: str = ""
+    errors: dict[tuple, float] = dataclasses.field(default_factory=dict)
+    scale: int = 1
+    input_scale: int = 1
+
+    @property
+    def factors(self) -> tuple | None:
+        """`(input_factors, output_factors)` of its kernel; `None` if it cannot be rewritten.
+
+        It can be set. A recurrent kernel has the output factors on both sides, see
+        `keras_bilinear.factors.recurrent_input_factors`.
+        """
+        if not self.factorizations:
+            return None
+        return self.factorizations[0].input_factors, self.factorizations[0].output_factors
+
+    @factors.setter
+    def factors(self, value):
+        if self.scaled:
+            raise ValueError(
+                f"The factors of the layer {self.path!r} are those of its scale. "
+                f"Received: factors={value!r}"
+            )
+        if value is None:
+            raise ValueError(f"`factors` must be two pairs. Received: factors={value!r}")
+        self.factorizations = self.with_factors(value)
+
+    def with_factors(self, factors: tuple | None) -> list[Factorization]:
+        """Its factorizations with other factors; `None` for its own.
+
+        Raises:
+            ValueError: if they are not valid.
+        """
+        if factors is None or factors == self.factors:
+            return self.factorizations
+        if not self.factorizations:
+            raise self._cannot_be_rewritten("factors", factors)
+        if isinstance(factors, str) or not hasattr(factors, "__len__") or len(factors) != 2:
+            raise ValueError(
+                "`factors` must be a pair of pairs, of the inputs and of the outputs. "
+                f"Received: factors={factors!r}"
+            )
+        kernel, *others = self.factorizations
+        inputs = check_factors("input_factors", factors[0], kernel.input_dim)
+        outputs = check_factors("output_factors", factors[1], kernel.output_dim)
+        if inputs is None or outputs is None:
+            raise ValueError(f"`factors` must be two pairs. Received: factors={factors!r}")
+        return [
+            dataclasses.replace(kernel, input_factors=inputs, output_factors=outputs),
+            # A recurrent kernel gets the layer's own outputs.
+            *(
+                dataclasses.replace(
+                    one,
+                    input_factors=recurrent_input_factors(one.output_dim, outputs),
+                    output_factors=outputs,
+                )
+                for one in others
+            ),
+        ]
+
+    def _cannot_be_rewritten(self, name, value):
+        return ValueError(
+            f"The layer {self.path!r} cannot be rewritten: {self.reason}. "
+            f"Received: {name}={value!r}"
+        )
+
+    def __setattr__(self, name, value):
+        if name == "rank" and value is not None:
+            value = check_positive_int("rank", value)
+            if not self.factorizations:
+                raise self._cannot_be_rewritten("rank", value)
+        super().__setattr__(name, value)
+
+    def parameters_at(self, rank: int | None, factors: tuple | None = None) -> int:
+        """Numbers that the layer stores.
+
+        Args:
+            rank: number of Kronecker terms; `None` for the full layer.
+            factors: other ones than its own.
+        """
+        # Besides kernels it has a bias, or is a normalization: numbers for each output.
+        vectors = self.full_parameters - sum(plan.full_parameters for plan in self.factorizations)
+        if rank is None:
+            return self.full_parameters + (self.scale**2 - 1) * vectors
+        kernels = (
+            dataclasses.replace(plan, rank=rank)
+            # The recurrent kernel of a layer gets its own outputs.
+            .scaled(self.scale if index else self.input_scale, self.scale)
+            for index, plan in enumerate(self.with_factors(factors))
+        )
+        return self.scale**2 * vectors + sum(kernel.parameters for kernel in kernels)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether its inputs or its outputs are of another width than in the full model."""
+        return self.scale * self.input_scale > 1
+
+    def saves(self, rank: int, factors: tuple | None = None) -> bool:
+        """Whether the layer stores fewer numbers at a rank than in full."""
+        return self.parameters_at(rank, factors) < self.full_parameters
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the layer stores as planned."""
+        return self.parameters_at(self.rank)
+
+    @property
+    def error(self) -> float | None:
+        """The predicted error as planned; `None` if that was not looked at."""
+        return 0.0 if self.rank is None else self.errors.get((self.factors, self.rank))
+
+    def skip(self, reason: str = "on request") -> None:
+        """Leaves the layer alone."""
+        self.rank, self.reason = None, reason
+
+
+class RewritePlan(Tabular, Mapping):
+    """What becomes of each layer of a model, by its path. It can be edited.
+
+    Args:
+        layers: a `LayerPlan` for each layer with weights.
+        other_parameters: numbers that the model stores besides them.
+
+    Example:
+
+    >>> layers = [keras.layers.Dense(512, name="hidden"), keras.layers.Dense(512, name="last")]
+    >>> plan = plan_rewrite(keras.Sequential([keras.Input((784,)), *layers]), budget=0.1)
+    >>> plan["hidden"].factors = (28, 28), (16, 32)
+    >>> plan["hidden"].rank = 4
+    >>> plan["last"].skip()
+    >>> plan.full_parameters, plan.parameters
+    (664576, 268544)
+    """
+
+    def __init__(self, layers: Iterable[LayerPlan], other_parameters: int = 0):
+        self._layers = {layer.path: layer for layer in layers}
+        self.other_parameters = other_parameters
+
+    def __getitem__(self, path: str) -> LayerPlan:
+        if path not in self._layers:
+            raise KeyError(f"no layer {path!r} in the plan, which has {', '.join(self._layers)}")
+        return self._layers[path]
+
+    def __iter__(self):
+        return iter(self._layers)
+
+    def __len__(self):
+        return len(self._layers)
+
+    @property
+    def full_parameters(self) -> int:
+        """Numbers that the full model stores."""
+        return self.other_parameters + sum(layer.full_parameters for layer in self.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the rewritten model stores."""
+        return self.other_parameters + sum(layer.parameters for layer in self.values())
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        layers = [
+            {
+                **dataclasses.asdict(layer),
+                "errors": [[*factors, rank, e] for (factors, rank), e in layer.errors.items()],
+            }
+            for layer in self.values()
+        ]
+        return json.dumps({"other_parameters": self.other_parameters, "layers": layers}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RewritePlan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no such plan.
+        """
+        try:
+            content = json.loads(text)
+            return cls(map(_layer_plan, content["layers"]), content["other_parameters"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"The text is no plan: {type(error).__name__}: {error}") from error
+
+    def table(self) -> rich.table.Table:
+        """The plan, a row for each layer."""
+        scaled = any(layer.scale > 1 for layer in self.values())
+        share = self.parameters / self.full_parameters if self.full_parameters else 1.0
+        table = rich.table.Table(
+            "layer",
+            "type",
+            *right("full", "planned", "rank", "factors", *(["scale"] if scaled else []), "error"),
+            "left alone because",
+            title=f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})",
+        )
+        for layer in self.values():
+            error = "" if layer.rank is None or layer.error is None else f"{layer.error:.3f}"
+            table.add_row(
+                layer.path,
+                layer.type,
+                f"{layer.full_parameters:,}",
+                f"{layer.parameters:,}",
+                *(["", ""] if layer.rank is None else [str(layer.rank), _text(layer.factors)]),
+                *([str(layer.scale)] if scaled else []),
+                error,
+                layer.reason if layer.rank is None else "",
+            )
+        return table
+
+
+def _text(factors):
+    return " -> ".join("x".join(map(str, pair)) for pair in factors)
+
+
+def _layer_plan(content):
+    factorizations = [
+        Factorization(**{key: tuple(v) if isinstance(v, list) else v for key, v in one.items()})
+        for one in content["factorizations"]
+    ]
+    errors = {
+        ((tuple(inputs), tuple(outputs)), rank): error
+        for inputs, outputs, rank, error in content["errors"]
+    }
+    return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
