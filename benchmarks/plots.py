@@ -1,0 +1,82 @@
+"""Draws accuracy against parameters and against multiplications, from finished studies.
+
+    python benchmarks/plots.py
+
+Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
+`benchmarks/results/accuracy_STUDY.png`: the means over the seeds of what stands there,
+on the test set. Lines join networks that differ in their rank only.
+"""
+
+import accuracy
+import matplotlib
+import numpy as np
+from absl import app
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from keras_bilinear.files import staged
+
+STUDIES = ("fashion_mnist", "cifar10", "imdb_reviews", "spoken_digit", "tiny_shakespeare")
+AXES = {"parameters": "parameters", "macs": "multiply-accumulates for an example"}
+
+
+def series(rows):
+    """`{label: [(row, accuracies), ...]}`: the best setting of each network, by its line."""
+    networks = {}
+    for row in rows:
+        if row["tuning"] == "True":
+            continue
+        setting = tuple(row[name] for name in ("optimizer", "learning_rate", "label_smoothing"))
+        key = tuple(row.get(name) or "" for name in ("network", "pattern", "recurrent"))
+        networks.setdefault(key, {}).setdefault(setting, []).append(row)
+    lines = {}
+    for (network, pattern, recurrent), settings in networks.items():
+        found = max(settings.values(), key=lambda rows: np.mean(accuracies(rows)))
+        kind = network.replace(f", rank {found[0]['rank']}", "")
+        label = ", ".join(part for part in (recurrent, kind, pattern) if part)
+        lines.setdefault(label, []).append(found)
+    return lines
+
+
+def accuracies(rows):
+    return [float(row["accuracy"]) for row in rows]
+
+
+def draw(lines, title):
+    figure, axes = plt.subplots(1, len(AXES), figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, (column, text) in zip(axes, AXES.items(), strict=True):
+        for label, networks in lines.items():
+            x = [int(rows[0][column]) for rows in networks]
+            y = [np.mean(accuracies(rows)) for rows in networks]
+            error = [np.std(accuracies(rows)) for rows in networks]
+            style = {"marker": "o" if "bilinear" in label else "s", "capsize": 3}
+            axis.errorbar(x, y, error, label=label, **style)
+            for rows, *place in zip(networks, x, y, strict=True):
+                if "bilinear" in label:
+                    axis.annotate(
+                        rows[0]["rank"], place, xytext=(4, -10), textcoords="offset points"
+                    )
+        axis.set_xscale("log")
+        axis.set_xlabel(text)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy")
+    axes[0].legend(fontsize="small")
+    figure.suptitle(f"{title}; numbers are ranks")
+    return figure
+
+
+def main(argv):
+    del argv
+    for study in STUDIES:
+        rows = accuracy.read_rows(accuracy.RESULTS / f"accuracy_{study}.csv")
+        if not rows:
+            continue
+        figure = draw(series(rows), study)
+        with staged(accuracy.RESULTS) as folder:
+            figure.savefig(folder / f"accuracy_{study}.png", dpi=100)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    app.run(main)
