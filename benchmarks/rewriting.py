@@ -215,6 +215,10 @@ def low_rank_gru(layer, ranks):
     return rnn
 
 
+def mean_and_deviation(values):
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values):.4f}" if len(values) > 1 else "")
+
+
 def tabulate(rows, command):
     from keras_bilinear.files import staged
 
@@ -236,7 +240,7 @@ def tabulate(rows, command):
         if not found:
             continue
         values = [[float(row[name]) for row in found] for name in FIELDS[4:]]
-        numbers = " | ".join(f"{np.mean(one):.4f} ± {np.std(one):.4f}" for one in values)
+        numbers = " | ".join(map(mean_and_deviation, values))
         difference = 100 * (np.mean(values[-1]) - best)
         lines.append(
             f"| {budget} | {method} | {len(found)} | {int(found[0]['parameters']):,} | "
