@@ -9,8 +9,8 @@ of a call. What lies in a loop counts as often as the loop runs. Alone, an opera
 its inputs in the cache and is not fused with others; the time of the whole file, beside
 the sum, tells how far to trust it.
 
-The files are those of `litert_files.py` that miss a goal of speed, and the full
-network's beside them. The table goes to `benchmarks/results/litert_profile.md`.
+The files are those of `litert_files.py` that miss a goal of speed, or are slower than
+the full network's, and that beside them. The table goes to `benchmarks/results/litert_profile.md`.
 """
 
 import collections

@@ -18,21 +18,31 @@ import matplotlib.pyplot as plt
 from keras_bilinear.files import staged
 
 STUDIES = ("fashion_mnist", "cifar10", "imdb_reviews", "spoken_digit", "tiny_shakespeare")
+SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
 AXES = {"parameters": "parameters", "macs": "multiply-accumulates for an example"}
 
 
 def series(rows):
-    """`{label: [(row, accuracies), ...]}`: the best setting of each network, by its line."""
-    networks = {}
+    """`{label: [rows of a network, ...]}`, by lines.
+
+    Of a network that was tested in several settings counts the one that is best on
+    held-out data.
+    """
+    networks, held_out = {}, {}
     for row in rows:
-        if row["tuning"] == "True":
-            continue
-        setting = tuple(row[name] for name in ("optimizer", "learning_rate", "label_smoothing"))
+        setting = tuple(row[name] for name in SETTING)
         key = tuple(row.get(name) or "" for name in ("network", "pattern", "recurrent"))
-        networks.setdefault(key, {}).setdefault(setting, []).append(row)
+        if row["tuning"] == "True":
+            held_out.setdefault((key, setting), []).append(row)
+        else:
+            networks.setdefault(key, {}).setdefault(setting, []).append(row)
     lines = {}
-    for (network, pattern, recurrent), settings in networks.items():
-        found = max(settings.values(), key=lambda rows: np.mean(accuracies(rows)))
+    for key, settings in networks.items():
+        network, pattern, recurrent = key
+        best, *others = settings
+        if others:
+            best = max(settings, key=lambda one: np.mean(accuracies(held_out[key, one])))
+        found = settings[best]
         kind = network.replace(f", rank {found[0]['rank']}", "")
         label = ", ".join(part for part in (recurrent, kind, pattern) if part)
         lines.setdefault(label, []).append(found)

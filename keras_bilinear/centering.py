@@ -16,7 +16,7 @@ def centre_tables(content: bytearray) -> None:
     point is 0, and any other one goes a way that is five times as slow. The
     converter gives a look-up in a table what range the examples show. Here the
     table gets a symmetric one, of at most twice the width, and its numbers are
-    rounded to it.
+    rounded to it. One that something else reads as well stays as it is.
 
     Args:
         content: an all-integer LiteRT file.

@@ -39,6 +39,18 @@ def test_a_dense_projection_goes_by_its_macs():
     assert cost.choose_order(Factorization.create(64, 64, rank=50), "auto") is None
 
 
+def test_small_products_of_gates_count_more_than_those_of_low_rank():
+    def gates(rank, *factors):
+        return Factorization.create(64, 64, *factors, rank=rank, gates=3)
+
+    low_rank, square = gates(20, (64, 1), (1, 64)), gates(2)
+    for one in (low_rank, square):
+        assert one.macs < one.full_macs < cost.SMALL_PRODUCT * one.macs
+    assert cost.choose_order(low_rank, "auto") == low_rank.order
+    assert cost.choose_order(square, "auto") is None
+    assert cost.choose_order(gates(1), "auto") == square.order
+
+
 def test_files_hold_what_is_smaller():
     with exporting():
         for implementation in ("auto", "factorized", "materialized"):

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 import keras_bilinear
 from keras_bilinear.decompose import arrange, nearest_kronecker_sum
 from keras_bilinear.factors import Factorization
-from keras_bilinear.fit import Frequencies, Moments, fit_errors, fit_kronecker_sum
+from keras_bilinear.fit import (
+    Frequencies,
+    Moments,
+    _solve_symmetric,
+    fit_errors,
+    fit_kronecker_sum,
+)
 
 WINDOWS = {"dense": ((), ()), "channel": ((1, 1), (3, 2)), "spatial": ((3, 1), (1, 2))}
 
@@ -412,3 +418,12 @@ def test_few_examples_are_reported(caplog):
     layer.build((None, 12))
     keras_bilinear.BilinearDense.from_full(layer, calibration_data=np.ones((3, 12), "float32"))
     assert "3 calibration examples for the 12 inputs" in caplog.text
+
+
+@pytest.mark.parametrize("definite", [True, False])
+def test_systems_are_solved_even_if_rounding_makes_them_indefinite(definite):
+    rng = np.random.default_rng(0)
+    root, goal = rng.normal(size=(30, 30)), rng.normal(size=(30, 4))
+    matrix = root @ root.T + np.eye(30) if definite else root + root.T
+    solution = _solve_symmetric(matrix.copy(), goal)
+    np.testing.assert_allclose(matrix @ solution, goal, atol=1e-9)
