@@ -1,14 +1,21 @@
 """Initial values of the factors, so that their product starts like the full kernel.
 
 With `sigma` the deviation that the layer's `kernel_initializer` gives the full
-kernel, each factor is stored with that same deviation, and the product of the
-factors is multiplied by a constant, the `gain`, that makes up for it:
+kernel, each factor is stored with a deviation `s` near it, and the product of
+the factors is multiplied by a constant, the `gain`, that makes up for it:
 
-    W = gain * sum_r kron(L_r, R_r)        gain = 1 / (sigma * sqrt(rank))
+    W = gain * sum_r kron(L_r, R_r)        gain = sigma / (s^2 * sqrt(rank))
 
 So the stored numbers have the size of the full kernel's, and optimizers whose
 steps do not depend on the size of the gradient (Adam and its kin) move the
-kernel by as much as they would move the full one's.
+kernel by as much as they would move the full one's. Where that would be too
+much, as deep networks do not begin to train then, `s` is larger than `sigma`:
+
+- in wide layers, whose kernels have small numbers: `s` is at least 1/40, of
+  which a step at Adam's default rate is 4%;
+- at a rank above 8, as terms that move in step move their sum by as many times
+  as there are terms: `s` grows with the root of the rank, such that they move
+  it no more than 8 terms do.
 """
 
 import math
@@ -18,6 +25,10 @@ from keras import ops
 
 # Deviation of a unit normal distribution that is cut off at two deviations.
 _TRUNCATED_DEVIATION = 0.87962566103423978
+
+# What the stored deviation goes by, see above.
+_LEAST_STORED = 1 / 40
+_MOST_IN_STEP = 8
 
 # Fixed initializers, and what the right factor has where the left one has their
 # values, so that the product has them too.
@@ -91,7 +102,9 @@ class FactorInitializers:
         self._left_size, self._right_size = math.prod(left_shape), math.prod(right_shape)
         self._rank = left_shape[0]
         self.deviation = known or deviation(glorot, fan_in, fan_out)
-        self.gain = 1.0 / (self.deviation * math.sqrt(self._rank))
+        in_step = max(1, self._rank / _MOST_IN_STEP)
+        self._stored = max(self.deviation, _LEAST_STORED) * math.sqrt(in_step)
+        self.gain = self.deviation / (self._stored**2 * math.sqrt(self._rank))
         # What each product of two matrices is multiplied by.
         self._scale = 1 / math.sqrt(self._rank)
         if self._orthogonal:
@@ -120,7 +133,7 @@ class FactorInitializers:
         # One draw holds both factors: an initializer gives the same numbers
         # each time it is called, and equal factors would be no random kernel.
         size = self._left_size + self._right_size
-        scale = self.deviation / deviation(self._random, size, size)
+        scale = self._stored / deviation(self._random, size, size)
         return ops.multiply(self._random((size,), dtype=dtype), scale)
 
     def _with_first_term(self, factor, initializer):

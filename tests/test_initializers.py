@@ -69,10 +69,23 @@ def test_kernel_variance_for_any_factors_and_rank(shape):
 def test_stored_factors_have_the_deviation_of_the_full_kernel(name):
     initializer = INITIALIZERS[name]
     layer = make(initializer(0), (400, 900), rank=4)
-    stored = np.concatenate([factor.ravel() for factor in oracle.factors(layer)])
     full = ops.convert_to_numpy(initializer(1)((400, 900)))
-    np.testing.assert_allclose(stored.std(), full.std(), rtol=0.05)
-    assert abs(stored.mean()) < 0.1 * full.std()
+    assert_stored(layer, full.std())
+
+
+@pytest.mark.parametrize(
+    "shape, rank, expected",
+    [((400, 900), 8, 650**-0.5), ((400, 900), 32, 2 * 650**-0.5), ((4096, 4096), 2, 0.025)],
+)
+def test_high_ranks_and_wide_layers_store_larger_factors(shape, rank, expected):
+    layer = make(keras.initializers.GlorotUniform(0), shape, rank=rank)
+    assert_stored(layer, expected)
+
+
+def assert_stored(layer, deviation):
+    stored = np.concatenate([factor.ravel() for factor in oracle.factors(layer)])
+    np.testing.assert_allclose(stored.std(), deviation, rtol=0.05)
+    assert abs(stored.mean()) < 0.1 * deviation
 
 
 @pytest.mark.parametrize("name", INITIALIZERS)
