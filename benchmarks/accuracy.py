@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --study=fashion_mnist --data_dir=DIR
     python benchmarks/accuracy.py --study=initialization --data_dir=DIR
+    python benchmarks/accuracy.py --study=stability --data_dir=DIR
     python benchmarks/accuracy.py --study=cifar10 --data_dir=DIR
 
 and so on for the studies `imdb_reviews`, `spoken_digit` and `tiny_shakespeare`
@@ -39,16 +40,18 @@ class Run:
     """One training, and all that decides its outcome.
 
     `kernels` says how the bilinear layers store their factors: `"gain"` is what
-    the package does; `"plain"` stores the factors themselves; `"undivided"`
-    keeps the gain in the gradients. Full networks have `"full"`.
+    the package does; `"plain"` stores the factors themselves; `"unbounded"` gives
+    them the full kernel's deviation, however wide the layer and high the rank;
+    `"undivided"` keeps the gain in the gradients. Full networks have `"full"`.
 
     `hidden` are the widths of the hidden layers; for `cifar10`, the filters of
     each block of convolutions, and the units of the dense layer after them; for
     recurrent networks, the width of the embedding, where there is one, and the
     units of the layer of kind `recurrent`.
 
-    With `tuning`, the last tenth of the training set is held out and gives the
-    accuracy; without, all of it is trained on and the test set gives it.
+    It trains on the first `examples`, or on all of them. With `tuning`, the last
+    tenth of these is held out and gives the accuracy; without, all are trained on
+    and the test set gives it.
     """
 
     dataset: str
@@ -66,6 +69,7 @@ class Run:
     tuning: bool = False
     pattern: str = ""
     recurrent: str = ""
+    examples: int | None = None
 
     @property
     def key(self):
@@ -157,23 +161,40 @@ def initialization(accuracy):
                 accuracy(run)
 
 
+def stability(accuracy):
+    """Whether a deep network of high rank or wide layers begins to train, by the ways to store."""
+    base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=2, examples=10_000)
+    shapes = (
+        *((1, rank, "channel") for rank in (1, 4, 8, 16, 32)),
+        *((2, rank, "spatial") for rank in (1, 4)),
+    )
+    for seed in range(SEEDS.value):
+        accuracy(dataclasses.replace(base, seed=seed))
+        for (scale, rank, pattern), kernels in itertools.product(shapes, ("gain", "unbounded")):
+            if (scale, kernels) == (1, "unbounded") and rank <= 8:
+                continue  # The same.
+            accuracy(_vgg(base, scale, rank, pattern, kernels=kernels, seed=seed))
+
+
 def cifar10(accuracy):
     """The small VGG of the paper: full, and bilinear by rank, scale and pattern."""
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
     for seed in range(SEEDS.value):
         accuracy(dataclasses.replace(base, seed=seed))
         for scale, rank, pattern in itertools.product((1, 2), (1, 2, 4, 8), ("channel", "spatial")):
-            accuracy(
-                dataclasses.replace(
-                    base,
-                    network=f"bilinear, rank {rank}, scale {scale}",
-                    hidden=tuple(scale**2 * width for width in base.hidden),
-                    rank=rank,
-                    kernels="gain",
-                    pattern=pattern,
-                    seed=seed,
-                )
-            )
+            accuracy(_vgg(base, scale, rank, pattern, kernels="gain", seed=seed))
+
+
+def _vgg(base, scale, rank, pattern, **changes):
+    """The bilinear network for a full one of convolutions."""
+    return dataclasses.replace(
+        base,
+        network=f"bilinear, rank {rank}, scale {scale}",
+        hidden=tuple(scale**2 * width for width in base.hidden),
+        rank=rank,
+        pattern=pattern,
+        **changes,
+    )
 
 
 def imdb_reviews(accuracy):
@@ -290,16 +311,22 @@ def build(run, dataset):
     return keras.Sequential([inputs, *first, *hidden, dense(dataset.classes)])
 
 
-def store_plainly(model):
-    """Makes each bilinear layer store the factors of its kernel without a gain."""
+def store(model, kernels):
+    """Makes each bilinear layer store the factors of its kernel in another way."""
+    from keras_bilinear.initializers import deviation
     from keras_bilinear.layers.projection import BilinearLayer
 
     for layer in model.layers:
         if isinstance(layer, BilinearLayer):
-            kernel = layer._kernel
-            kernel.left.assign(kernel.left * kernel.gain**0.5)
-            kernel.right.assign(kernel.right * kernel.gain**0.5)
-            kernel.gain = 1.0
+            kernel, gain = layer._kernel, 1.0
+            if kernels == "unbounded":
+                shape = kernel.factorization
+                window = math.prod(shape.window)
+                fans = window * shape.input_dim, window * shape.output_dim
+                gain = 1 / (deviation(layer.kernel_initializer, *fans) * math.sqrt(shape.rank))
+            for factor in (kernel.left, kernel.right):
+                factor.assign(factor * math.sqrt(kernel.gain / gain))
+            kernel.gain = gain
 
 
 def train(run, dataset):
@@ -311,8 +338,8 @@ def train(run, dataset):
 
     keras.utils.set_random_seed(run.seed)
     model = build(run, dataset)
-    if run.kernels == "plain":
-        store_plainly(model)
+    if run.kernels in ("plain", "unbounded"):
+        store(model, run.kernels)
     x, y = dataset.x_train, keras.utils.to_categorical(dataset.y_train, dataset.classes)
     if run.tuning:
         held_out = len(x) // 10
@@ -366,7 +393,7 @@ def tabulate(rows, path, command):
     import numpy as np
 
     group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
-    group += ("recurrent", "network", "pattern", "kernels", "learning_rate", "epochs")
+    group += ("recurrent", "network", "pattern", "kernels", "learning_rate", "epochs", "examples")
     groups, full_sizes = {}, {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in group), []).append(row)
@@ -407,6 +434,7 @@ STUDIES = {
     for study in (
         fashion_mnist,
         initialization,
+        stability,
         cifar10,
         imdb_reviews,
         spoken_digit,
@@ -455,7 +483,8 @@ def main(argv):
     fields = [field.name for field in dataclasses.fields(Run)]
     path = RESULTS / f"accuracy_{STUDY.value}.csv"
     # Older rows lack the newer columns.
-    rows = [dict.fromkeys(("recurrent", "bits"), "") | row for row in read_rows(path)]
+    missing = {"recurrent": "", "bits": "", "examples": "None"}
+    rows = [missing | row for row in read_rows(path)]
     finished = {tuple(row[name] for name in fields): row for row in rows}
     command = f"python benchmarks/accuracy.py --study={STUDY.value}"
     load_once = functools.cache(load)
@@ -464,7 +493,7 @@ def main(argv):
         """The accuracy of a run, from its row or, without one, by training."""
         if run.key not in finished:
             row = dict(zip(fields, run.key, strict=True)) | train(
-                run, load_once(run.dataset, DATA_DIR.value)
+                run, load_once(run.dataset, DATA_DIR.value, run.examples)
             )
             row = {name: str(value) for name, value in row.items()}
             rows.append(row)

@@ -6,6 +6,7 @@ and so on for `cifar10`. A full network is trained; and networks that keep 3% of
 parameters at the end:
 
 - a fifth, half: rewritten by `BilinearRewrite` after that part of the epochs;
+- the same, low rank: with `low_rank=True`, which lets plans choose such factors too;
 - three steps: to 50%, 15% and 3%, after one, two and three fifths of the epochs;
 - scratch: the network that "half" ends with, bilinear from the start.
 
@@ -29,7 +30,15 @@ NETWORKS = {
     "fashion_mnist": (accuracy.Run("fashion_mnist", "full", (1024, 1024)), 10),
     "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024)), 10),
 }
-METHODS = ("full", "half", "a fifth", "three steps", "scratch")
+METHODS = (
+    "full",
+    "half",
+    "half, low rank",
+    "a fifth",
+    "a fifth, low rank",
+    "three steps",
+    "scratch",
+)
 FIELDS = ("seed", "method", "equal", "epochs", "parameters", "accuracy", "seconds")
 
 NETWORK = flags.DEFINE_enum("network", None, list(NETWORKS), "what to train")
@@ -45,7 +54,8 @@ def schedule(method, epochs):
             math.ceil(part * epochs / 5): budget
             for part, budget in ((1, 0.5), (2, 0.15), (3, BUDGET))
         }
-    return {math.ceil(epochs * {"half": 0.5, "a fifth": 0.2}[method]): BUDGET}
+    part = {"half": 0.5, "a fifth": 0.2}[method.removesuffix(", low rank")]
+    return {math.ceil(epochs * part): BUDGET}
 
 
 def train(run, method, epochs, small, dataset, batch_size):
@@ -60,7 +70,8 @@ def train(run, method, epochs, small, dataset, batch_size):
     else:
         model, callbacks = accuracy.build(run, dataset), []
         if budgets := schedule(method, epochs):
-            callbacks.append(BilinearRewrite(schedule=budgets))
+            low_rank = method.endswith("low rank")
+            callbacks.append(BilinearRewrite(schedule=budgets, low_rank=low_rank))
     steps = epochs * -(-len(dataset.x_train) // batch_size)
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.learning_rate, steps)),

@@ -77,6 +77,7 @@ class BilinearRewrite(keras.callbacks.Callback):
             1024 examples, spread over the training data or the first of a data
             set.
         layers: see `plan_rewrite`.
+        low_rank: see `plan_rewrite`; off by default, as training goes on.
         monitor: name of a metric in the logs, such as `"val_accuracy"`.
         mode: `"min"`, `"max"`, or `"auto"`, which knows the metrics of Keras.
         max_drop: how much worse than before the first step the metric may be. It
@@ -119,6 +120,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         schedule: Mapping[int, float] | None = None,
         calibration_data=None,
         layers: Iterable[str] | Mapping[str, int | None] | None = None,
+        low_rank: bool = False,
         monitor: str | None = None,
         mode: str = "auto",
         max_drop: float | None = None,
@@ -131,7 +133,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         check_version()
         self.schedule = _schedule(at_epoch, budget, schedule)
         self.calibration_data = model_batches(calibration_data)
-        self.layers = layers
+        self.layers, self.low_rank = layers, low_rank
         if (monitor is None) != (max_drop is None):
             raise ValueError(
                 "`monitor` and `max_drop` belong together. "
@@ -170,7 +172,8 @@ class BilinearRewrite(keras.callbacks.Callback):
         del logs
         check_optimizer(self.model.optimizer)
         if not self._steps:
-            check_budget(self._target, min(self.schedule.values()), self.layers)
+            least = min(self.schedule.values())
+            check_budget(self._target, least, self.layers, self.low_rank)
         if self.calibration_data is None and isinstance(self._training_inputs(), Iterator):
             raise ValueError(
                 "The training data can be read only once, so they are no calibration data: give "
@@ -225,7 +228,11 @@ class BilinearRewrite(keras.callbacks.Callback):
             batches = self._batches()
             with self._keeping_weights(), self._changing() as before:
                 plan = plan_rewrite(
-                    target, self.schedule[epoch], calibration_data=batches, layers=self.layers
+                    target,
+                    self.schedule[epoch],
+                    calibration_data=batches,
+                    layers=self.layers,
+                    low_rank=self.low_rank,
                 )
                 self._put_back_unchanged(before, plan)
                 full = [site for site in walk(target) if counterpart(site.layer)]

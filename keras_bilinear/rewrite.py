@@ -43,6 +43,7 @@ def rewrite_model(
     rank: int | str = "auto",
     layers: Iterable[str] | Mapping[str, int | None] | None = None,
     scale: int = 1,
+    low_rank: bool = True,
 ) -> keras.Model:
     """Makes a smaller model from a trained one.
 
@@ -53,7 +54,8 @@ def rewrite_model(
         calibration_data: inputs of the model, see `plan_rewrite`. The layers are
             fitted one after the other, such that each answers to what it gets
             from those before it as the full model would.
-        budget, max_params, max_error, rank, layers, scale: see `plan_rewrite`.
+        budget, max_params, max_error, rank, layers, scale, low_rank: see
+            `plan_rewrite`.
 
     Returns:
         A new model with the same names, weights and losses, whose planned
@@ -71,12 +73,14 @@ def rewrite_model(
     >>> small.count_params() <= 0.1 * model.count_params()
     True
     """
-    given = (budget, max_params, max_error, layers) != (None,) * 4 or (rank, scale) != ("auto", 1)
-    if plan is not None and given:
+    defaults = (None, None, None, "auto", None, 1, True)
+    given = (budget, max_params, max_error, rank, layers, scale, low_rank)
+    if plan is not None and given != defaults:
         raise ValueError("A plan and arguments for making one exclude each other.")
     batches = model_batches(calibration_data)
     if plan is None:
-        plan = plan_rewrite(model, budget, max_params, max_error, batches, rank, layers, scale)
+        budget, max_params, max_error, *others = given
+        plan = plan_rewrite(model, budget, max_params, max_error, batches, *others)
     _check_plan(model, plan)
     small = copy_model(model)
     # Layers without a name of their own have another one in the copy.

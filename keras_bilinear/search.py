@@ -44,6 +44,7 @@ def plan_rewrite(
     rank: int | str = "auto",
     layers: Iterable[str] | Mapping[str, int | None] | None = None,
     scale: int = 1,
+    low_rank: bool = True,
 ) -> RewritePlan:
     """Plans which layers of a model become bilinear, with what factors and of what rank.
 
@@ -75,6 +76,9 @@ def plan_rewrite(
             layers of a Sequential or Functional model whose outputs only layers
             that become bilinear get, by way of layers that do the same to each
             channel; others keep their width.
+        low_rank: whether layers may get the factors of kernels of low rank. These
+            are often nearest to a trained kernel; near-square ones learn more, in a
+            network that is trained on for long.
 
     Returns:
         A `RewritePlan`.
@@ -111,7 +115,7 @@ def plan_rewrite(
         planned = {p.path: [(p.factors, p.rank)] for p in free if p.rank}
         predict_errors(model, plan, planned, calibration_data)
         return plan
-    candidates = _candidates(free, pinned)
+    candidates = _candidates(free, pinned, low_rank)
     _check_reachable(plan, candidates, limit)
     _leave_out_too_large(plan, candidates, limit)
     predict_errors(model, plan, candidates, calibration_data)
@@ -121,7 +125,7 @@ def plan_rewrite(
     return plan
 
 
-def check_budget(model: keras.Model, budget: float, layers=None) -> None:
+def check_budget(model: keras.Model, budget: float, layers=None, low_rank: bool = True) -> None:
     """Checks, without a look at the weights, that `plan_rewrite` finds a plan.
 
     Raises:
@@ -130,10 +134,10 @@ def check_budget(model: keras.Model, budget: float, layers=None) -> None:
     plan = survey(model)
     pinned = _choose_layers(plan, layers)
     free = [layer for layer in plan.values() if layer.factorizations and not layer.reason]
-    _check_reachable(plan, _candidates(free, pinned), ("budget", budget))
+    _check_reachable(plan, _candidates(free, pinned, low_rank), ("budget", budget))
 
 
-def _candidates(free, pinned):
+def _candidates(free, pinned, low_rank):
     """`{path: [(factors, rank), ...]}` that the search chooses from."""
     candidates = {}
     for layer in free:
@@ -142,7 +146,7 @@ def _candidates(free, pinned):
             continue
         candidates[layer.path] = [
             (factors, rank)
-            for factors, ranks in _choices(layer).items()
+            for factors, ranks in _choices(layer, low_rank).items()
             for rank in ranks
             if layer.saves(rank, factors)
         ]
@@ -151,12 +155,12 @@ def _candidates(free, pinned):
     return candidates
 
 
-def _choices(layer):
+def _choices(layer, low_rank):
     """`{factors: ranks}` for a layer, whether these save anything or not."""
     first = layer.factorizations[0]
     most = max(MOST_TERMS, MOST_UNKNOWNS // max(input_index(first).shape))
     choices = {layer.factors: [rank for rank in rank_grid(RANKS_PER_OCTAVE) if rank <= most]}
-    if first.low_rank_factors and not layer.scaled:
+    if low_rank and first.low_rank_factors and not layer.scaled:
         choices[first.low_rank_factors] = rank_grid(LOW_RANKS_PER_OCTAVE)
     return choices
 

@@ -249,6 +249,8 @@ def test_a_plan_and_a_limit_exclude_each_other():
         rewrite_model(model, plan_rewrite(model, rank=1), budget=0.5)
     with pytest.raises(ValueError, match="exclude each other"):
         rewrite_model(model, plan_rewrite(model, rank=1), rank=2)
+    with pytest.raises(ValueError, match="exclude each other"):
+        rewrite_model(model, plan_rewrite(model, rank=1), low_rank=False)
 
 
 def test_an_iterator_is_read_once():

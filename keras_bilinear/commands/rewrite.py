@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     """
     source, output = saved.arguments(argv, "MODEL.keras", "SMALL.keras")
     saved.check_output(output, ".keras")
-    limits = ("budget", "max_params", "max_error", "rank", "scale")
+    limits = ("budget", "max_params", "max_error", "rank", "scale", "low_rank")
     if FLAGS.plan and any(getattr(FLAGS, name) is not None for name in limits):
         raise CommandError(f"--plan and --{', --'.join(limits)} exclude each other")
     with saved.progress(f"rewriting {source}") as bar:

@@ -42,6 +42,9 @@ def define_plan_flags() -> None:
     flags.DEFINE_integer(
         "scale", None, "What the factors of hidden layers are multiplied by; 1 if it is not given."
     )
+    flags.DEFINE_bool(
+        "low_rank", None, "Whether layers may become two plain ones; they may if it is not given."
+    )
     define_data_flags("calibration", "to fit to")
 
 
@@ -195,6 +198,7 @@ def make_plan(model: keras.Model, data) -> search.RewritePlan:
             calibration_data=data,
             rank="auto" if FLAGS.rank is None else FLAGS.rank,
             scale=1 if FLAGS.scale is None else FLAGS.scale,
+            low_rank=FLAGS.low_rank is not False,
         )
 
 
