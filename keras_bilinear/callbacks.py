@@ -55,9 +55,9 @@ class BilinearRewrite(keras.callbacks.Callback):
     and optimizer are the same ones afterwards. The optimizer keeps what it knows
     of the variables that stay, and starts as usual with the new factors. A
     schedule of several budgets makes the model smaller in steps, in which bilinear
-    layers get lower ranks. In `benchmarks/callback.py`, one seed, one step did at least
-    as well as three and took less time: early in a network of dense layers, half-way
-    in one of convolutions.
+    layers get lower ranks. In `benchmarks/callback.py`, one seed, one step took half the
+    time of three or less and did best early in a network of dense layers, half-way in
+    one of convolutions, in which three steps were better.
 
     At the beginning of an epoch with a step, a full layer is fitted to its inputs,
     see `rewrite_model`. `EarlyStopping` and `ModelCheckpoint` beside it compare
