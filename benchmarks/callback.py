@@ -6,15 +6,14 @@ and so on for `cifar10`. A full network is trained; and networks that keep 3% of
 parameters at the end:
 
 - a fifth, half: rewritten by `BilinearRewrite` after that part of the epochs;
-- half, low rank: with `low_rank=True`, which lets plans choose such factors too;
 - three steps: to 50%, 15% and 3%, after one, two and three fifths of the epochs;
-- scratch: the network that "half" ends with, bilinear from the start.
+- scratch: the network that "half" ends with, bilinear from the start;
+- the same, near-square: with plans of `low_rank=False`.
 
-Each but "low rank" is trained for equally many epochs and, in a second run, for about
-as many as take the time of the full network's, where these are others and all its
-steps are among them. Each
-finished run becomes one row of `benchmarks/results/callback_NETWORK.csv`; a run that
-stands there is not done again.
+Each is trained for equally many epochs and, in a second run, for about as many as take
+the time of the full network's, where these are others and all its steps are among them.
+Each finished run becomes one row of `benchmarks/results/callback_NETWORK.csv`; a run
+that stands there is not done again.
 """
 
 import dataclasses
@@ -31,7 +30,9 @@ NETWORKS = {
     "fashion_mnist": (accuracy.Run("fashion_mnist", "full", (1024, 1024)), 10),
     "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024)), 10),
 }
-METHODS = ("full", "half", "half, low rank", "a fifth", "three steps", "scratch")
+SCHEDULES = ("half", "a fifth", "three steps", "scratch")
+NEAR_SQUARE = ", near-square"
+METHODS = ("full", *SCHEDULES, *(name + NEAR_SQUARE for name in SCHEDULES))
 FIELDS = ("seed", "method", "equal", "epochs", "parameters", "accuracy", "seconds")
 
 NETWORK = flags.DEFINE_enum("network", None, list(NETWORKS), "what to train")
@@ -40,6 +41,7 @@ EXAMPLES = flags.DEFINE_integer("examples", None, "training examples to use; all
 
 def schedule(method, epochs):
     """`{epoch: budget}` of a method; nothing of one that does not rewrite."""
+    method = method.removesuffix(NEAR_SQUARE)
     if method in ("full", "scratch"):
         return {}
     if method == "three steps":
@@ -47,8 +49,7 @@ def schedule(method, epochs):
             math.ceil(part * epochs / 5): budget
             for part, budget in ((1, 0.5), (2, 0.15), (3, BUDGET))
         }
-    part = {"half": 0.5, "a fifth": 0.2}[method.removesuffix(", low rank")]
-    return {math.ceil(epochs * part): BUDGET}
+    return {math.ceil(epochs * {"half": 0.5, "a fifth": 0.2}[method]): BUDGET}
 
 
 def train(run, method, epochs, small, dataset, batch_size):
@@ -58,12 +59,12 @@ def train(run, method, epochs, small, dataset, batch_size):
     from keras_bilinear import BilinearRewrite
 
     keras.utils.set_random_seed(run.seed)
-    if method == "scratch":
+    if method.removesuffix(NEAR_SQUARE) == "scratch":
         model, callbacks = keras.models.clone_model(small), []
     else:
         model, callbacks = accuracy.build(run, dataset), []
         if budgets := schedule(method, epochs):
-            low_rank = method.endswith("low rank")
+            low_rank = not method.endswith(NEAR_SQUARE)
             callbacks.append(BilinearRewrite(schedule=budgets, low_rank=low_rank))
     steps = epochs * -(-len(dataset.x_train) // batch_size)
     model.compile(
@@ -130,21 +131,21 @@ def main(argv):
     if EXAMPLES.value:
         command += f" --examples={EXAMPLES.value}"
     batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
-    small = None
+    ends = {}
 
     def row(seed, method, equal, count):
         """The row of a run, which is done if there is none."""
-        nonlocal small
         for one in rows:
             if (one["seed"], one["method"], one["equal"]) == (str(seed), method, equal):
                 return one
-        if method == "scratch" and small is None:
-            half = dataclasses.replace(run, seed=seed)
-            small, *_ = train(half, "half", epochs, None, dataset, batch_size)
         one = dataclasses.replace(run, seed=seed)
+        half = method.replace("scratch", "half")
+        if half != method and (seed, half) not in ends:
+            ends[seed, half], *_ = train(one, half, epochs, None, dataset, batch_size)
+        small = ends.get((seed, half))
         model, result, seconds = train(one, method, count, small, dataset, batch_size)
-        if method == "half" and equal == "epochs":
-            small = model
+        if method == half and equal == "epochs":
+            ends[seed, half] = model
         values = (
             seed,
             method,
@@ -161,12 +162,9 @@ def main(argv):
         return rows[-1]
 
     for seed in range(accuracy.SEEDS.value):
-        small = None
         full = row(seed, "full", "epochs", epochs)
         for method in METHODS[1:]:
             one = row(seed, method, "epochs", epochs)
-            if method == "half, low rank":
-                continue
             more = round(epochs * float(full["seconds"]) / float(one["seconds"]))
             budgets = schedule(method, more)
             steps_fit = len(budgets) == len(schedule(method, epochs))

@@ -55,9 +55,8 @@ class BilinearRewrite(keras.callbacks.Callback):
     and optimizer are the same ones afterwards. The optimizer keeps what it knows
     of the variables that stay, and starts as usual with the new factors. A
     schedule of several budgets makes the model smaller in steps, in which bilinear
-    layers get lower ranks. In `benchmarks/callback.py`, one seed, one step took half the
-    time of three or less and did best early in a network of dense layers, half-way in
-    one of convolutions, in which three steps were better.
+    layers get lower ranks: they take longer, as each plans and fits anew. How well
+    schedules did is measured in `benchmarks/callback.py`.
 
     At the beginning of an epoch with a step, a full layer is fitted to its inputs,
     see `rewrite_model`. `EarlyStopping` and `ModelCheckpoint` beside it compare
@@ -77,7 +76,7 @@ class BilinearRewrite(keras.callbacks.Callback):
             1024 examples, spread over the training data or the first of a data
             set.
         layers: see `plan_rewrite`.
-        low_rank: see `plan_rewrite`; off by default, as training goes on.
+        low_rank: see `plan_rewrite`.
         monitor: name of a metric in the logs, such as `"val_accuracy"`.
         mode: `"min"`, `"max"`, or `"auto"`, which knows the metrics of Keras.
         max_drop: how much worse than before the first step the metric may be. It
@@ -120,7 +119,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         schedule: Mapping[int, float] | None = None,
         calibration_data=None,
         layers: Iterable[str] | Mapping[str, int | None] | None = None,
-        low_rank: bool = False,
+        low_rank: bool = True,
         monitor: str | None = None,
         mode: str = "auto",
         max_drop: float | None = None,

@@ -77,8 +77,9 @@ def plan_rewrite(
             that become bilinear get, by way of layers that do the same to each
             channel; others keep their width.
         low_rank: whether layers may get the factors of kernels of low rank. These
-            are often nearest to a trained kernel; near-square ones learn more, in a
-            network that is trained on for long.
+            are often nearest to a trained kernel, and fast to fit. Near-square ones
+            can learn more where a network is trained on for long, but have few terms,
+            so that alone they may not use up a large budget.
 
     Returns:
         A `RewritePlan`.
