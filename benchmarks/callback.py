@@ -7,16 +7,17 @@ parameters at the end:
 
 - a fifth, half: rewritten by `BilinearRewrite` after that part of the epochs;
 - three steps: to 50%, 15% and 3%, after one, two and three fifths of the epochs;
-- scratch: the network that "half" ends with, bilinear from the start;
-- the same, near-square: with plans of `low_rank=False`.
+- scratch: the network that "half" ends with, bilinear from the start.
 
-Each is trained for equally many epochs and, in a second run, for about as many as take
-the time of the full network's, where these are others and all its steps are among them.
-Each finished run becomes one row of `benchmarks/results/callback_NETWORK.csv`; a run
-that stands there is not done again.
+Their plans choose from all factors, and in other runs from near-square ones only
+(`low_rank=False`). Each is trained for equally many epochs and, in a second run, for
+about as many as take the time of the full network's, where these are others and all its
+steps are among them. Each finished run becomes one row of
+`benchmarks/results/callback_NETWORK.csv`; a run that stands there is not done again.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 
@@ -30,10 +31,10 @@ NETWORKS = {
     "fashion_mnist": (accuracy.Run("fashion_mnist", "full", (1024, 1024)), 10),
     "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024)), 10),
 }
-SCHEDULES = ("half", "a fifth", "three steps", "scratch")
-NEAR_SQUARE = ", near-square"
-METHODS = ("full", *SCHEDULES, *(name + NEAR_SQUARE for name in SCHEDULES))
-FIELDS = ("seed", "method", "equal", "epochs", "parameters", "accuracy", "seconds")
+METHODS = ("half", "a fifth", "three steps", "scratch")
+# What plans choose from, and whether that holds factors of low rank.
+FACTORS = {"all": True, "near-square": False}
+FIELDS = ("seed", "method", "factors", "equal", "epochs", "parameters", "accuracy", "seconds")
 
 NETWORK = flags.DEFINE_enum("network", None, list(NETWORKS), "what to train")
 EXAMPLES = flags.DEFINE_integer("examples", None, "training examples to use; all by default")
@@ -41,7 +42,6 @@ EXAMPLES = flags.DEFINE_integer("examples", None, "training examples to use; all
 
 def schedule(method, epochs):
     """`{epoch: budget}` of a method; nothing of one that does not rewrite."""
-    method = method.removesuffix(NEAR_SQUARE)
     if method in ("full", "scratch"):
         return {}
     if method == "three steps":
@@ -52,20 +52,22 @@ def schedule(method, epochs):
     return {math.ceil(epochs * {"half": 0.5, "a fifth": 0.2}[method]): BUDGET}
 
 
-def train(run, method, epochs, small, dataset, batch_size):
-    """A trained model, its accuracy on the test set and the seconds that it took."""
+def train(run, method, factors, epochs, small, dataset, batch_size):
+    """A trained model, its accuracy on the test set and the seconds that it took.
+
+    From scratch, it is one like `small`.
+    """
     import keras
 
     from keras_bilinear import BilinearRewrite
 
     keras.utils.set_random_seed(run.seed)
-    if method.removesuffix(NEAR_SQUARE) == "scratch":
+    if method == "scratch":
         model, callbacks = keras.models.clone_model(small), []
     else:
         model, callbacks = accuracy.build(run, dataset), []
         if budgets := schedule(method, epochs):
-            low_rank = not method.endswith(NEAR_SQUARE)
-            callbacks.append(BilinearRewrite(schedule=budgets, low_rank=low_rank))
+            callbacks.append(BilinearRewrite(schedule=budgets, low_rank=FACTORS[factors]))
     steps = epochs * -(-len(dataset.x_train) // batch_size)
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.learning_rate, steps)),
@@ -97,24 +99,25 @@ def tabulate(rows, command):
         f"`{command}`; {accuracy.machine()}. Accuracy on the test set and seconds of `fit`, with "
         "compilation and rewriting; means over seeds.",
         "",
-        "| method | equal | epochs | seeds | parameters | share | accuracy | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | factors | equal | epochs | seeds | parameters | share | accuracy | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     full = next(int(row["parameters"]) for row in rows if row["method"] == "full")
-    for equal in ("epochs", "time"):
-        for method in METHODS:
-            found = [row for row in rows if (row["method"], row["equal"]) == (method, equal)]
-            if not found:
-                continue
-            mean = {
-                name: np.mean([float(row[name]) for row in found])
-                for name in ("epochs", "parameters", "accuracy", "seconds")
-            }
-            lines.append(
-                f"| {method} | {equal} | {mean['epochs']:g} | {len(found)} | "
-                f"{mean['parameters']:,.0f} | {mean['parameters'] / full:.1%} | "
-                f"{mean['accuracy']:.4f} | {mean['seconds']:.0f} |"
-            )
+    trainings = [("full", ""), *itertools.product(METHODS, FACTORS)]
+    for equal, training in itertools.product(("epochs", "time"), trainings):
+        key = (*training, equal)
+        found = [row for row in rows if (row["method"], row["factors"], row["equal"]) == key]
+        if not found:
+            continue
+        mean = {
+            name: np.mean([float(row[name]) for row in found])
+            for name in ("epochs", "parameters", "accuracy", "seconds")
+        }
+        lines.append(
+            f"| {' | '.join(key)} | {mean['epochs']:g} | {len(found)} | "
+            f"{mean['parameters']:,.0f} | {mean['parameters'] / full:.1%} | "
+            f"{mean['accuracy']:.4f} | {mean['seconds']:.0f} |"
+        )
     with staged(accuracy.RESULTS) as folder:
         path = folder / f"callback_{NETWORK.value}.md"
         path.write_text("\n".join(lines) + "\n")
@@ -131,30 +134,25 @@ def main(argv):
     if EXAMPLES.value:
         command += f" --examples={EXAMPLES.value}"
     batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
-    ends = {}
+    halves = {}
 
-    def row(seed, method, equal, count):
+    def row(seed, method, factors, equal, count):
         """The row of a run, which is done if there is none."""
+        key = str(seed), method, factors, equal
         for one in rows:
-            if (one["seed"], one["method"], one["equal"]) == (str(seed), method, equal):
+            if tuple(one[name] for name in FIELDS[: len(key)]) == key:
                 return one
         one = dataclasses.replace(run, seed=seed)
-        half = method.replace("scratch", "half")
-        if half != method and (seed, half) not in ends:
-            ends[seed, half], *_ = train(one, half, epochs, None, dataset, batch_size)
-        small = ends.get((seed, half))
-        model, result, seconds = train(one, method, count, small, dataset, batch_size)
-        if method == half and equal == "epochs":
-            ends[seed, half] = model
-        values = (
-            seed,
-            method,
-            equal,
-            count,
-            model.count_params(),
-            f"{result:.4f}",
-            f"{seconds:.1f}",
+        if method == "scratch" and (seed, factors) not in halves:
+            halves[seed, factors], *_ = train(
+                one, "half", factors, epochs, None, dataset, batch_size
+            )
+        model, result, seconds = train(
+            one, method, factors, count, halves.get((seed, factors)), dataset, batch_size
         )
+        if method == "half" and equal == "epochs":
+            halves[seed, factors] = model
+        values = *key, count, model.count_params(), f"{result:.4f}", f"{seconds:.1f}"
         rows.append(dict(zip(FIELDS, map(str, values), strict=True)))
         accuracy.write_rows(path, rows)
         logging.info("%s", rows[-1])
@@ -162,14 +160,14 @@ def main(argv):
         return rows[-1]
 
     for seed in range(accuracy.SEEDS.value):
-        full = row(seed, "full", "epochs", epochs)
-        for method in METHODS[1:]:
-            one = row(seed, method, "epochs", epochs)
+        full = row(seed, "full", "", "epochs", epochs)
+        for method, factors in itertools.product(METHODS, FACTORS):
+            one = row(seed, method, factors, "epochs", epochs)
             more = round(epochs * float(full["seconds"]) / float(one["seconds"]))
             budgets = schedule(method, more)
             steps_fit = len(budgets) == len(schedule(method, epochs))
             if more != epochs and steps_fit and more > max(budgets, default=0):
-                row(seed, method, "time", more)
+                row(seed, method, factors, "time", more)
 
 
 if __name__ == "__main__":

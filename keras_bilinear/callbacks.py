@@ -55,8 +55,8 @@ class BilinearRewrite(keras.callbacks.Callback):
     and optimizer are the same ones afterwards. The optimizer keeps what it knows
     of the variables that stay, and starts as usual with the new factors. A
     schedule of several budgets makes the model smaller in steps, in which bilinear
-    layers get lower ranks: they take longer, as each plans and fits anew. How well
-    schedules did is measured in `benchmarks/callback.py`.
+    layers get lower ranks; each step plans and fits anew, so several take longer than
+    one. What schedules bring is measured by `benchmarks/callback.py`.
 
     At the beginning of an epoch with a step, a full layer is fitted to its inputs,
     see `rewrite_model`. `EarlyStopping` and `ModelCheckpoint` beside it compare

@@ -101,10 +101,10 @@ class FactorInitializers:
         self._initializer = initializer
         self._left_size, self._right_size = math.prod(left_shape), math.prod(right_shape)
         self._rank = left_shape[0]
-        self.deviation = known or deviation(glorot, fan_in, fan_out)
+        full = known or deviation(glorot, fan_in, fan_out)
         in_step = max(1, self._rank / _MOST_IN_STEP)
-        self._stored = max(self.deviation, _LEAST_STORED) * math.sqrt(in_step)
-        self.gain = self.deviation / (self._stored**2 * math.sqrt(self._rank))
+        self._stored = max(full, _LEAST_STORED) * math.sqrt(in_step)
+        self.gain = full / (self._stored**2 * math.sqrt(self._rank))
         # What each product of two matrices is multiplied by.
         self._scale = 1 / math.sqrt(self._rank)
         if self._orthogonal:
@@ -112,7 +112,7 @@ class FactorInitializers:
             self._shares = self._rank <= min(left_shape[-2:])
             # The product of matrices with orthonormal rows has a deviation of its own.
             own = math.prod(max(shape[-2:]) for shape in (left_shape, right_shape)) ** -0.5
-            self._scale = self.deviation / own / (1 if self._shares else math.sqrt(self._rank))
+            self._scale = full / own / (1 if self._shares else math.sqrt(self._rank))
 
     def left(self, shape, dtype=None):
         if self._random is None:

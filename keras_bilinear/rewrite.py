@@ -73,14 +73,14 @@ def rewrite_model(
     >>> small.count_params() <= 0.1 * model.count_params()
     True
     """
-    defaults = (None, None, None, "auto", None, 1, True)
     given = (budget, max_params, max_error, rank, layers, scale, low_rank)
-    if plan is not None and given != defaults:
+    if plan is not None and given != (None, None, None, "auto", None, 1, True):
         raise ValueError("A plan and arguments for making one exclude each other.")
     batches = model_batches(calibration_data)
     if plan is None:
-        budget, max_params, max_error, *others = given
-        plan = plan_rewrite(model, budget, max_params, max_error, batches, *others)
+        plan = plan_rewrite(
+            model, budget, max_params, max_error, batches, rank, layers, scale, low_rank
+        )
     _check_plan(model, plan)
     small = copy_model(model)
     # Layers without a name of their own have another one in the copy.

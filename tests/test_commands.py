@@ -100,6 +100,14 @@ def test_every_limit_can_be_given(run, saved, limit):
     assert run("rewrite", *arguments)[0] == 0
 
 
+def test_a_plan_without_low_rank(run, saved):
+    model = keras.models.load_model(saved / "full.keras")
+    status, output, _ = run("plan", saved / "full.keras", "--budget=0.6", "--nolow_rank")
+    assert status == 0
+    assert output == str(plan_rewrite(model, budget=0.6, low_rank=False))
+    assert output != str(plan_rewrite(model, budget=0.6))
+
+
 def test_several_inputs_come_from_one_file(run, tmp_path):
     model, x = model_kinds.two_inputs()
     model.save(tmp_path / "full.keras")

@@ -25,6 +25,7 @@ INITIALIZERS = {
 SHAPES = {
     "square": {"dims": (64, 64), "rank": 1},
     "rank 8": {"dims": (36, 100), "rank": 8},
+    "rank 18": {"dims": (36, 100), "rank": 18},
     "padded": {"dims": (37, 53), "rank": 3},
     "row": {"dims": (60, 64), "rank": 2, "input_factors": (1, 60)},
     "column": {"dims": (60, 64), "rank": 2, "input_factors": (60, 1), "output_factors": (4, 16)},
@@ -80,6 +81,14 @@ def test_stored_factors_have_the_deviation_of_the_full_kernel(name):
 def test_high_ranks_and_wide_layers_store_larger_factors(shape, rank, expected):
     layer = make(keras.initializers.GlorotUniform(0), shape, rank=rank)
     assert_stored(layer, expected)
+
+
+def test_kernel_of_small_numbers_has_the_variance_of_the_full_one():
+    def small(seed):
+        return keras.initializers.RandomNormal(stddev=0.01, seed=seed)
+
+    assert_stored(make(small(0), (400, 900)), 0.025)
+    assert_same_variance(small, SHAPES["padded"])
 
 
 def assert_stored(layer, deviation):
