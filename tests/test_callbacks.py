@@ -412,15 +412,17 @@ DATA += [torch_loader] if BACKEND == "torch" else []
 
 @pytest.mark.parametrize("make", DATA)
 def test_calibration_data_are_training_data(make):
-    models = [mlp(), mlp()]
-    models[1].set_weights(models[0].get_weights())
-    for model, options in zip(
-        models, ({"x": make(), "y": None}, {"calibration_data": X}), strict=True
-    ):
+    def rewritten(x, y, calibration_data=None):
+        keras.utils.set_random_seed(0)
+        model = mlp()
         model.compile(keras.optimizers.SGD(0.0), "mse")
-        calibration_data = options.pop("calibration_data", None)
-        fit(model, BilinearRewrite(1, 0.3, calibration_data=calibration_data), epochs=2, **options)
-    np.testing.assert_allclose(predict(models[0]), predict(models[1]), rtol=1e-4, atol=1e-5)
+        fit(model, BilinearRewrite(1, 0.3, calibration_data=calibration_data), epochs=2, x=x, y=y)
+        return predict(model)
+
+    expected = rewritten(X, Y, calibration_data=X)
+    others = np.linalg.norm(rewritten(X, Y, calibration_data=X[:64]) - expected)
+    # Batches of another size round otherwise, and the fit of the factors adds to that.
+    assert np.linalg.norm(rewritten(make(), None) - expected) < 1e-3 * others
 
 
 def test_calibration_examples_are_spread_over_arrays():
