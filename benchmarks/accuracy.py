@@ -200,7 +200,7 @@ def imdb_reviews(accuracy):
         _recurrent_study(
             accuracy,
             Run("imdb_reviews", "full", (64, 64), epochs=3, recurrent=recurrent),
-            bilinear=((1, 1), (4, 1), (8, 1), (4, 1.5)),
+            bilinear=((1, 1), (4, 1), (8, 1), (4, 1.25)),
             narrower=(1, 32),
         )
 
@@ -447,12 +447,8 @@ def load(name, data_dir, examples=None):
     """A data set, with at most so many training examples."""
     from keras_bilinear import datasets
 
-    if name == "spoken_digit":
-        dataset = sequences.load_spoken_digit(data_dir)
-    elif name == "tiny_shakespeare":
-        dataset = sequences.load_tiny_shakespeare(data_dir)
-    else:
-        dataset = datasets.load(name, data_dir)
+    loader = getattr(sequences, f"load_{name}", None)
+    dataset = loader(data_dir) if loader else datasets.load(name, data_dir)
     return dataclasses.replace(
         dataset, x_train=dataset.x_train[:examples], y_train=dataset.y_train[:examples]
     )

@@ -1,7 +1,10 @@
 """The data of the recurrent studies, as `keras_bilinear.datasets.Dataset`."""
 
+import dataclasses
+
 import numpy as np
 
+from keras_bilinear import datasets
 from keras_bilinear.datasets import Dataset
 
 SAMPLING_RATE = 8000
@@ -9,6 +12,24 @@ FRAMES = 62  # of 16 ms each: a second, which few recordings exceed
 MELS = 40
 CHARACTERS = 100  # in one sequence of tiny_shakespeare
 TEST_TAKES = range(5)
+
+
+def load_imdb_reviews(data_dir):
+    """Ids of words, `(n, datasets.TOKENS)`, with the padding first.
+
+    So a recurrent layer ends at the last word, without a mask.
+    """
+    import keras
+
+    dataset = datasets.load("imdb_reviews", data_dir)
+
+    def padding_first(x):
+        reviews = [review[review != 0] for review in x]
+        return keras.utils.pad_sequences(reviews, datasets.TOKENS)
+
+    return dataclasses.replace(
+        dataset, x_train=padding_first(dataset.x_train), x_test=padding_first(dataset.x_test)
+    )
 
 
 def load_spoken_digit(data_dir):
