@@ -33,6 +33,10 @@ from absl import app, flags, logging
 from keras_bilinear.files import staged
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+# The columns that say what network a run trained.
+STRUCTURE = ("dataset", "network", "hidden", "rank", "pattern", "recurrent")
+# What `accuracy_files.py` finds of it, and how tables call that.
+FILE_COLUMNS = {"bytes": ".tflite bytes", "latency_us": ".tflite us"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,10 +389,15 @@ def machine():
     return f"{versions}, {keras.config.backend()} backend, {platform.machine()} CPU"
 
 
-def tabulate(rows, path, command):
+def structure(row):
+    return tuple(row[name] for name in STRUCTURE)
+
+
+def tabulate(rows, study):
     """Writes the means and deviations over the seeds as Markdown, beside the rows."""
     import numpy as np
 
+    files = {structure(row): row for row in read_rows(RESULTS / f"accuracy_{study}_files.csv")}
     group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
     group += ("recurrent", "network", "pattern", "kernels", "learning_rate", "epochs", "examples")
     groups, full_sizes = {}, {}
@@ -396,8 +405,9 @@ def tabulate(rows, path, command):
         groups.setdefault(tuple(row[name] for name in group), []).append(row)
         if row["network"] == "full":
             full_sizes[row["dataset"], row["recurrent"]] = int(row["parameters"])
+    command = f"python benchmarks/accuracy.py --study={study}"
     lines = [
-        f"# {path.stem.replace('_', ' ')}",
+        f"# accuracy {study.replace('_', ' ')}",
         "",
         f"`{command}`; {machine()}. Mean ± deviation over seeds.",
         "Bits: cross-entropy on the same data as the accuracy.",
@@ -407,7 +417,7 @@ def tabulate(rows, path, command):
         if not members_of:
             continue
         header = (*group[1:], "seeds", "parameters", "share", "MACs", "train loss", "accuracy")
-        header += ("bits", "seconds for an epoch")
+        header += ("bits", "seconds for an epoch", *(FILE_COLUMNS.values() if files else ()))
         lines += ["", f"## {title}", "", "| " + " | ".join(header) + " |"]
         lines.append("|" + "---|" * len(header))
         for key, members in members_of.items():
@@ -421,9 +431,12 @@ def tabulate(rows, path, command):
             macs = f"{int(members[0]['macs']):,}"
             cells = (*key, len(members), f"{size:,}", f"{share:.2%}", macs, *spread)
             cells += (f"{seconds:.1f}",)
+            if files:
+                file = files.get(structure(members[0]), {})
+                cells += tuple(f"{int(file[name]):,}" if file else "" for name in FILE_COLUMNS)
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     with staged(RESULTS) as folder:
-        (folder / path.with_suffix(".md").name).write_text("\n".join(lines) + "\n")
+        (folder / f"accuracy_{study}.md").write_text("\n".join(lines) + "\n")
 
 
 STUDIES = {
@@ -462,9 +475,13 @@ def read_rows(path):
         return [*csv.DictReader(file)]
 
 
-def write_rows(path, rows):
-    from keras_bilinear.files import staged
+def read_study(study):
+    """The finished runs of a study; older ones lack the newer columns."""
+    missing = {"pattern": "", "recurrent": "", "bits": "", "examples": "None"}
+    return [missing | row for row in read_rows(RESULTS / f"accuracy_{study}.csv")]
 
+
+def write_rows(path, rows):
     with staged(path.parent) as folder, (folder / path.name).open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[-1])
         writer.writeheader()
@@ -475,11 +492,8 @@ def main(argv):
     del argv
     fields = [field.name for field in dataclasses.fields(Run)]
     path = RESULTS / f"accuracy_{STUDY.value}.csv"
-    # Older rows lack the newer columns.
-    missing = {"recurrent": "", "bits": "", "examples": "None"}
-    rows = [missing | row for row in read_rows(path)]
+    rows = read_study(STUDY.value)
     finished = {tuple(row[name] for name in fields): row for row in rows}
-    command = f"python benchmarks/accuracy.py --study={STUDY.value}"
     load_once = functools.cache(load)
 
     def accuracy(run):
@@ -493,7 +507,7 @@ def main(argv):
             write_rows(path, rows)
             finished[run.key] = row
             logging.info("%s", row)
-            tabulate(rows, path, command)
+            tabulate(rows, STUDY.value)
         return float(finished[run.key]["accuracy"])
 
     STUDIES[STUDY.value](accuracy)

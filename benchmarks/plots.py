@@ -1,10 +1,11 @@
-"""Draws accuracy against parameters and against multiplications, from finished studies.
+"""Draws accuracy against parameters, multiplications and latency, from finished studies.
 
     python benchmarks/plots.py
 
 Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
 `benchmarks/results/accuracy_STUDY.png`: the means over the seeds of what stands there,
-on the test set. Lines join networks that differ in their rank only.
+on the test set. Lines join networks that differ in their rank only. Latency is that of
+their LiteRT files, where `accuracy_files.py` has measured it.
 """
 
 import accuracy
@@ -19,7 +20,11 @@ from keras_bilinear.files import staged
 
 STUDIES = ("fashion_mnist", "cifar10", "imdb_reviews", "spoken_digit", "tiny_shakespeare")
 SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
-AXES = {"parameters": "parameters", "macs": "multiply-accumulates for an example"}
+AXES = {
+    "parameters": "parameters",
+    "macs": "multiply-accumulates for an example",
+    "latency_us": "us for an example, LiteRT, one thread",
+}
 
 
 def series(rows):
@@ -31,7 +36,7 @@ def series(rows):
     networks, held_out = {}, {}
     for row in rows:
         setting = tuple(row[name] for name in SETTING)
-        key = tuple(row.get(name) or "" for name in ("network", "pattern", "recurrent"))
+        key = row["network"], row["pattern"], row["recurrent"]
         if row["tuning"] == "True":
             held_out.setdefault((key, setting), []).append(row)
         else:
@@ -54,8 +59,11 @@ def accuracies(rows):
 
 
 def draw(lines, title):
-    figure, axes = plt.subplots(1, len(AXES), figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, (column, text) in zip(axes, AXES.items(), strict=True):
+    firsts = [rows[0] for line in lines.values() for rows in line]
+    columns = [name for name in AXES if all(name in first for first in firsts)]
+    size = (5 * len(columns), 4)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
+    for axis, column in zip(axes, columns, strict=True):
         for label, networks in lines.items():
             x = [int(rows[0][column]) for rows in networks]
             y = [np.mean(accuracies(rows)) for rows in networks]
@@ -68,7 +76,7 @@ def draw(lines, title):
                         rows[0]["rank"], place, xytext=(4, -10), textcoords="offset points"
                     )
         axis.set_xscale("log")
-        axis.set_xlabel(text)
+        axis.set_xlabel(AXES[column])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy")
     axes[0].legend(fontsize="small")
@@ -79,9 +87,12 @@ def draw(lines, title):
 def main(argv):
     del argv
     for study in STUDIES:
-        rows = accuracy.read_rows(accuracy.RESULTS / f"accuracy_{study}.csv")
+        rows = accuracy.read_study(study)
         if not rows:
             continue
+        files = accuracy.read_rows(accuracy.RESULTS / f"accuracy_{study}_files.csv")
+        files = {accuracy.structure(file): file for file in files}
+        rows = [files.get(accuracy.structure(row), {}) | row for row in rows]
         figure = draw(series(rows), study)
         with staged(accuracy.RESULTS) as folder:
             figure.savefig(folder / f"accuracy_{study}.png", dpi=100)
