@@ -389,15 +389,11 @@ def machine():
     return f"{versions}, {keras.config.backend()} backend, {platform.machine()} CPU"
 
 
-def structure(row):
-    return tuple(row[name] for name in STRUCTURE)
-
-
 def tabulate(rows, study):
     """Writes the means and deviations over the seeds as Markdown, beside the rows."""
     import numpy as np
 
-    files = {structure(row): row for row in read_rows(RESULTS / f"accuracy_{study}_files.csv")}
+    files = read_files(study)
     group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
     group += ("recurrent", "network", "pattern", "kernels", "learning_rate", "epochs", "examples")
     groups, full_sizes = {}, {}
@@ -479,6 +475,15 @@ def read_study(study):
     """The finished runs of a study; older ones lack the newer columns."""
     missing = {"pattern": "", "recurrent": "", "bits": "", "examples": "None"}
     return [missing | row for row in read_rows(RESULTS / f"accuracy_{study}.csv")]
+
+
+def structure(row):
+    return tuple(row[name] for name in STRUCTURE)
+
+
+def read_files(study):
+    """What `accuracy_files.py` found of the networks of a study, by their structure."""
+    return {structure(row): row for row in read_rows(RESULTS / f"accuracy_{study}_files.csv")}
 
 
 def write_rows(path, rows):

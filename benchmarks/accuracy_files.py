@@ -10,6 +10,7 @@ of the study's table, which names the backend: run this on the same one.
 """
 
 import ast
+import functools
 import pathlib
 import statistics
 import tempfile
@@ -28,13 +29,14 @@ def main(argv):
 
     study = accuracy.STUDY.value
     rows = accuracy.read_study(study)
+    load_once = functools.cache(accuracy.load)
     found = dict.fromkeys(map(accuracy.structure, rows))
     with tempfile.TemporaryDirectory() as folder:
         for number, key in enumerate(found):
             texts = dict(zip(accuracy.STRUCTURE, key, strict=True))
             numbers = {name: ast.literal_eval(texts[name]) for name in ("hidden", "rank")}
             run = accuracy.Run(**texts | numbers)
-            dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value)
+            dataset = load_once(run.dataset, accuracy.DATA_DIR.value)
             file = pathlib.Path(folder, f"{number}.tflite")
             report = export_litert(accuracy.build(run, dataset), file)
             logging.info("%s: %d bytes", key, report.bytes)

@@ -90,8 +90,7 @@ def main(argv):
         rows = accuracy.read_study(study)
         if not rows:
             continue
-        files = accuracy.read_rows(accuracy.RESULTS / f"accuracy_{study}_files.csv")
-        files = {accuracy.structure(file): file for file in files}
+        files = accuracy.read_files(study)
         rows = [files.get(accuracy.structure(row), {}) | row for row in rows]
         figure = draw(series(rows), study)
         with staged(accuracy.RESULTS) as folder:

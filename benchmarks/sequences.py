@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 
 from keras_bilinear import datasets
-from keras_bilinear.datasets import Dataset
 
 SAMPLING_RATE = 8000
 FRAMES = 62  # of 16 ms each: a second, which few recordings exceed
@@ -63,7 +62,7 @@ def load_spoken_digit(data_dir):
     y = np.array([example["label"] for example in examples])
     test = np.isin(takes, TEST_TAKES)
     x = (x - x[~test].mean()) / x[~test].std()
-    return Dataset("spoken_digit", "audio", 10, x[~test], y[~test], x[test], y[test])
+    return datasets.Dataset("spoken_digit", "audio", 10, x[~test], y[~test], x[test], y[test])
 
 
 def load_tiny_shakespeare(data_dir):
@@ -81,4 +80,4 @@ def load_tiny_shakespeare(data_dir):
         ids = np.searchsorted(characters, text).astype("int32")
         count = (len(ids) - 1) // CHARACTERS * CHARACTERS
         arrays += [part.reshape(-1, CHARACTERS) for part in (ids[:count], ids[1 : count + 1])]
-    return Dataset("tiny_shakespeare", "characters", len(characters), *arrays)
+    return datasets.Dataset("tiny_shakespeare", "characters", len(characters), *arrays)
