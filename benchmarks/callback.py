@@ -14,6 +14,8 @@ Their plans choose from all factors, and in other runs from near-square ones onl
 about as many as take the time of the full network's, where these are others and all its
 steps are among them. Each finished run becomes one row of
 `benchmarks/results/callback_NETWORK.csv`; a run that stands there is not done again.
+With `--examples`, all are trained on so many; they are another experiment, with a table
+of its own.
 """
 
 import dataclasses
@@ -29,15 +31,18 @@ BUDGET = 0.03
 # Full networks, and epochs.
 NETWORKS = {
     "fashion_mnist": (accuracy.Run("fashion_mnist", "full", (1024, 1024)), 10),
-    "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024)), 10),
+    "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024)), 5),
 }
 METHODS = ("half", "a fifth", "three steps", "scratch")
 # What plans choose from, and whether that holds factors of low rank.
 FACTORS = {"all": True, "near-square": False}
-FIELDS = ("seed", "method", "factors", "equal", "epochs", "parameters", "accuracy", "seconds")
+FIELDS = ("examples", "seed", "method", "factors", "equal")
+FIELDS += ("epochs", "parameters", "accuracy", "seconds")
 
 NETWORK = flags.DEFINE_enum("network", None, list(NETWORKS), "what to train")
 EXAMPLES = flags.DEFINE_integer("examples", None, "training examples to use; all by default")
+EPOCHS = flags.DEFINE_integer("epochs", None, "epochs; by default the network's")
+CHOICES = flags.DEFINE_multi_enum("factors", [*FACTORS], [*FACTORS], "what plans choose from")
 
 
 def schedule(method, epochs):
@@ -90,19 +95,39 @@ def train(run, method, factors, epochs, small, dataset, batch_size):
     return model, results["accuracy"], seconds
 
 
-def tabulate(rows, command):
+def tabulate(rows):
+    """Writes the means over seeds as Markdown, a table for each number of examples."""
     from keras_bilinear.files import staged
 
     lines = [
         f"# rewriting {NETWORK.value} during training",
         "",
-        f"`{command}`; {accuracy.machine()}. Accuracy on the test set and seconds of `fit`, with "
-        "compilation and rewriting; means over seeds.",
+        f"{accuracy.machine()}. Accuracy on the test set and seconds of `fit`, with compilation "
+        "and rewriting; means over seeds.",
+    ]
+    for examples in dict.fromkeys(row["examples"] for row in rows):
+        lines += ["", *table([row for row in rows if row["examples"] == examples])]
+    with staged(accuracy.RESULTS) as folder:
+        path = folder / f"callback_{NETWORK.value}.md"
+        path.write_text("\n".join(lines) + "\n")
+
+
+def table(rows):
+    """The lines of one experiment: the command that makes it, and its table."""
+    full = next(row for row in rows if row["method"] == "full")
+    command = f"python benchmarks/callback.py --network={NETWORK.value}"
+    if full["examples"] != "all":
+        command += f" --examples={full['examples']}"
+    command += f" --epochs={full['epochs']}"
+    choices = {row["factors"] for row in rows} & set(FACTORS)
+    if choices < set(FACTORS):
+        command += "".join(f" --factors={choice}" for choice in sorted(choices))
+    lines = [
+        f"`{command}`",
         "",
         "| method | factors | equal | epochs | seeds | parameters | share | accuracy | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    full = next(int(row["parameters"]) for row in rows if row["method"] == "full")
     trainings = [("full", ""), *itertools.product(METHODS, FACTORS)]
     for equal, training in itertools.product(("epochs", "time"), trainings):
         key = (*training, equal)
@@ -115,12 +140,10 @@ def tabulate(rows, command):
         }
         lines.append(
             f"| {' | '.join(key)} | {mean['epochs']:g} | {len(found)} | "
-            f"{mean['parameters']:,.0f} | {mean['parameters'] / full:.1%} | "
+            f"{mean['parameters']:,.0f} | {mean['parameters'] / int(full['parameters']):.1%} | "
             f"{mean['accuracy']:.4f} | {mean['seconds']:.0f} |"
         )
-    with staged(accuracy.RESULTS) as folder:
-        path = folder / f"callback_{NETWORK.value}.md"
-        path.write_text("\n".join(lines) + "\n")
+    return lines
 
 
 def main(argv):
@@ -128,17 +151,15 @@ def main(argv):
 
     path = accuracy.RESULTS / f"callback_{NETWORK.value}.csv"
     rows = accuracy.read_rows(path)
-    command = f"python benchmarks/callback.py --network={NETWORK.value}"
     run, epochs = NETWORKS[NETWORK.value]
+    epochs = EPOCHS.value or epochs
     dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value, EXAMPLES.value)
-    if EXAMPLES.value:
-        command += f" --examples={EXAMPLES.value}"
     batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
     halves = {}
 
     def row(seed, method, factors, equal, count):
         """The row of a run, which is done if there is none."""
-        key = str(seed), method, factors, equal
+        key = str(EXAMPLES.value or "all"), str(seed), method, factors, equal
         for one in rows:
             if tuple(one[name] for name in FIELDS[: len(key)]) == key:
                 return one
@@ -156,12 +177,12 @@ def main(argv):
         rows.append(dict(zip(FIELDS, map(str, values), strict=True)))
         accuracy.write_rows(path, rows)
         logging.info("%s", rows[-1])
-        tabulate(rows, command)
+        tabulate(rows)
         return rows[-1]
 
     for seed in range(accuracy.SEEDS.value):
         full = row(seed, "full", "", "epochs", epochs)
-        for method, factors in itertools.product(METHODS, FACTORS):
+        for method, factors in itertools.product(METHODS, CHOICES.value):
             one = row(seed, method, factors, "epochs", epochs)
             more = round(epochs * float(full["seconds"]) / float(one["seconds"]))
             budgets = schedule(method, more)

@@ -17,6 +17,7 @@ import h5py
 import keras
 from absl import logging
 
+from keras_bilinear import second_moments
 from keras_bilinear.calibration import model_batches
 from keras_bilinear.composites import remember
 from keras_bilinear.files import staged
@@ -29,6 +30,7 @@ from keras_bilinear.keras_private import (
     forget_best,
     higher_is_better,
     iterations_kept,
+    moments,
     move_optimizer,
     refresh,
     restore,
@@ -53,7 +55,9 @@ class BilinearRewrite(keras.callbacks.Callback):
 
     Layers of the model become bilinear in place: the model, its history, metrics
     and optimizer are the same ones afterwards. The optimizer keeps what it knows
-    of the variables that stay, and starts as usual with the new factors. A
+    of the variables that stay, and starts as usual with the new factors; but Adam
+    and its kin begin with what they know of the kernel for the squares of their
+    gradients, as the first steps would otherwise be several times too large. A
     schedule of several budgets makes the model smaller in steps, in which bilinear
     layers get lower ranks; each step plans and fits anew, so several take longer than
     one. What schedules bring is measured by `benchmarks/callback.py`.
@@ -279,11 +283,13 @@ class BilinearRewrite(keras.callbacks.Callback):
         ours = [] if self.plan is None else [p for p, layer in self.plan.items() if layer.rank]
         try:
             with strategy_scope(model):
+                known = second_moments.of_kernels(target, moments(model.optimizer))
                 expand_layers(target, [site for site in walk(target) if site.path in ours])
                 yield before
                 refresh(target)
                 if model.optimizer.built:
-                    move_optimizer(model.optimizer, model.trainable_variables)
+                    squares = second_moments.of_factors(target, known)
+                    move_optimizer(model.optimizer, model.trainable_variables, squares)
         except BaseException:
             restore(before)
             refresh(target)

@@ -194,11 +194,40 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     _fresh(_inner(optimizer))
 
 
-def move_optimizer(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
+# They keep means of gradients and of their squares, and correct them by the iterations.
+_ADAMS = (keras.optimizers.Adam, keras.optimizers.Nadam, keras.optimizers.Lamb)
+
+
+def moments(optimizer: keras.optimizers.Optimizer) -> dict:
+    """What Adam or one of its kin keeps of its variables; nothing of other optimizers.
+
+    Returns:
+        By the ids of the variables, means of their gradients and of the squares.
+    """
+    inner = _inner(optimizer)
+    if not inner.built or not isinstance(inner, _ADAMS):
+        return {}
+    slots = zip(inner._trainable_variables, inner._momentums, inner._velocities, strict=True)
+    return {
+        id(variable): tuple(map(keras.ops.convert_to_numpy, pair))
+        for variable, *pair in slots
+        if all(slot is not None for slot in pair)
+    }
+
+
+def move_optimizer(
+    optimizer: keras.optimizers.Optimizer, variables: list, squares: dict | None = None
+) -> None:
     """Makes a built optimizer one of other variables.
 
     It keeps its iterations and learning rate, and what it knows of the variables
     that it had; for the others it starts as it would with them.
+
+    Args:
+        optimizer: the optimizer.
+        variables: those that it is to train.
+        squares: for Adam and its kin, by the ids of variables that are new, what
+            the means of the squares of their gradients begin with.
 
     Raises:
         ValueError: if the class of the optimizer cannot be made again.
@@ -226,6 +255,8 @@ def move_optimizer(optimizer: keras.optimizers.Optimizer, variables: list) -> No
                     copy(slot, before[index[key]])
                 elif name == "_model_variables_moving_average":
                     copy(slot, variable)
+                elif name == "_velocities" and id(variable) in (squares or {}):
+                    copy(slot, squares[id(variable)])
                 done.add(id(slot))
     if done != {id(variable) for variable in new.variables}:
         raise ValueError(

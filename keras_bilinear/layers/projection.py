@@ -118,8 +118,12 @@ class KroneckerKernel:
 
     def materialize(self, training=None):
         """The kernel, of `factorization.full_shape`."""
+        return self.full(*self.factors(training))
+
+    def full(self, left, right):
+        """What two factors stand for, of any rank and without gain."""
         plan = self.factorization
-        kernel = kronecker.materialize(*self.factors(training))
+        kernel = kronecker.materialize(left, right)
         leading = (*plan.window, plan.padded_input_dim, plan.groups)
         kernel = ops.reshape(kernel, (*leading, plan.padded_output_dim))
         kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]

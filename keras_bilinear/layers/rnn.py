@@ -33,8 +33,10 @@ class GateKernel(KroneckerKernel):
 
     def materialize(self, training=None, gates=None):
         """The kernel of all gates, or of some, of `(input_dim, gates * units)`."""
+        return self.full(*self.factors(training), gates)
+
+    def full(self, left, right, gates=None):
         plan = self.factorization
-        left, right = self.factors(training)
         kernels = [
             kronecker.materialize(left[gate], right[gate])[: plan.input_dim, : plan.output_dim]
             for gate in gates or range(plan.gates)

@@ -1,0 +1,149 @@
+"""What Adam and its kin are to know of factors that it meets in the middle of a training.
+
+Adam keeps means of the gradients and of their squares. They begin at zero, and are
+divided by what is missing from them after as many iterations as the optimizer has done.
+For variables that come late nothing seems to be missing: the mean of the squares is far
+too small and the steps are several times too large, for hundreds of steps, which ruins a
+network that was rewritten well. So the squares of new factors begin with an estimate from
+what is known of the kernel, or of the factors, in whose place they are.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bilinear.decompose import arrange
+from keras_bilinear.layers.projection import BilinearLayer
+from keras_bilinear.sites import counterpart, walk
+
+
+# Estimates were 0.1 to 0.8 of what was then measured, in a network of convolutions: a
+# rewritten network has larger gradients at first. Too much costs less than too little.
+CAUTION = 4.0
+
+
+def of_kernels(model: keras.Model, moments: dict) -> dict:
+    """What an optimizer knows of layers that have, or may get, factors: kernels and biases.
+
+    Args:
+        model: the model.
+        moments: by ids of variables the means of their gradients and of the squares.
+
+    Returns:
+        `{(path of the layer, name of the kernel or bias): (mean, squares)}`, in the shapes
+        that factorizations of the kernels have. For factors, squares are as if each were the
+        product of one number of a left and one of a right factor, and the mean is `None`.
+    """
+    found = {}
+    for path, layer in _layers(model):
+        if isinstance(layer, BilinearLayer):
+            for name, kernel in layer._kernels.items():
+                if id(kernel.left) in moments and id(kernel.right) in moments:
+                    squares = (moments[id(one)][1] for one in (kernel.left, kernel.right))
+                    found[path, name] = None, _squares_of_kernel(kernel, *squares)
+        elif cls := counterpart(layer):
+            for name, _ in cls._full_kernels:
+                if (key := id(getattr(layer, name, None))) in moments:
+                    found[path, name] = tuple(
+                        cls._kernel_from_full(layer, values) for values in moments[key]
+                    )
+        else:
+            continue
+        if (key := id(getattr(layer, "bias", None))) in moments:
+            found[path, "bias"] = moments[key]
+    return found
+
+
+def of_factors(model: keras.Model, known: dict) -> dict:
+    """Mean squares of the gradients of factors and of the biases with them.
+
+    Args:
+        model: the model, with the factors.
+        known: what `of_kernels` found before it had them.
+
+    Returns:
+        The squares by the ids of the variables.
+    """
+    found = {}
+    for path, layer in _layers(model):
+        if not isinstance(layer, BilinearLayer):
+            continue
+        for name, kernel in layer._kernels.items():
+            if (path, name) in known:
+                left, right = _squares_of_factors(kernel, *known[path, name])
+                found |= {id(kernel.left): left, id(kernel.right): right}
+        if (path, "bias") in known:
+            _, found[id(layer.bias)] = known[path, "bias"]
+    return {key: CAUTION * squares for key, squares in found.items()}
+
+
+def _layers(model):
+    """Paths and layers, of recurrent layers the cells, which have the kernels."""
+    for site in walk(model):
+        is_recurrent = isinstance(site.layer, keras.layers.RNN)
+        yield site.path, site.layer.cell if is_recurrent else site.layer
+
+
+def _squares_of_kernel(kernel, left, right):
+    """Mean squares of the gradients of a kernel from those of its factors."""
+    axis = int(kernel.factorization.gates > 0)  # that of the terms
+    left, right = left.sum(axis, keepdims=True), right.sum(axis, keepdims=True)
+    size = 1.0
+    for squares, factor in ((left, kernel.left), (right, kernel.right)):
+        factor = np.square(_stored(factor)).sum(axis, keepdims=True)
+        size = size * (squares * factor).sum(tuple(range(axis, factor.ndim)), keepdims=True)
+    # The sums of what they give for the factors are those that the factors have.
+    scale = np.divide(1, np.sqrt(size), out=np.zeros_like(size), where=size > 0)
+    return ops.convert_to_numpy(kernel.full(left * scale, right))
+
+
+def _squares_of_factors(kernel, mean, squares):
+    """Mean squares of the gradients of the stored factors of a kernel, left and right.
+
+    They would follow from those of the kernel if its numbers had independent gradients. As
+    they have not, the sums are corrected by the means, which the chain rule gives exactly:
+    sums of squares keep their ratio to the squares of the means.
+    """
+    factors = [_stored(factor) for factor in (kernel.left, kernel.right)]
+    found = pull_back(kernel, squares, *map(np.square, factors))
+    if mean is None or not np.square(mean).sum():
+        return found
+    ratio = squares.sum() / np.square(mean).sum()
+    means = pull_back(kernel, mean, *factors)
+    sums = [max(one.sum(), np.finfo("float32").tiny) for one in found]
+    return tuple(
+        one * (ratio * np.square(its_mean).sum() / total)
+        for one, its_mean, total in zip(found, means, sums, strict=True)
+    )
+
+
+def pull_back(kernel, values, left, right):
+    """Gradients of factors from one of their kernel: the chain rule, without the gain.
+
+    Args:
+        kernel: a `KroneckerKernel`, of which only the shapes matter.
+        values: gradient of the kernel, of `factorization.full_shape`.
+        left, right: the factors.
+
+    Returns:
+        The gradients of `left` and of `right`.
+    """
+    plan = kernel.factorization
+    count, rank = max(plan.gates, plan.groups), plan.rank
+    parts = np.split(values.reshape(-1, values.shape[-1]), count, axis=1)
+    parts = np.stack([arrange(part, plan.gate) for part in parts])
+    _, a, b, u, v = parts.shape
+    if plan.gates:
+        lefts, rights = left.reshape(count, rank, a, u), right.reshape(count, rank, b, v)
+    else:  # groups have the right factor in common
+        lefts = left.reshape(rank, a, count, u).transpose(2, 0, 1, 3)
+        rights = np.broadcast_to(right.reshape(rank, b, v), (count, rank, b, v))
+    of_lefts = np.einsum("gabuv,grbv->grau", parts, rights, optimize=True)
+    of_rights = np.einsum("gabuv,grau->grbv", parts, lefts, optimize=True)
+    if not plan.gates:
+        of_lefts, of_rights = of_lefts.transpose(1, 2, 0, 3), of_rights.sum(0)
+    return of_lefts.reshape(left.shape), of_rights.reshape(right.shape)
+
+
+def _stored(factor):
+    return ops.convert_to_numpy(factor).astype("float32")

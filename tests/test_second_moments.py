@@ -1,0 +1,158 @@
+"""What Adam is to know of new factors."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_bilinear as kb
+from keras_bilinear import second_moments
+from keras_bilinear.callbacks import BilinearRewrite
+from keras_bilinear.second_moments import CAUTION
+
+RNG = np.random.default_rng(0)
+# Full layers, with paddings, groups and gates, and shapes of their inputs.
+LAYERS = {
+    "dense": (lambda: keras.layers.Dense(23), (15,)),
+    "einsum": (lambda: keras.layers.EinsumDense("abc,cde->abde", (None, 3, 8)), (2, 12)),
+    "conv": (lambda: keras.layers.Conv2D(10, (3, 2), groups=2), (6, 6, 12)),
+    "gru": (lambda: keras.layers.GRU(12), (3, 10)),
+    "lstm": (lambda: keras.layers.LSTM(12), (3, 10)),
+    "embedding": (lambda: keras.layers.Embedding(37, 16), ()),
+}
+
+
+def full_and_bilinear(kind, rank=2):
+    make, shape = LAYERS[kind]
+    full = make()
+    full.build((None, *shape))
+    cls = getattr(kb, f"Bilinear{type(full).__name__}")
+    return full, cls.from_full(full, rank=rank)
+
+
+def kernels(layer):
+    return getattr(layer, "cell", layer)._kernels
+
+
+def model_of(layer):
+    model = keras.Sequential([layer], name="model")
+    model.built = True
+    return model
+
+
+def normal(shape):
+    return RNG.normal(size=shape).astype("float32")
+
+
+def arrays(kernel):
+    return [ops.convert_to_numpy(one) for one in (kernel.left, kernel.right)]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_chain_rule(kind):
+    _, layer = full_and_bilinear(kind)
+    for kernel in kernels(layer).values():
+        left, right = arrays(kernel)
+        gradient = normal(kernel.factorization.full_shape)
+        pulled = second_moments.pull_back(kernel, gradient, left, right)
+        # The kernel is linear in each factor: <gradient, W(E, R)> is <gradient of L, E>.
+        for side, factors in enumerate(((normal(left.shape), right), (left, normal(right.shape)))):
+            full = ops.convert_to_numpy(kernel.full(*factors)).astype("float64")
+            expected = (gradient.astype("float64") * full).sum()
+            found = (pulled[side].astype("float64") * factors[side]).sum()
+            assert pulled[side].shape == factors[side].shape
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_of_one_gradient_the_squares_have_the_exact_sum(kind):
+    full, layer = full_and_bilinear(kind)
+    before, after = model_of(full), model_of(layer)
+    inner = getattr(full, "cell", full)
+    moments, gradients = {}, {}
+    for name in (*kernels(layer), "bias")[: len(inner.trainable_variables)]:
+        variable = getattr(inner, name)
+        gradients[name] = normal(variable.shape)
+        moments[id(variable)] = gradients[name], np.square(gradients[name])
+    layer.name = full.name
+    known = second_moments.of_kernels(before, moments)
+    squares = second_moments.of_factors(after, known)
+    if "bias" in gradients:
+        np.testing.assert_array_equal(
+            squares.pop(id(getattr(layer, "cell", layer).bias)),
+            CAUTION * np.square(gradients["bias"]),
+        )
+    assert len(squares) == 2 * len(kernels(layer))
+    for name, kernel in kernels(layer).items():
+        gradient = type(getattr(layer, "cell", layer))._kernel_from_full(inner, gradients[name])
+        exact = second_moments.pull_back(kernel, gradient, *arrays(kernel))
+        for variable, its_gradient in zip((kernel.left, kernel.right), exact, strict=True):
+            found = squares[id(variable)]
+            assert found.shape == tuple(variable.shape)
+            assert (found >= 0).all()
+            expected = CAUTION * np.square(its_gradient).sum()
+            np.testing.assert_allclose(found.sum(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_from_factors_to_the_same_factors(kind):
+    _, layer = full_and_bilinear(kind)
+    model = model_of(layer)
+    # Gradients of a kernel whose squares are an outer product and that are independent.
+    moments, expected = {}, {}
+    for kernel in kernels(layer).values():
+        squares = [np.square(normal(one.shape)) for one in arrays(kernel)]
+        axis = int(kernel.factorization.gates > 0)
+        full = kernel.full(*(one.sum(axis, keepdims=True) for one in squares))
+        full = ops.convert_to_numpy(full)
+        pulled = second_moments.pull_back(kernel, full, *map(np.square, arrays(kernel)))
+        for variable, its_squares in zip((kernel.left, kernel.right), pulled, strict=True):
+            moments[id(variable)] = np.zeros_like(its_squares), its_squares
+            expected[id(variable)] = CAUTION * its_squares
+    found = second_moments.of_factors(model, second_moments.of_kernels(model, moments))
+    assert set(found) == set(expected)
+    for key, squares in found.items():
+        np.testing.assert_allclose(squares.sum(), expected[key].sum(), rtol=0.2)
+
+
+def test_nothing_is_made_of_nothing():
+    full, layer = full_and_bilinear("dense")
+    layer.name = full.name
+    zeros = np.zeros((15, 23), "float32")
+    known = second_moments.of_kernels(model_of(full), {id(full.kernel): (zeros, zeros)})
+    for squares in second_moments.of_factors(model_of(layer), known).values():
+        np.testing.assert_array_equal(squares, np.zeros_like(squares))
+    assert second_moments.of_kernels(model_of(full), {}) == {}
+
+
+class Weights(keras.callbacks.Callback):
+    """Keeps the weights of the first steps after an epoch begins."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.before = [ops.convert_to_numpy(v) for v in self.model.trainable_variables]
+
+    def on_train_end(self, logs=None):
+        self.after = [ops.convert_to_numpy(v) for v in self.model.trainable_variables]
+
+
+@pytest.mark.parametrize("schedule", [{1: 0.3}, {1: 0.5, 2: 0.2}])
+def test_first_steps_of_new_factors_are_no_larger_than_the_rate(schedule):
+    keras.utils.set_random_seed(0)
+    x, y = normal((1, 32)), normal((1, 24))
+    x, y = np.repeat(x, 8, 0), np.repeat(y, 8, 0)
+    model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(24, use_bias=False)])
+    rate, weights = 1e-5, Weights()
+    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=False)
+    model.fit(x, y, epochs=1, verbose=0)
+    # As after a long training, in which the gradient has hardly changed.
+    model.optimizer.iterations.assign(100_000)
+    for slots, power in ((model.optimizer._momentums, 1), (model.optimizer._velocities, 2)):
+        missing = 1 - (model.optimizer.beta_1, model.optimizer.beta_2)[power - 1]
+        slots[0].assign(ops.convert_to_numpy(slots[0]) / missing)
+    callbacks = [BilinearRewrite(schedule=schedule), weights]
+    model.fit(x, y, epochs=1 + max(schedule), verbose=0, batch_size=8, callbacks=callbacks)
+    assert isinstance(model.layers[0], kb.BilinearDense)
+    for before, after in zip(weights.before, weights.after, strict=True):
+        step = np.sqrt(np.square(after - before).mean())
+        # With means of squares that begin at zero, the first is 3.2 times the rate.
+        assert 0.01 * rate < step < rate
