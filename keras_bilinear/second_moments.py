@@ -16,9 +16,8 @@ from keras_bilinear.decompose import arrange
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.sites import counterpart, walk
 
-
-# Estimates were 0.1 to 0.8 of what was then measured, in a network of convolutions: a
-# rewritten network has larger gradients at first. Too much costs less than too little.
+# A rewritten network has larger gradients at first, and too much costs less than too little:
+# see `benchmarks/first_steps.py`.
 CAUTION = 4.0
 
 
