@@ -41,7 +41,6 @@ FIELDS += ("epochs", "parameters", "accuracy", "seconds")
 
 NETWORK = flags.DEFINE_enum("network", None, list(NETWORKS), "what to train")
 EXAMPLES = flags.DEFINE_integer("examples", None, "training examples to use; all by default")
-EPOCHS = flags.DEFINE_integer("epochs", None, "epochs; by default the network's")
 CHOICES = flags.DEFINE_multi_enum("factors", [*FACTORS], [*FACTORS], "what plans choose from")
 
 
@@ -118,7 +117,6 @@ def table(rows):
     command = f"python benchmarks/callback.py --network={NETWORK.value}"
     if full["examples"] != "all":
         command += f" --examples={full['examples']}"
-    command += f" --epochs={full['epochs']}"
     choices = {row["factors"] for row in rows} & set(FACTORS)
     if choices < set(FACTORS):
         command += "".join(f" --factors={choice}" for choice in sorted(choices))
@@ -152,7 +150,6 @@ def main(argv):
     path = accuracy.RESULTS / f"callback_{NETWORK.value}.csv"
     rows = accuracy.read_rows(path)
     run, epochs = NETWORKS[NETWORK.value]
-    epochs = EPOCHS.value or epochs
     dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value, EXAMPLES.value)
     batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
     halves = {}

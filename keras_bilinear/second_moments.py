@@ -105,15 +105,17 @@ def _squares_of_factors(kernel, mean, squares):
     """
     factors = [_stored(factor) for factor in (kernel.left, kernel.right)]
     found = pull_back(kernel, squares, *map(np.square, factors))
-    if mean is None or not np.square(mean).sum():
+    if mean is None or not (energy := _energy(mean)):
         return found
-    ratio = squares.sum() / np.square(mean).sum()
-    means = pull_back(kernel, mean, *factors)
-    sums = [max(one.sum(), np.finfo("float32").tiny) for one in found]
+    ratio = float(squares.sum()) / energy
     return tuple(
-        one * (ratio * np.square(its_mean).sum() / total)
-        for one, its_mean, total in zip(found, means, sums, strict=True)
+        one * (ratio * _energy(its_mean) / total) if (total := float(one.sum())) else one
+        for one, its_mean in zip(found, pull_back(kernel, mean, *factors), strict=True)
     )
+
+
+def _energy(values):
+    return float(np.square(values).sum())
 
 
 def pull_back(kernel, values, left, right):
