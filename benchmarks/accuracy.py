@@ -51,7 +51,8 @@ class Run:
     `hidden` are the widths of the hidden layers; for `cifar10`, the filters of
     each block of convolutions, and the units of the dense layer after them; for
     recurrent networks, the width of the embedding, where there is one, and the
-    units of the layer of kind `recurrent`.
+    units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
+    each of `hidden`; the layer of the classes then has the last.
 
     It trains on the first `examples`, or on all of them. With `tuning`, the last
     tenth of these is held out and gives the accuracy; without, all are trained on
@@ -61,7 +62,7 @@ class Run:
     dataset: str
     network: str
     hidden: tuple
-    rank: int = 0
+    rank: int | tuple = 0
     kernels: str = "full"
     optimizer: str = "adam"
     learning_rate: float = 1e-3
@@ -90,7 +91,7 @@ CIFAR10_EPOCHS = 3
 BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespeare": 64}
 
 
-def tune(run, accuracy):
+def tune(run, accuracy, regimes=REGIMES, seeds=TUNING_SEEDS):
     """The regime and learning rate of `run` that are best on held-out data.
 
     In each regime the learning rate is doubled or halved, from where `run` has
@@ -98,12 +99,11 @@ def tune(run, accuracy):
     """
 
     def mean(candidate):
-        seeds = range(TUNING_SEEDS)
-        runs = (dataclasses.replace(candidate, seed=seed, tuning=True) for seed in seeds)
-        return sum(map(accuracy, runs)) / TUNING_SEEDS
+        runs = (dataclasses.replace(candidate, seed=seed, tuning=True) for seed in range(seeds))
+        return sum(map(accuracy, runs)) / seeds
 
     best = []
-    for regime in REGIMES:
+    for regime in regimes:
         start = dataclasses.replace(run, **regime)
         best.append((mean(start), start))
         for factor in (2.0, 0.5):
@@ -199,24 +199,31 @@ def _vgg(base, scale, rank, pattern, **changes):
 
 
 def imdb_reviews(accuracy):
-    """Embedding and LSTM or GRU."""
-    for recurrent in ("LSTM", "GRU"):
+    """Embedding and LSTM or GRU: all at one learning rate, then longer, each at its own."""
+    for recurrent, units in (("LSTM", 66), ("GRU", 76)):
+        base = Run("imdb_reviews", "full", (64, 64), epochs=3, recurrent=recurrent)
         _recurrent_study(
             accuracy,
-            Run("imdb_reviews", "full", (64, 64), epochs=3, recurrent=recurrent),
+            base,
             bilinear=((1, 1), (4, 1), (8, 1), (4, 1.25)),
             narrower=(1, 32),
+        )
+        # A bag of words needs a table of words, so the parameters go there.
+        _recurrent_study(
+            accuracy,
+            dataclasses.replace(base, epochs=5),
+            bilinear=(((16, 2), 1),),
+            narrower=(1, units),
+            tuned=True,
         )
 
 
 def spoken_digit(accuracy):
-    """GRU over log-mel frames."""
-    _recurrent_study(
-        accuracy,
-        Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU"),
-        bilinear=((1, 1), (2, 1), (4, 1), (1, 1.25)),
-        narrower=(27,),
-    )
+    """GRU over log-mel frames: all at one learning rate, then each at its own."""
+    base = Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU")
+    narrower = (27,)
+    _recurrent_study(accuracy, base, ((1, 1), (2, 1), (4, 1), (1, 1.25)), narrower)
+    _recurrent_study(accuracy, base, ((2, 1),), narrower, tuned=True)
 
 
 def tiny_shakespeare(accuracy):
@@ -230,8 +237,11 @@ def tiny_shakespeare(accuracy):
     )
 
 
-def _recurrent_study(accuracy, base, bilinear, narrower):
-    """A full network, bilinear ones by pairs of rank and scale, and a narrower full one."""
+def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
+    """A full network, bilinear ones by pairs of rank and scale, and a narrower full one.
+
+    Each at the learning rate of `base` or, if `tuned`, at the one that is best for it.
+    """
     networks = [base]
     for rank, scale in bilinear:
         networks.append(
@@ -244,6 +254,8 @@ def _recurrent_study(accuracy, base, bilinear, narrower):
             )
         )
     networks.append(dataclasses.replace(base, network="narrower full", hidden=narrower))
+    if tuned:
+        networks = [tune(network, accuracy, regimes=({},), seeds=1) for network in networks]
     for seed, network in itertools.product(range(SEEDS.value), networks):
         accuracy(dataclasses.replace(network, seed=seed))
 
@@ -254,15 +266,17 @@ def build(run, dataset):
     import keras_bilinear
     from keras_bilinear import datasets
 
+    ranks = run.rank if isinstance(run.rank, tuple) else [run.rank] * len(run.hidden)
+
     def embedding(vocabulary, width):
         if not run.rank:
             return keras.layers.Embedding(vocabulary, width)
-        return keras_bilinear.BilinearEmbedding(vocabulary, width, rank=run.rank)
+        return keras_bilinear.BilinearEmbedding(vocabulary, width, rank=ranks[0])
 
     def dense(units, **kwargs):
         if not run.rank:
             return keras.layers.Dense(units, **kwargs)
-        return keras_bilinear.BilinearDense(units, rank=run.rank, **kwargs)
+        return keras_bilinear.BilinearDense(units, rank=ranks[-1], **kwargs)
 
     def conv(filters, strides):
         arguments = {"strides": strides, "padding": "same", "activation": "relu"}
@@ -286,7 +300,7 @@ def build(run, dataset):
     if run.recurrent:
         *embedding_widths, units = run.hidden
         vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
-        prefix, options = ("Bilinear", {"rank": run.rank}) if run.rank else ("", {})
+        prefix, options = ("Bilinear", {"rank": ranks[-1]}) if run.rank else ("", {})
         layers = keras_bilinear if run.rank else keras.layers
         return keras.Sequential(
             [

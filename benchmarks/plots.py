@@ -31,25 +31,28 @@ def series(rows):
     """`{label: [rows of a network, ...]}`, by lines.
 
     Of a network that was tested in several settings counts the one that is best on
-    held-out data.
+    held-out data. Numbers of epochs are told apart.
     """
     networks, held_out = {}, {}
+    several = len({row["epochs"] for row in rows}) > 1
     for row in rows:
         setting = tuple(row[name] for name in SETTING)
-        key = row["network"], row["pattern"], row["recurrent"]
+        epochs = f"{row['epochs']} epochs" if several else ""
+        key = row["network"], row["pattern"], row["recurrent"], epochs
         if row["tuning"] == "True":
             held_out.setdefault((key, setting), []).append(row)
         else:
             networks.setdefault(key, {}).setdefault(setting, []).append(row)
     lines = {}
     for key, settings in networks.items():
-        network, pattern, recurrent = key
+        network, pattern, recurrent, epochs = key
         best, *others = settings
         if others:
-            best = max(settings, key=lambda one: np.mean(accuracies(held_out[key, one])))
+            tried = [setting for setting in settings if (key, setting) in held_out]
+            best = max(tried, key=lambda one: np.mean(accuracies(held_out[key, one])))
         found = settings[best]
         kind = network.replace(f", rank {found[0]['rank']}", "")
-        label = ", ".join(part for part in (recurrent, kind, pattern) if part)
+        label = ", ".join(part for part in (recurrent, kind, pattern, epochs) if part)
         lines.setdefault(label, []).append(found)
     return lines
 
@@ -79,7 +82,7 @@ def draw(lines, title):
         axis.set_xlabel(AXES[column])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.suptitle(f"{title}; numbers are ranks")
     return figure
 
