@@ -6,7 +6,7 @@
     python benchmarks/accuracy.py --study=cifar10 --data_dir=DIR
 
 and so on for the studies `imdb_reviews`, `spoken_digit` and `tiny_shakespeare`
-of recurrent networks.
+of recurrent networks, and for `spoken_digit_conv`.
 
 Each finished run becomes one row of `benchmarks/results/accuracy_STUDY.csv`; a
 run that stands there already is not done again, so a study can be stopped and
@@ -48,9 +48,9 @@ class Run:
     them the full kernel's deviation, however wide the layer and high the rank;
     `"undivided"` keeps the gain in the gradients. Full networks have `"full"`.
 
-    `hidden` are the widths of the hidden layers; for `cifar10`, the filters of
-    each block of convolutions, and the units of the dense layer after them; for
-    recurrent networks, the width of the embedding, where there is one, and the
+    `hidden` are the widths of the hidden layers; for `CONVOLUTIONAL` data sets, the
+    filters of each block of convolutions, and the units of the dense layer after them;
+    for recurrent networks, the width of the embedding, where there is one, and the
     units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
     each of `hidden`; the layer of the classes then has the last.
 
@@ -88,6 +88,7 @@ REGIMES = (
 )
 TUNING_SEEDS = 2
 CIFAR10_EPOCHS = 3
+CONVOLUTIONAL = ("cifar10", "spoken_digit")  # Where the network is not recurrent.
 BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespeare": 64}
 
 
@@ -121,10 +122,11 @@ def fashion_mnist(accuracy):
     full network, are then tested.
     """
     base = Run("fashion_mnist", "full", (1024, 1024), epochs=12)
-    bilinear = {"rank": 10, "kernels": "gain"}
+    wide = {"network": "bilinear, rank 2, scale 2", "hidden": (4096, 4096), "rank": 2}
     networks = (
         base,
-        dataclasses.replace(base, network="bilinear, rank 10", **bilinear),
+        dataclasses.replace(base, network="bilinear, rank 10", rank=10, kernels="gain"),
+        dataclasses.replace(base, **wide, kernels="gain"),
         dataclasses.replace(base, network="narrower full", hidden=(54, 54)),
     )
     names = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
@@ -183,7 +185,7 @@ def cifar10(accuracy):
     for seed in range(SEEDS.value):
         accuracy(dataclasses.replace(base, seed=seed))
         for scale, rank, pattern in itertools.product((1, 2), (1, 2, 4, 8), ("channel", "spatial")):
-            accuracy(_vgg(base, scale, rank, pattern, kernels="gain", seed=seed))
+            accuracy(_vgg(base, scale, rank, pattern, seed=seed))
 
 
 def _vgg(base, scale, rank, pattern, **changes):
@@ -194,7 +196,7 @@ def _vgg(base, scale, rank, pattern, **changes):
         hidden=tuple(scale**2 * width for width in base.hidden),
         rank=rank,
         pattern=pattern,
-        **changes,
+        **{"kernels": "gain"} | changes,
     )
 
 
@@ -226,6 +228,21 @@ def spoken_digit(accuracy):
     _recurrent_study(accuracy, base, ((2, 1),), narrower, tuned=True)
 
 
+def spoken_digit_conv(accuracy):
+    """The small VGG over log-mel frames.
+
+    A bilinear and a narrower full network of about its size, each at its own learning
+    rate; then bilinear ones by rank, scale and pattern, at that of the full network.
+    """
+    base = Run("spoken_digit", "full", (16, 32, 64, 256), epochs=12)
+    narrower = dataclasses.replace(base, network="narrower full", hidden=(3, 6, 12, 24))
+    full, *others = _tuned(accuracy, (base, narrower, _vgg(base, 1, 4, "channel")))
+    shapes = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (3, 1))
+    grid = itertools.product(shapes, ("channel", "spatial"))
+    grid = [_vgg(full, *shape, pattern) for shape, pattern in grid]
+    _test(accuracy, (full, *others, *grid))
+
+
 def tiny_shakespeare(accuracy):
     """Character by character: embedding and GRU."""
     base = Run("tiny_shakespeare", "full", (64, 512), epochs=4, recurrent="GRU")
@@ -240,7 +257,7 @@ def tiny_shakespeare(accuracy):
 def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
     """A full network, bilinear ones by pairs of rank and scale, and a narrower full one.
 
-    Each at the learning rate of `base` or, if `tuned`, at the one that is best for it.
+    Each is at the learning rate of `base` or, if `tuned`, at the one that is best for it.
     """
     networks = [base]
     for rank, scale in bilinear:
@@ -254,8 +271,15 @@ def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
             )
         )
     networks.append(dataclasses.replace(base, network="narrower full", hidden=narrower))
-    if tuned:
-        networks = [tune(network, accuracy, regimes=({},), seeds=1) for network in networks]
+    _test(accuracy, _tuned(accuracy, networks) if tuned else networks)
+
+
+def _tuned(accuracy, networks):
+    """The networks, each at the learning rate that is best for it."""
+    return [tune(network, accuracy, regimes=({},), seeds=1) for network in networks]
+
+
+def _test(accuracy, networks):
     for seed, network in itertools.product(range(SEEDS.value), networks):
         accuracy(dataclasses.replace(network, seed=seed))
 
@@ -286,17 +310,6 @@ def build(run, dataset):
             filters, 3, rank=run.rank, pattern=run.pattern, **arguments
         )
 
-    if run.dataset == "cifar10":
-        *blocks, units = run.hidden
-        return keras.Sequential(
-            [
-                keras.Input(dataset.x_train.shape[1:]),
-                *(conv(filters, strides) for filters in blocks for strides in (1, 1, 2)),
-                keras.layers.Flatten(),
-                dense(units, activation="relu"),
-                dense(dataset.classes),
-            ]
-        )
     if run.recurrent:
         *embedding_widths, units = run.hidden
         vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
@@ -309,6 +322,19 @@ def build(run, dataset):
                 getattr(layers, f"{prefix}{run.recurrent}")(
                     units, return_sequences=dataset.kind == "characters", **options
                 ),
+                dense(dataset.classes),
+            ]
+        )
+    if run.dataset in CONVOLUTIONAL:
+        height, width, *channels = dataset.x_train.shape[1:]
+        *blocks, units = run.hidden
+        return keras.Sequential(
+            [
+                keras.Input((height, width, *channels)),
+                keras.layers.Reshape((height, width, *(channels or [1]))),
+                *(conv(filters, strides) for filters in blocks for strides in (1, 1, 2)),
+                keras.layers.Flatten(),
+                dense(units, activation="relu"),
                 dense(dataset.classes),
             ]
         )
@@ -458,6 +484,7 @@ STUDIES = {
         cifar10,
         imdb_reviews,
         spoken_digit,
+        spoken_digit_conv,
         tiny_shakespeare,
     )
 }

@@ -18,7 +18,14 @@ import matplotlib.pyplot as plt
 
 from keras_bilinear.files import staged
 
-STUDIES = ("fashion_mnist", "cifar10", "imdb_reviews", "spoken_digit", "tiny_shakespeare")
+STUDIES = (
+    "fashion_mnist",
+    "cifar10",
+    "imdb_reviews",
+    "spoken_digit",
+    "spoken_digit_conv",
+    "tiny_shakespeare",
+)
 SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
 AXES = {
     "parameters": "parameters",
