@@ -235,7 +235,7 @@ def spoken_digit_conv(accuracy):
     rate; then bilinear ones by rank, scale and pattern, at that of the full network.
     """
     base = Run("spoken_digit", "full", (16, 32, 64, 256), epochs=12)
-    narrower = dataclasses.replace(base, network="narrower full", hidden=(3, 6, 12, 24))
+    narrower = dataclasses.replace(base, network="narrower full", hidden=(3, 6, 12, 30))
     full, *others = _tuned(accuracy, (base, narrower, _vgg(base, 1, 4, "channel")))
     shapes = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (3, 1))
     grid = itertools.product(shapes, ("channel", "spatial"))
