@@ -122,11 +122,12 @@ def fashion_mnist(accuracy):
     full network, are then tested.
     """
     base = Run("fashion_mnist", "full", (1024, 1024), epochs=12)
-    wide = {"network": "bilinear, rank 2, scale 2", "hidden": (4096, 4096), "rank": 2}
+    bilinear = dataclasses.replace(base, network="bilinear, rank 10", rank=10, kernels="gain")
+    wide = "bilinear, rank 2, scale 2"
     networks = (
         base,
-        dataclasses.replace(base, network="bilinear, rank 10", rank=10, kernels="gain"),
-        dataclasses.replace(base, **wide, kernels="gain"),
+        bilinear,
+        dataclasses.replace(bilinear, network=wide, hidden=(4096, 4096), rank=2),
         dataclasses.replace(base, network="narrower full", hidden=(54, 54)),
     )
     names = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
@@ -188,7 +189,7 @@ def cifar10(accuracy):
             accuracy(_vgg(base, scale, rank, pattern, seed=seed))
 
 
-def _vgg(base, scale, rank, pattern, **changes):
+def _vgg(base, scale, rank, pattern, kernels="gain", **changes):
     """The bilinear network for a full one of convolutions."""
     return dataclasses.replace(
         base,
@@ -196,7 +197,8 @@ def _vgg(base, scale, rank, pattern, **changes):
         hidden=tuple(scale**2 * width for width in base.hidden),
         rank=rank,
         pattern=pattern,
-        **{"kernels": "gain"} | changes,
+        kernels=kernels,
+        **changes,
     )
 
 
