@@ -26,7 +26,7 @@ STUDIES = (
     "spoken_digit_conv",
     "tiny_shakespeare",
 )
-SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
+SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing", "clipnorm")
 AXES = {
     "parameters": "parameters",
     "macs": "multiply-accumulates for an example",
