@@ -26,7 +26,7 @@ STUDIES = (
     "spoken_digit_conv",
     "tiny_shakespeare",
 )
-SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing", "clipnorm")
+SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
 AXES = {
     "parameters": "parameters",
     "macs": "multiply-accumulates for an example",
@@ -38,28 +38,29 @@ def series(rows):
     """`{label: [rows of a network, ...]}`, by lines.
 
     Of a network that was tested in several settings counts the one that is best on
-    held-out data. Numbers of epochs are told apart.
+    held-out data. Numbers of epochs, and clipped gradients, are told apart.
     """
     networks, held_out = {}, {}
     several = len({row["epochs"] for row in rows}) > 1
     for row in rows:
         setting = tuple(row[name] for name in SETTING)
         epochs = f"{row['epochs']} epochs" if several else ""
-        key = row["network"], row["pattern"], row["recurrent"], epochs
+        clipped = "" if row["clipnorm"] == "None" else "clipped"
+        key = row["network"], row["pattern"], row["recurrent"], epochs, clipped
         if row["tuning"] == "True":
             held_out.setdefault((key, setting), []).append(row)
         else:
             networks.setdefault(key, {}).setdefault(setting, []).append(row)
     lines = {}
     for key, settings in networks.items():
-        network, pattern, recurrent, epochs = key
+        network, pattern, recurrent, *how = key
         best, *others = settings
         if others:
             tried = [setting for setting in settings if (key, setting) in held_out]
             best = max(tried, key=lambda one: np.mean(accuracies(held_out[key, one])))
         found = settings[best]
         kind = network.replace(f", rank {found[0]['rank']}", "")
-        label = ", ".join(part for part in (recurrent, kind, pattern, epochs) if part)
+        label = ", ".join(part for part in (recurrent, kind, pattern, *how) if part)
         lines.setdefault(label, []).append(found)
     return lines
 
@@ -74,6 +75,7 @@ def draw(lines, title):
     size = (5 * len(columns), 4)
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
+        axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
         for label, networks in lines.items():
             x = [int(rows[0][column]) for rows in networks]
             y = [np.mean(accuracies(rows)) for rows in networks]
