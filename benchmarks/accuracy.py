@@ -18,71 +18,20 @@ the training set, held out. The test set is looked at once, by the chosen
 networks, trained again on the whole training set.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
-import math
-import pathlib
-import platform
-import time
 
-import sequences
 from absl import app, flags, logging
+from tables import RESULTS, machine, read_rows, write_rows
+from training import SEEDS, Run, load, train
 
 from keras_bilinear.files import staged
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 # The columns that say what network a run trained.
 STRUCTURE = ("dataset", "network", "hidden", "rank", "pattern", "recurrent")
 # What `accuracy_files.py` finds of it, and how tables call that.
 FILE_COLUMNS = {"bytes": ".tflite bytes", "latency_us": ".tflite us"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training, and all that decides its outcome.
-
-    `kernels` says how the bilinear layers store their factors: `"gain"` is what
-    the package does; `"plain"` stores the factors themselves; `"unbounded"` gives
-    them the full kernel's deviation, however wide the layer and high the rank;
-    `"undivided"` keeps the gain in the gradients. Full networks have `"full"`.
-
-    `hidden` are the widths of the hidden layers; for `CONVOLUTIONAL` data sets, the
-    filters of each block of convolutions, and the units of the dense layer after them;
-    for recurrent networks, the width of the embedding, where there is one, and the
-    units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
-    each of `hidden`; the layer of the classes then has the last.
-
-    It trains on the first `examples`, or on all of them; gradients whose norm, over
-    all variables, is above `clipnorm` are scaled down to it. With `tuning`, the last
-    tenth of these is held out and gives the accuracy; without, all are trained on
-    and the test set gives it.
-    """
-
-    dataset: str
-    network: str
-    hidden: tuple
-    rank: int | tuple = 0
-    kernels: str = "full"
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    dropout: float = 0.0
-    label_smoothing: float = 0.0
-    epochs: int = 1
-    seed: int = 0
-    tuning: bool = False
-    pattern: str = ""
-    recurrent: str = ""
-    examples: int | None = None
-    clipnorm: float | None = None
-
-    @property
-    def key(self):
-        return tuple(str(value) for value in dataclasses.astuple(self))
-
-
 REGIMES = (
     {"optimizer": "adam"},
     {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1},
@@ -90,8 +39,6 @@ REGIMES = (
 )
 TUNING_SEEDS = 2
 CIFAR10_EPOCHS = 3
-CONVOLUTIONAL = ("cifar10", "spoken_digit")  # Where the network is not recurrent.
-BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespeare": 64}
 
 
 def tune(run, accuracy, regimes=REGIMES, seeds=TUNING_SEEDS):
@@ -289,152 +236,6 @@ def _test(accuracy, networks):
         accuracy(dataclasses.replace(network, seed=seed))
 
 
-def build(run, dataset):
-    import keras
-
-    import keras_bilinear
-    from keras_bilinear import datasets
-
-    ranks = run.rank if isinstance(run.rank, tuple) else [run.rank] * len(run.hidden)
-
-    def embedding(vocabulary, width):
-        if not run.rank:
-            return keras.layers.Embedding(vocabulary, width)
-        return keras_bilinear.BilinearEmbedding(vocabulary, width, rank=ranks[0])
-
-    def dense(units, **kwargs):
-        if not run.rank:
-            return keras.layers.Dense(units, **kwargs)
-        return keras_bilinear.BilinearDense(units, rank=ranks[-1], **kwargs)
-
-    def conv(filters, strides):
-        arguments = {"strides": strides, "padding": "same", "activation": "relu"}
-        if not run.rank:
-            return keras.layers.Conv2D(filters, 3, **arguments)
-        return keras_bilinear.BilinearConv2D(
-            filters, 3, rank=run.rank, pattern=run.pattern, **arguments
-        )
-
-    if run.recurrent:
-        *embedding_widths, units = run.hidden
-        vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
-        prefix, options = ("Bilinear", {"rank": ranks[-1]}) if run.rank else ("", {})
-        layers = keras_bilinear if run.rank else keras.layers
-        return keras.Sequential(
-            [
-                keras.Input(dataset.x_train.shape[1:], dtype=dataset.x_train.dtype.name),
-                *(embedding(vocabulary, width) for width in embedding_widths),
-                getattr(layers, f"{prefix}{run.recurrent}")(
-                    units, return_sequences=dataset.kind == "characters", **options
-                ),
-                dense(dataset.classes),
-            ]
-        )
-    if run.dataset in CONVOLUTIONAL:
-        height, width, *channels = dataset.x_train.shape[1:]
-        *blocks, units = run.hidden
-        return keras.Sequential(
-            [
-                keras.Input((height, width, *channels)),
-                keras.layers.Reshape((height, width, *(channels or [1]))),
-                *(conv(filters, strides) for filters in blocks for strides in (1, 1, 2)),
-                keras.layers.Flatten(),
-                dense(units, activation="relu"),
-                dense(dataset.classes),
-            ]
-        )
-    if dataset.kind == "text":
-        inputs = keras.Input(dataset.x_train.shape[1:], dtype="int32")
-        first = [embedding(datasets.VOCABULARY, 128), keras.layers.GlobalAveragePooling1D()]
-    else:
-        inputs = keras.Input(dataset.x_train.shape[1:])
-        first = [keras.layers.Flatten()]
-    hidden = []
-    for units in run.hidden:
-        hidden.append(dense(units, activation="relu"))
-        if run.dropout:
-            hidden.append(keras.layers.Dropout(run.dropout))
-    return keras.Sequential([inputs, *first, *hidden, dense(dataset.classes)])
-
-
-def store(model, kernels):
-    """Makes each bilinear layer store the factors of its kernel in another way."""
-    from keras_bilinear.initializers import deviation
-    from keras_bilinear.layers.projection import BilinearLayer
-
-    for layer in model.layers:
-        if isinstance(layer, BilinearLayer):
-            kernel, gain = layer._kernel, 1.0
-            if kernels == "unbounded":
-                shape = kernel.factorization
-                window = math.prod(shape.window)
-                fans = window * shape.input_dim, window * shape.output_dim
-                gain = 1 / (deviation(layer.kernel_initializer, *fans) * math.sqrt(shape.rank))
-            for factor in (kernel.left, kernel.right):
-                factor.assign(factor * math.sqrt(kernel.gain / gain))
-            kernel.gain = gain
-
-
-def train(run, dataset):
-    """Trains as `run` says; returns the columns of its row that are measured."""
-    import keras
-
-    from keras_bilinear import summary
-    from keras_bilinear.layers import projection
-
-    keras.utils.set_random_seed(run.seed)
-    model = build(run, dataset)
-    if run.kernels in ("plain", "unbounded"):
-        store(model, run.kernels)
-    x, y = dataset.x_train, keras.utils.to_categorical(dataset.y_train, dataset.classes)
-    if run.tuning:
-        held_out = len(x) // 10
-        unseen = x[-held_out:], y[-held_out:]
-        x, y = x[:-held_out], y[:-held_out]
-    else:
-        unseen = dataset.x_test, keras.utils.to_categorical(dataset.y_test, dataset.classes)
-    batch_size = BATCH_SIZES.get(run.dataset, 128)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        run.learning_rate, run.epochs * -(-len(x) // batch_size)
-    )
-    kind, options = {
-        "adam": (keras.optimizers.Adam, {}),
-        "adamw": (keras.optimizers.AdamW, {"weight_decay": run.weight_decay}),
-        "sgd": (keras.optimizers.SGD, {"momentum": 0.9}),
-    }[run.optimizer]
-    optimizer = kind(schedule, global_clipnorm=run.clipnorm, **options)
-    model.compile(
-        optimizer,
-        keras.losses.CategoricalCrossentropy(True, label_smoothing=run.label_smoothing),
-        metrics=["accuracy"],
-    )
-    scale_gradient = projection._scale_gradient
-    if run.kernels == "undivided":
-        projection._scale_gradient = lambda x, scale: x
-    try:
-        start = time.perf_counter()
-        history = model.fit(x, y, batch_size=batch_size, epochs=run.epochs, verbose=0)
-        seconds = time.perf_counter() - start
-    finally:
-        projection._scale_gradient = scale_gradient
-    loss, accuracy = model.evaluate(*unseen, batch_size=1000, verbose=0)
-    return {
-        "parameters": model.count_params(),
-        "macs": summary.count_macs(model),
-        "train_loss": f"{history.history['loss'][-1]:.4f}",
-        "accuracy": f"{accuracy:.4f}",
-        "seconds": f"{seconds:.0f}",
-        "bits": f"{loss / math.log(2):.4f}",
-    }
-
-
-def machine():
-    import keras
-
-    versions = f"Python {platform.python_version()}, Keras {keras.__version__}"
-    return f"{versions}, {keras.config.backend()} backend, {platform.machine()} CPU"
-
-
 def tabulate(rows, study):
     """Writes the means and deviations over the seeds as Markdown, beside the rows."""
     import numpy as np
@@ -449,10 +250,11 @@ def tabulate(rows, study):
         if row["network"] == "full":
             full_sizes[row["dataset"], row["recurrent"]] = int(row["parameters"])
     command = f"python benchmarks/accuracy.py --study={study}"
+    backends = " and ".join(dict.fromkeys(row["backend"] for row in rows))
     lines = [
         f"# accuracy {study.replace('_', ' ')}",
         "",
-        f"`{command}`; {machine()}. Mean ± deviation over seeds.",
+        f"`{command}`; {machine(backends)}. Mean ± deviation over seeds.",
         "Bits: cross-entropy on the same data as the accuracy.",
     ]
     for tuning, title in (("False", "Test set"), ("True", "Tuning, on held-out data")):
@@ -496,32 +298,12 @@ STUDIES = {
     )
 }
 STUDY = flags.DEFINE_enum("study", None, list(STUDIES), "what to run")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
-SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
-
-
-def load(name, data_dir, examples=None):
-    """A data set, with at most so many training examples."""
-    from keras_bilinear import datasets
-
-    loader = getattr(sequences, f"load_{name}", None)
-    dataset = loader(data_dir) if loader else datasets.load(name, data_dir)
-    return dataclasses.replace(
-        dataset, x_train=dataset.x_train[:examples], y_train=dataset.y_train[:examples]
-    )
-
-
-def read_rows(path):
-    """The finished runs of a study, as dictionaries of texts; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [*csv.DictReader(file)]
 
 
 def read_study(study):
     """The finished runs of a study; older ones lack the newer columns."""
-    missing = {field.name: str(field.default) for field in dataclasses.fields(Run)} | {"bits": ""}
+    missing = {field.name: str(field.default) for field in dataclasses.fields(Run)}
+    missing["bits"] = ""
     return [missing | row for row in read_rows(RESULTS / f"accuracy_{study}.csv")]
 
 
@@ -532,13 +314,6 @@ def structure(row):
 def read_files(study):
     """What `accuracy_files.py` found of the networks of a study, by their structure."""
     return {structure(row): row for row in read_rows(RESULTS / f"accuracy_{study}_files.csv")}
-
-
-def write_rows(path, rows):
-    with staged(path.parent) as folder, (folder / path.name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(argv):
@@ -553,7 +328,7 @@ def main(argv):
         """The accuracy of a run, from its row or, without one, by training."""
         if run.key not in finished:
             row = dict(zip(fields, run.key, strict=True)) | train(
-                run, load_once(run.dataset, DATA_DIR.value, run.examples)
+                run, load_once(run.dataset, run.examples)
             )
             row = {name: str(value) for name, value in row.items()}
             rows.append(row)

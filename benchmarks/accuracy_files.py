@@ -6,7 +6,7 @@ Each network of `benchmarks/results/accuracy_STUDY.csv` is exported in float32, 
 random weights, as neither its size nor its speed depends on them. The files are run
 for one example at a time, on one thread, by processes that take turns; the medians of
 the rounds count. They become `benchmarks/results/accuracy_STUDY_files.csv`, and columns
-of the study's table, which names the backend: run this on the same one.
+of the study's table.
 """
 
 import ast
@@ -16,6 +16,8 @@ import statistics
 import tempfile
 
 import accuracy
+import tables
+import training
 from absl import app, flags, logging
 
 ROUNDS = 3
@@ -29,16 +31,16 @@ def main(argv):
 
     study = accuracy.STUDY.value
     rows = accuracy.read_study(study)
-    load_once = functools.cache(accuracy.load)
+    load_once = functools.cache(training.load)
     found = dict.fromkeys(map(accuracy.structure, rows))
     with tempfile.TemporaryDirectory() as folder:
         for number, key in enumerate(found):
             texts = dict(zip(accuracy.STRUCTURE, key, strict=True))
             numbers = {name: ast.literal_eval(texts[name]) for name in ("hidden", "rank")}
-            run = accuracy.Run(**texts | numbers)
-            dataset = load_once(run.dataset, accuracy.DATA_DIR.value)
+            run = training.Run(**texts | numbers)
+            dataset = load_once(run.dataset)
             file = pathlib.Path(folder, f"{number}.tflite")
-            report = export_litert(accuracy.build(run, dataset), file)
+            report = export_litert(training.build(run, dataset), file)
             logging.info("%s: %d bytes", key, report.bytes)
             found[key] = file, dataset.x_train[:1, None], report.bytes, []
         for _ in range(ROUNDS):
@@ -49,7 +51,7 @@ def main(argv):
         | {"bytes": size, "latency_us": f"{statistics.median(times):.0f}"}
         for key, (*_, size, times) in found.items()
     ]
-    accuracy.write_rows(accuracy.RESULTS / f"accuracy_{study}_files.csv", measured)
+    tables.write_rows(tables.RESULTS / f"accuracy_{study}_files.csv", measured)
     accuracy.tabulate(rows, study)
 
 

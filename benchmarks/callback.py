@@ -23,15 +23,16 @@ import itertools
 import math
 import time
 
-import accuracy
 import numpy as np
+import tables
+import training
 from absl import app, flags, logging
 
 BUDGET = 0.03
 # Full networks, and epochs.
 NETWORKS = {
-    "fashion_mnist": (accuracy.Run("fashion_mnist", "full", (1024, 1024)), 10),
-    "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024)), 5),
+    "fashion_mnist": (training.Run("fashion_mnist", "full", (1024, 1024)), 10),
+    "cifar10": (training.Run("cifar10", "full", (32, 64, 128, 1024)), 5),
 }
 METHODS = ("half", "a fifth", "three steps", "scratch")
 # What plans choose from, and whether that holds factors of low rank.
@@ -56,7 +57,7 @@ def schedule(method, epochs):
     return {math.ceil(epochs * {"half": 0.5, "a fifth": 0.2}[method]): BUDGET}
 
 
-def train(run, method, factors, epochs, small, dataset, batch_size):
+def train(run, method, factors, epochs, small, dataset):
     """A trained model, its accuracy on the test set and the seconds that it took.
 
     From scratch, it is one like `small`.
@@ -69,10 +70,10 @@ def train(run, method, factors, epochs, small, dataset, batch_size):
     if method == "scratch":
         model, callbacks = keras.models.clone_model(small), []
     else:
-        model, callbacks = accuracy.build(run, dataset), []
+        model, callbacks = training.build(run, dataset), []
         if budgets := schedule(method, epochs):
             callbacks.append(BilinearRewrite(schedule=budgets, low_rank=FACTORS[factors]))
-    steps = epochs * -(-len(dataset.x_train) // batch_size)
+    steps = epochs * -(-len(dataset.x_train) // run.batch_size)
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.learning_rate, steps)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -82,7 +83,7 @@ def train(run, method, factors, epochs, small, dataset, batch_size):
     model.fit(
         dataset.x_train,
         dataset.y_train,
-        batch_size=batch_size,
+        batch_size=run.batch_size,
         epochs=epochs,
         verbose=0,
         callbacks=callbacks,
@@ -101,12 +102,12 @@ def tabulate(rows):
     lines = [
         f"# rewriting {NETWORK.value} during training",
         "",
-        f"{accuracy.machine()}. Accuracy on the test set and seconds of `fit`, with compilation "
+        f"{tables.machine()}. Accuracy on the test set and seconds of `fit`, with compilation "
         "and rewriting; means over seeds.",
     ]
     for examples in dict.fromkeys(row["examples"] for row in rows):
         lines += ["", *table([row for row in rows if row["examples"] == examples])]
-    with staged(accuracy.RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         path = folder / f"callback_{NETWORK.value}.md"
         path.write_text("\n".join(lines) + "\n")
 
@@ -127,8 +128,8 @@ def table(rows):
         "|---|---|---|---|---|---|---|---|---|",
     ]
     trainings = [("full", ""), *itertools.product(METHODS, FACTORS)]
-    for equal, training in itertools.product(("epochs", "time"), trainings):
-        key = (*training, equal)
+    for equal, one in itertools.product(("epochs", "time"), trainings):
+        key = (*one, equal)
         found = [row for row in rows if (row["method"], row["factors"], row["equal"]) == key]
         if not found:
             continue
@@ -147,11 +148,10 @@ def table(rows):
 def main(argv):
     del argv
 
-    path = accuracy.RESULTS / f"callback_{NETWORK.value}.csv"
-    rows = accuracy.read_rows(path)
+    path = tables.RESULTS / f"callback_{NETWORK.value}.csv"
+    rows = tables.read_rows(path)
     run, epochs = NETWORKS[NETWORK.value]
-    dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value, EXAMPLES.value)
-    batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
+    dataset = training.load(run.dataset, EXAMPLES.value)
     halves = {}
 
     def row(seed, method, factors, equal, count):
@@ -162,22 +162,20 @@ def main(argv):
                 return one
         one = dataclasses.replace(run, seed=seed)
         if method == "scratch" and (seed, factors) not in halves:
-            halves[seed, factors], *_ = train(
-                one, "half", factors, epochs, None, dataset, batch_size
-            )
+            halves[seed, factors], *_ = train(one, "half", factors, epochs, None, dataset)
         model, result, seconds = train(
-            one, method, factors, count, halves.get((seed, factors)), dataset, batch_size
+            one, method, factors, count, halves.get((seed, factors)), dataset
         )
         if method == "half" and equal == "epochs":
             halves[seed, factors] = model
         values = *key, count, model.count_params(), f"{result:.4f}", f"{seconds:.1f}"
         rows.append(dict(zip(FIELDS, map(str, values), strict=True)))
-        accuracy.write_rows(path, rows)
+        tables.write_rows(path, rows)
         logging.info("%s", rows[-1])
         tabulate(rows)
         return rows[-1]
 
-    for seed in range(accuracy.SEEDS.value):
+    for seed in range(training.SEEDS.value):
         full = row(seed, "full", "", "epochs", epochs)
         for method, factors in itertools.product(METHODS, CHOICES.value):
             one = row(seed, method, factors, "epochs", epochs)

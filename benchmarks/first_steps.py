@@ -13,14 +13,15 @@ import pathlib
 import tempfile
 from unittest import mock
 
-import accuracy
+import tables
+import training
 from absl import app, logging
 
 BUDGET = 0.03
 RUNS = (
-    accuracy.Run("fashion_mnist", "full", (1024, 1024), epochs=5),
-    accuracy.Run("cifar10", "full", (32, 64, 128, 1024), epochs=5),
-    accuracy.Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU"),
+    training.Run("fashion_mnist", "full", (1024, 1024), epochs=5),
+    training.Run("cifar10", "full", (32, 64, 128, 1024), epochs=5),
+    training.Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU"),
 )
 STEPS, TIMES = 50, 6
 
@@ -30,9 +31,8 @@ def begin(run, dataset, path):
     import keras
 
     keras.utils.set_random_seed(0)
-    model = accuracy.build(run, dataset)
-    batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
-    steps = run.epochs * -(-len(dataset.x_train) // batch_size)
+    model = training.build(run, dataset)
+    steps = run.epochs * -(-len(dataset.x_train) // run.batch_size)
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.learning_rate, steps)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -41,7 +41,7 @@ def begin(run, dataset, path):
     model.fit(
         dataset.x_train,
         dataset.y_train,
-        batch_size=batch_size,
+        batch_size=run.batch_size,
         epochs=run.epochs // 5,
         verbose=0,
     )
@@ -66,7 +66,7 @@ def go_on(run, dataset, path, rewritten):
     model.fit(
         dataset.x_train,
         dataset.y_train,
-        batch_size=accuracy.BATCH_SIZES.get(run.dataset, 128),
+        batch_size=run.batch_size,
         steps_per_epoch=STEPS,
         initial_epoch=now,
         epochs=now + TIMES,
@@ -86,7 +86,7 @@ def main(argv):
     lines = [
         "# first steps after a rewrite",
         "",
-        f"`python benchmarks/first_steps.py`; {accuracy.machine()}. Accuracy on the test set, "
+        f"`python benchmarks/first_steps.py`; {tables.machine()}. Accuracy on the test set, "
         "right after the rewrite and after steps of training; one seed.",
         "",
         f"| network | squares begin with | at first | {steps} |",
@@ -94,7 +94,7 @@ def main(argv):
     ]
     cautions = {"zero": 0.0, "the estimate": 1.0, "as in the package": second_moments.CAUTION}
     for run in RUNS:
-        dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value)
+        dataset = training.load(run.dataset)
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, "model.keras")
             begin(run, dataset, path)
@@ -106,7 +106,7 @@ def main(argv):
             numbers = " | ".join(f"{one:.4f}" for one in accuracies)
             lines.append(f"| {run.dataset} {run.recurrent} | {name} | {numbers} |")
             logging.info("%s", lines[-1])
-    with staged(accuracy.RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         (folder / "first_steps.md").write_text("\n".join(lines) + "\n")
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-import accuracy
+import tables
 from absl import app, flags
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "tests" / "train_with_backup.py"
@@ -106,7 +106,7 @@ def main(argv):
     lines = [
         "# Killed and resumed",
         "",
-        f"`python benchmarks/killed.py --trials={TRIALS.value}`; {accuracy.machine()}. "
+        f"`python benchmarks/killed.py --trials={TRIALS.value}`; {tables.machine()}. "
         f"{kills} kills in {killed} of {len(rows)} trainings, the others ended first; {equal} of "
         f"{len(rows)} have the sizes and, within 1e-5, the losses in every epoch of a training "
         "that nothing disturbed.",
@@ -115,7 +115,7 @@ def main(argv):
         "|---|---|---|---|",
         *rows,
     ]
-    with staged(accuracy.RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         (folder / "killed.md").write_text("\n".join(lines) + "\n")
 
 

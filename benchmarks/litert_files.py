@@ -22,9 +22,10 @@ import pathlib
 import statistics
 import tempfile
 
-import accuracy
 import keras
 import numpy as np
+import tables
+import training
 from absl import app, flags, logging
 from keras import layers
 
@@ -96,11 +97,11 @@ def layer_cases():
 
 
 NETWORKS = {
-    "fashion_mnist, MLP": (accuracy.Run("fashion_mnist", "", (1024, 1024), epochs=4), 10),
-    "cifar10, VGG": (accuracy.Run("cifar10", "", (32, 64, 128, 1024), epochs=3), 4),
-    "imdb_reviews, GRU": (accuracy.Run("imdb_reviews", "", (64, 64), epochs=4, recurrent="GRU"), 8),
+    "fashion_mnist, MLP": (training.Run("fashion_mnist", "", (1024, 1024), epochs=4), 10),
+    "cifar10, VGG": (training.Run("cifar10", "", (32, 64, 128, 1024), epochs=3), 4),
+    "imdb_reviews, GRU": (training.Run("imdb_reviews", "", (64, 64), epochs=4, recurrent="GRU"), 8),
     "spoken_digit, GRU": (
-        accuracy.Run("spoken_digit", "", (256,), epochs=15, recurrent="GRU"),
+        training.Run("spoken_digit", "", (256,), epochs=15, recurrent="GRU"),
         4,
     ),
 }
@@ -116,7 +117,7 @@ TESTED = flags.DEFINE_integer("tested", 10_000, "test examples that each file is
 def network_cases():
     """`(name, {variant: trained model}, inputs, test set)` of each benchmark."""
     for name, (run, rank) in NETWORKS.items():
-        dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value, EXAMPLES.value)
+        dataset = training.load(run.dataset, EXAMPLES.value)
         bilinear = dataclasses.replace(run, rank=rank, pattern="channel")
         variants = {
             "full": trained(run, dataset),
@@ -132,11 +133,10 @@ def trained(run, dataset):
     path = pathlib.Path(MODELS_DIR.value, f"{run.dataset}_{run.recurrent}_{run.rank}.keras")
     if not path.exists():
         keras.utils.set_random_seed(0)
-        model = accuracy.build(run, dataset)
-        batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
+        model = training.build(run, dataset)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss, metrics=["accuracy"])
-        model.fit(dataset.x_train, dataset.y_train, batch_size, run.epochs, verbose=0)
+        model.fit(dataset.x_train, dataset.y_train, run.batch_size, run.epochs, verbose=0)
         with staged(path.parent) as folder:
             model.save(folder / path.name)
     return keras.models.load_model(path, compile=False)
@@ -243,7 +243,7 @@ def main(argv):
     records = [record for record, *_ in files]
     command = f"python benchmarks/litert_files.py --suite={SUITE.value}"
     results = {"command": command, **machine(), "records": [*map(dataclasses.asdict, records)]}
-    with staged(accuracy.RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         (folder / f"litert_{SUITE.value}.json").write_text(json.dumps(results, indent=1) + "\n")
         (folder / f"litert_{SUITE.value}.md").write_text(tabulate(records, command))
 

@@ -18,10 +18,10 @@ import copy
 import pathlib
 import tempfile
 
-import accuracy
 import flatbuffers
 import litert_files
 import numpy as np
+import tables
 from absl import app, logging
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
@@ -151,7 +151,7 @@ def main(argv):
             lines.append(f"| {kind} | {' | '.join(cells)} |")
         for text, values in (("sum", totals), ("the whole file", wholes)):
             lines.append(f"| {text} | {' | '.join(f'{one:,.1f}' for one in values.values())} |")
-    with staged(accuracy.RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         (folder / "litert_profile.md").write_text("\n".join(lines) + "\n")
 
 

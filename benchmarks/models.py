@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-import accuracy
+import tables
 from absl import app, flags
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -187,7 +187,7 @@ def main(argv):
     del argv
     from keras_bilinear.files import staged
 
-    path = accuracy.RESULTS / "models.json"
+    path = tables.RESULTS / "models.json"
     records = json.loads(path.read_text()) if path.exists() else {}
     for name in NAMES.value:
         for backend in BACKENDS:
@@ -203,7 +203,7 @@ def main(argv):
                 print(f"{name} on {backend} failed, see above", file=sys.stderr)
                 continue
             records[f"{name} {backend}"] = json.loads(done.stdout.splitlines()[-1])
-            with staged(accuracy.RESULTS) as folder:
+            with staged(tables.RESULTS) as folder:
                 (folder / path.name).write_text(json.dumps(records, indent=1) + "\n")
                 (folder / "models.md").write_text(tabulate(records))
     print(tabulate(records))

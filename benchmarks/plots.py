@@ -11,6 +11,7 @@ their LiteRT files, where `accuracy_files.py` has measured it.
 import accuracy
 import matplotlib
 import numpy as np
+import tables
 from absl import app
 
 matplotlib.use("Agg")
@@ -105,7 +106,7 @@ def main(argv):
         files = accuracy.read_files(study)
         rows = [files.get(accuracy.structure(row), {}) | row for row in rows]
         figure = draw(series(rows), study)
-        with staged(accuracy.RESULTS) as folder:
+        with staged(tables.RESULTS) as folder:
             figure.savefig(folder / f"accuracy_{study}.png", dpi=100)
         plt.close(figure)
 

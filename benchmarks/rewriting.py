@@ -21,8 +21,9 @@ import itertools
 import pathlib
 import tempfile
 
-import accuracy
 import numpy as np
+import tables
+import training
 from absl import app, flags, logging
 
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
@@ -30,10 +31,10 @@ METHODS = ("fitted", "nearest", "svd", "scratch")
 EPOCHS = 5
 # Full networks: how they are trained, and inputs for the fit.
 NETWORKS = {
-    "fashion_mnist": (accuracy.Run("fashion_mnist", "full", (1024, 1024), epochs=12), 4096),
-    "cifar10": (accuracy.Run("cifar10", "full", (32, 64, 128, 1024), epochs=8), 1024),
+    "fashion_mnist": (training.Run("fashion_mnist", "full", (1024, 1024), epochs=12), 4096),
+    "cifar10": (training.Run("cifar10", "full", (32, 64, 128, 1024), epochs=8), 1024),
     "spoken_digit": (
-        accuracy.Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU"),
+        training.Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU"),
         1024,
     ),
 }
@@ -65,17 +66,17 @@ def test_accuracy(model, dataset):
     return results["accuracy"]
 
 
-def trained(run, dataset, path, batch_size):
+def trained(run, dataset, path):
     import keras
 
     if not path.exists():
         keras.utils.set_random_seed(run.seed)
-        model = accuracy.build(run, dataset)
-        compile_model(model, run.learning_rate, run.epochs, dataset, batch_size)
+        model = training.build(run, dataset)
+        compile_model(model, run.learning_rate, run.epochs, dataset, run.batch_size)
         model.fit(
             dataset.x_train,
             dataset.y_train,
-            batch_size=batch_size,
+            batch_size=run.batch_size,
             epochs=run.epochs,
             verbose=0,
         )
@@ -226,7 +227,7 @@ def tabulate(rows, command):
     lines = [
         f"# rewriting {NETWORK.value}",
         "",
-        f"`{command}`; {accuracy.machine()}. Accuracy on the test set: right after the rewrite / "
+        f"`{command}`; {tables.machine()}. Accuracy on the test set: right after the rewrite / "
         f"after 1 / after {EPOCHS} epochs of fine-tuning (from scratch: of training), Adam at "
         f"{FINE_TUNING_RATE:g} (from scratch: 0.001) with cosine decay; means and "
         "deviations over seeds. The last column is the difference from the full network as it was, "
@@ -246,7 +247,7 @@ def tabulate(rows, command):
             f"| {budget} | {method} | {len(found)} | {int(found[0]['parameters']):,} | "
             f"{numbers} | {difference:+.2f} |"
         )
-    with staged(accuracy.RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         path = folder / f"rewriting_{NETWORK.value}.md"
         path.write_text("\n".join(lines) + "\n")
 
@@ -257,20 +258,20 @@ def main(argv):
 
     import keras
 
-    path = accuracy.RESULTS / f"rewriting_{NETWORK.value}.csv"
-    rows = accuracy.read_rows(path)
+    path = tables.RESULTS / f"rewriting_{NETWORK.value}.csv"
+    rows = tables.read_rows(path)
     done = {tuple(row[name] for name in FIELDS[:3]) for row in rows}
     command = f"python benchmarks/rewriting.py --network={NETWORK.value}"
     run, calibration_examples = NETWORKS[NETWORK.value]
-    dataset = accuracy.load(run.dataset, accuracy.DATA_DIR.value, EXAMPLES.value)
+    dataset = training.load(run.dataset, EXAMPLES.value)
     if EXAMPLES.value:
         command += f" --examples={EXAMPLES.value}"
-    batch_size = accuracy.BATCH_SIZES.get(run.dataset, 128)
+    batch_size = run.batch_size
 
     def write(*values):
         row = dict(zip(FIELDS, map(str, values), strict=True))
         rows.append(row)
-        accuracy.write_rows(path, rows)
+        tables.write_rows(path, rows)
         logging.info("%s", row)
         tabulate(rows, command)
 
@@ -291,11 +292,11 @@ def main(argv):
         return [f"{one:.4f}" for one in accuracies]
 
     cache = {}
-    for seed in range(accuracy.SEEDS.value):
+    for seed in range(training.SEEDS.value):
         model_path = pathlib.Path(
             MODELS_DIR.value, f"{NETWORK.value}_{EXAMPLES.value}_{seed}.keras"
         )
-        model = trained(dataclasses.replace(run, seed=seed), dataset, model_path, batch_size)
+        model = trained(dataclasses.replace(run, seed=seed), dataset, model_path)
         if (str(seed), "1", "full") not in done:
             copy = keras.models.load_model(model_path)
             write(seed, 1, "full", model.count_params(), *fine_tuned(copy, FINE_TUNING_RATE))

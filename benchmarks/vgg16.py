@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 
-import accuracy
+import tables
 from absl import app
 
 COMMANDS = {
@@ -60,7 +60,7 @@ def main(argv):
             seconds = time.perf_counter() - start
             text = " ".join((command, *arguments))
             lines.append(f"| `{text}` | {seconds:.1f} | {int(done.stdout) * 1024 / 1e6:,.0f} |")
-    with staged(accuracy.RESULTS) as target:
+    with staged(tables.RESULTS) as target:
         (target / "vgg16.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

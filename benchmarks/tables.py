@@ -1,0 +1,32 @@
+"""Results as rows and tables: their folder, their files, and the machine behind them."""
+
+import csv
+import pathlib
+import platform
+
+from keras_bilinear.files import staged
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def machine(backend=None):
+    """The kind of this machine, and the versions; the backend is Keras', if not given."""
+    import keras
+
+    versions = f"Python {platform.python_version()}, Keras {keras.__version__}"
+    return f"{versions}, {backend or keras.config.backend()} backend, {platform.machine()} CPU"
+
+
+def read_rows(path):
+    """The rows of a file, as dictionaries of texts; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def write_rows(path, rows):
+    with staged(path.parent) as folder, (folder / path.name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,211 @@
+"""The networks of the studies: what decides a training, their building and training."""
+
+import dataclasses
+import math
+import time
+
+import sequences
+from absl import flags
+
+DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
+SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
+CONVOLUTIONAL = ("cifar10", "spoken_digit")  # Where the network is not recurrent.
+BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespeare": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training, and all that decides its outcome.
+
+    `kernels` says how the bilinear layers store their factors: `"gain"` is what
+    the package does; `"plain"` stores the factors themselves; `"unbounded"` gives
+    them the full kernel's deviation, however wide the layer and high the rank;
+    `"undivided"` keeps the gain in the gradients. Full networks have `"full"`.
+
+    `hidden` are the widths of the hidden layers; for `CONVOLUTIONAL` data sets, the
+    filters of each block of convolutions, and the units of the dense layer after them;
+    for recurrent networks, the width of the embedding, where there is one, and the
+    units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
+    each of `hidden`; the layer of the classes then has the last.
+
+    It trains on the first `examples`, or on all of them; gradients whose norm, over
+    all variables, is above `clipnorm` are scaled down to it. With `tuning`, the last
+    tenth of these is held out and gives the accuracy; without, all are trained on
+    and the test set gives it.
+    """
+
+    dataset: str
+    network: str
+    hidden: tuple
+    rank: int | tuple = 0
+    kernels: str = "full"
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    epochs: int = 1
+    seed: int = 0
+    tuning: bool = False
+    pattern: str = ""
+    recurrent: str = ""
+    examples: int | None = None
+    clipnorm: float | None = None
+
+    @property
+    def key(self):
+        return tuple(str(value) for value in dataclasses.astuple(self))
+
+    @property
+    def batch_size(self):
+        return BATCH_SIZES.get(self.dataset, 128)
+
+
+def load(name, examples=None):
+    """A data set, with at most so many training examples."""
+    from keras_bilinear import datasets
+
+    loader = getattr(sequences, f"load_{name}", None)
+    dataset = loader(DATA_DIR.value) if loader else datasets.load(name, DATA_DIR.value)
+    return dataclasses.replace(
+        dataset, x_train=dataset.x_train[:examples], y_train=dataset.y_train[:examples]
+    )
+
+
+def build(run, dataset):
+    import keras
+
+    import keras_bilinear
+    from keras_bilinear import datasets
+
+    ranks = run.rank if isinstance(run.rank, tuple) else [run.rank] * len(run.hidden)
+
+    def embedding(vocabulary, width):
+        if not run.rank:
+            return keras.layers.Embedding(vocabulary, width)
+        return keras_bilinear.BilinearEmbedding(vocabulary, width, rank=ranks[0])
+
+    def dense(units, **kwargs):
+        if not run.rank:
+            return keras.layers.Dense(units, **kwargs)
+        return keras_bilinear.BilinearDense(units, rank=ranks[-1], **kwargs)
+
+    def conv(filters, strides):
+        arguments = {"strides": strides, "padding": "same", "activation": "relu"}
+        if not run.rank:
+            return keras.layers.Conv2D(filters, 3, **arguments)
+        return keras_bilinear.BilinearConv2D(
+            filters, 3, rank=run.rank, pattern=run.pattern, **arguments
+        )
+
+    if run.recurrent:
+        *embedding_widths, units = run.hidden
+        vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
+        prefix, options = ("Bilinear", {"rank": ranks[-1]}) if run.rank else ("", {})
+        layers = keras_bilinear if run.rank else keras.layers
+        return keras.Sequential(
+            [
+                keras.Input(dataset.x_train.shape[1:], dtype=dataset.x_train.dtype.name),
+                *(embedding(vocabulary, width) for width in embedding_widths),
+                getattr(layers, f"{prefix}{run.recurrent}")(
+                    units, return_sequences=dataset.kind == "characters", **options
+                ),
+                dense(dataset.classes),
+            ]
+        )
+    if run.dataset in CONVOLUTIONAL:
+        height, width, *channels = dataset.x_train.shape[1:]
+        *blocks, units = run.hidden
+        return keras.Sequential(
+            [
+                keras.Input((height, width, *channels)),
+                keras.layers.Reshape((height, width, *(channels or [1]))),
+                *(conv(filters, strides) for filters in blocks for strides in (1, 1, 2)),
+                keras.layers.Flatten(),
+                dense(units, activation="relu"),
+                dense(dataset.classes),
+            ]
+        )
+    if dataset.kind == "text":
+        inputs = keras.Input(dataset.x_train.shape[1:], dtype="int32")
+        first = [embedding(datasets.VOCABULARY, 128), keras.layers.GlobalAveragePooling1D()]
+    else:
+        inputs = keras.Input(dataset.x_train.shape[1:])
+        first = [keras.layers.Flatten()]
+    hidden = []
+    for units in run.hidden:
+        hidden.append(dense(units, activation="relu"))
+        if run.dropout:
+            hidden.append(keras.layers.Dropout(run.dropout))
+    return keras.Sequential([inputs, *first, *hidden, dense(dataset.classes)])
+
+
+def store(model, kernels):
+    """Makes each bilinear layer store the factors of its kernel in another way."""
+    from keras_bilinear.initializers import deviation
+    from keras_bilinear.layers.projection import BilinearLayer
+
+    for layer in model.layers:
+        if isinstance(layer, BilinearLayer):
+            kernel, gain = layer._kernel, 1.0
+            if kernels == "unbounded":
+                shape = kernel.factorization
+                window = math.prod(shape.window)
+                fans = window * shape.input_dim, window * shape.output_dim
+                gain = 1 / (deviation(layer.kernel_initializer, *fans) * math.sqrt(shape.rank))
+            for factor in (kernel.left, kernel.right):
+                factor.assign(factor * math.sqrt(kernel.gain / gain))
+            kernel.gain = gain
+
+
+def train(run, dataset):
+    """Trains as `run` says; returns the columns of its row that are measured."""
+    import keras
+
+    from keras_bilinear import summary
+    from keras_bilinear.layers import projection
+
+    keras.utils.set_random_seed(run.seed)
+    model = build(run, dataset)
+    if run.kernels in ("plain", "unbounded"):
+        store(model, run.kernels)
+    x, y = dataset.x_train, keras.utils.to_categorical(dataset.y_train, dataset.classes)
+    if run.tuning:
+        held_out = len(x) // 10
+        unseen = x[-held_out:], y[-held_out:]
+        x, y = x[:-held_out], y[:-held_out]
+    else:
+        unseen = dataset.x_test, keras.utils.to_categorical(dataset.y_test, dataset.classes)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        run.learning_rate, run.epochs * -(-len(x) // run.batch_size)
+    )
+    kind, options = {
+        "adam": (keras.optimizers.Adam, {}),
+        "adamw": (keras.optimizers.AdamW, {"weight_decay": run.weight_decay}),
+        "sgd": (keras.optimizers.SGD, {"momentum": 0.9}),
+    }[run.optimizer]
+    optimizer = kind(schedule, global_clipnorm=run.clipnorm, **options)
+    model.compile(
+        optimizer,
+        keras.losses.CategoricalCrossentropy(True, label_smoothing=run.label_smoothing),
+        metrics=["accuracy"],
+    )
+    scale_gradient = projection._scale_gradient
+    if run.kernels == "undivided":
+        projection._scale_gradient = lambda x, scale: x
+    try:
+        start = time.perf_counter()
+        history = model.fit(x, y, batch_size=run.batch_size, epochs=run.epochs, verbose=0)
+        seconds = time.perf_counter() - start
+    finally:
+        projection._scale_gradient = scale_gradient
+    loss, accuracy = model.evaluate(*unseen, batch_size=1000, verbose=0)
+    return {
+        "parameters": model.count_params(),
+        "macs": summary.count_macs(model),
+        "train_loss": f"{history.history['loss'][-1]:.4f}",
+        "accuracy": f"{accuracy:.4f}",
+        "seconds": f"{seconds:.0f}",
+        "bits": f"{loss / math.log(2):.4f}",
+        "backend": keras.config.backend(),
+    }
