@@ -21,6 +21,7 @@ networks, trained again on the whole training set.
 import dataclasses
 import functools
 import itertools
+from ast import literal_eval
 
 from absl import app, flags, logging
 from tables import RESULTS, machine, read_rows, write_rows
@@ -30,8 +31,8 @@ from keras_bilinear.files import staged
 
 # The columns that say what network a run trained.
 STRUCTURE = ("dataset", "network", "hidden", "rank", "pattern", "recurrent")
-# What `accuracy_files.py` finds of it, and how tables call that.
-FILE_COLUMNS = {"bytes": ".tflite bytes", "latency_us": ".tflite us"}
+# What `accuracy_costs.py` finds of it, and how tables call that.
+COSTS = {"bytes": ".tflite bytes", "latency_us": ".tflite us", "epoch_s": "seconds for an epoch"}
 REGIMES = (
     {"optimizer": "adam"},
     {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1},
@@ -240,7 +241,7 @@ def tabulate(rows, study):
     """Writes the means and deviations over the seeds as Markdown, beside the rows."""
     import numpy as np
 
-    files = read_files(study)
+    costs = read_costs(study)
     group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
     group += ("recurrent", "network", "pattern", "kernels", "learning_rate", "epochs")
     group += ("examples", "clipnorm")
@@ -257,12 +258,14 @@ def tabulate(rows, study):
         f"`{command}`; {machine(backends)}. Mean ± deviation over seeds.",
         "Bits: cross-entropy on the same data as the accuracy.",
     ]
+    if costs:
+        lines.append(f"LiteRT files and times: `{command.replace('.py', '_costs.py')}`.")
     for tuning, title in (("False", "Test set"), ("True", "Tuning, on held-out data")):
         members_of = {key[1:]: rows for key, rows in groups.items() if key[0] == tuning}
         if not members_of:
             continue
         header = (*group[1:], "seeds", "parameters", "share", "MACs", "train loss", "accuracy")
-        header += ("bits", "seconds for an epoch", *(FILE_COLUMNS.values() if files else ()))
+        header += ("bits", *(COSTS.values() if costs else ("seconds for an epoch",)))
         lines += ["", f"## {title}", "", "| " + " | ".join(header) + " |"]
         lines.append("|" + "---|" * len(header))
         for key, members in members_of.items():
@@ -272,13 +275,14 @@ def tabulate(rows, study):
                 values = np.array([float(row[column] or "nan") for row in members])
                 spread.append(f"{values.mean():.4f} ± {values.std():.4f}")
             share = size / full_sizes[members[0]["dataset"], members[0]["recurrent"]]
-            seconds = np.mean([float(row["seconds"]) / float(row["epochs"]) for row in members])
             macs = f"{int(members[0]['macs']):,}"
             cells = (*key, len(members), f"{size:,}", f"{share:.2%}", macs, *spread)
-            cells += (f"{seconds:.1f}",)
-            if files:
-                file = files.get(structure(members[0]), {})
-                cells += tuple(f"{int(file[name]):,}" if file else "" for name in FILE_COLUMNS)
+            if costs:
+                cost = costs.get(structure(members[0]), {})
+                cells += tuple(f"{literal_eval(cost[name]):,}" if cost else "" for name in COSTS)
+            else:
+                epochs = [float(row["seconds"]) / float(row["epochs"]) for row in members]
+                cells += (f"{np.mean(epochs):.1f}",)
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     with staged(RESULTS) as folder:
         (folder / f"accuracy_{study}.md").write_text("\n".join(lines) + "\n")
@@ -311,9 +315,9 @@ def structure(row):
     return tuple(row[name] for name in STRUCTURE)
 
 
-def read_files(study):
-    """What `accuracy_files.py` found of the networks of a study, by their structure."""
-    return {structure(row): row for row in read_rows(RESULTS / f"accuracy_{study}_files.csv")}
+def read_costs(study):
+    """What `accuracy_costs.py` found of the networks of a study, by their structure."""
+    return {structure(row): row for row in read_rows(RESULTS / f"accuracy_{study}_costs.csv")}
 
 
 def main(argv):

@@ -5,7 +5,7 @@
 Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
 `benchmarks/results/accuracy_STUDY.png`: the means over the seeds of what stands there,
 on the test set. Lines join networks that differ in their rank only. Latency is that of
-their LiteRT files, where `accuracy_files.py` has measured it.
+their LiteRT files, where `accuracy_costs.py` has measured it.
 """
 
 import accuracy
@@ -103,8 +103,8 @@ def main(argv):
         rows = accuracy.read_study(study)
         if not rows:
             continue
-        files = accuracy.read_files(study)
-        rows = [files.get(accuracy.structure(row), {}) | row for row in rows]
+        costs = accuracy.read_costs(study)
+        rows = [costs.get(accuracy.structure(row), {}) | row for row in rows]
         figure = draw(series(rows), study)
         with staged(tables.RESULTS) as folder:
             figure.savefig(folder / f"accuracy_{study}.png", dpi=100)

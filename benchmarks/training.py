@@ -158,6 +158,22 @@ def store(model, kernels):
             kernel.gain = gain
 
 
+def compile_model(model, run, steps):
+    import keras
+
+    kind, options = {
+        "adam": (keras.optimizers.Adam, {}),
+        "adamw": (keras.optimizers.AdamW, {"weight_decay": run.weight_decay}),
+        "sgd": (keras.optimizers.SGD, {"momentum": 0.9}),
+    }[run.optimizer]
+    schedule = keras.optimizers.schedules.CosineDecay(run.learning_rate, steps)
+    model.compile(
+        kind(schedule, global_clipnorm=run.clipnorm, **options),
+        keras.losses.CategoricalCrossentropy(True, label_smoothing=run.label_smoothing),
+        metrics=["accuracy"],
+    )
+
+
 def train(run, dataset):
     """Trains as `run` says; returns the columns of its row that are measured."""
     import keras
@@ -176,20 +192,7 @@ def train(run, dataset):
         x, y = x[:-held_out], y[:-held_out]
     else:
         unseen = dataset.x_test, keras.utils.to_categorical(dataset.y_test, dataset.classes)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        run.learning_rate, run.epochs * -(-len(x) // run.batch_size)
-    )
-    kind, options = {
-        "adam": (keras.optimizers.Adam, {}),
-        "adamw": (keras.optimizers.AdamW, {"weight_decay": run.weight_decay}),
-        "sgd": (keras.optimizers.SGD, {"momentum": 0.9}),
-    }[run.optimizer]
-    optimizer = kind(schedule, global_clipnorm=run.clipnorm, **options)
-    model.compile(
-        optimizer,
-        keras.losses.CategoricalCrossentropy(True, label_smoothing=run.label_smoothing),
-        metrics=["accuracy"],
-    )
+    compile_model(model, run, steps=run.epochs * -(-len(x) // run.batch_size))
     scale_gradient = projection._scale_gradient
     if run.kernels == "undivided":
         projection._scale_gradient = lambda x, scale: x

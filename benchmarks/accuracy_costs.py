@@ -1,0 +1,80 @@
+"""What the networks of a study cost: their LiteRT files, and their training.
+
+    python benchmarks/accuracy_costs.py --study=cifar10 --data_dir=DIR
+
+Each network of `benchmarks/results/accuracy_STUDY.csv` is exported in float32, with
+random weights, as neither its size nor its speed depends on them. The files are run
+for one example at a time, on one thread, by processes that take turns; the medians of
+the rounds count. Training steps, with Adam on one batch, take turns as well; the seconds
+for an epoch are so many of the median. Unlike those in the study's rows, all are of the
+same machine. They become `benchmarks/results/accuracy_STUDY_costs.csv`, and columns of the
+study's table.
+"""
+
+import ast
+import functools
+import pathlib
+import statistics
+import tempfile
+
+import accuracy
+import tables
+import training
+from absl import app, flags, logging
+
+ROUNDS = 3
+SECONDS = 0.3
+TRAINING_ROUNDS = 5
+TRAINING_SECONDS = 2.0  # In which a network is trained until the next has its turn.
+
+
+def trainer(run, dataset):
+    """A new network, and a function that trains it for one step."""
+    import keras
+
+    model = training.build(run, dataset)
+    training.compile_model(model, run, steps=1000)
+    x = dataset.x_train[: run.batch_size]
+    y = keras.utils.to_categorical(dataset.y_train[: run.batch_size], dataset.classes)
+    return model, lambda: model.train_on_batch(x, y)
+
+
+def main(argv):
+    del argv
+    from keras_bilinear import export_litert
+    from keras_bilinear.litert import run_litert
+    from keras_bilinear.timing import median_seconds
+
+    study = accuracy.STUDY.value
+    rows = accuracy.read_study(study)
+    load_once = functools.cache(training.load)
+    networks = list(dict.fromkeys(map(accuracy.structure, rows)))
+    costs = [dict(zip(accuracy.STRUCTURE, network, strict=True)) for network in networks]
+    files, steps, counts = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, texts in enumerate(costs):
+            numbers = {name: ast.literal_eval(texts[name]) for name in ("hidden", "rank")}
+            run = training.Run(**texts | numbers)
+            dataset = load_once(run.dataset)
+            model, step = trainer(run, dataset)
+            file = pathlib.Path(folder, f"{number}.tflite")
+            report = export_litert(model, file)
+            logging.info("%s: %d bytes", networks[number], report.bytes)
+            texts["bytes"] = report.bytes
+            files.append((file, {"input_1": dataset.x_train[:1, None]}))
+            steps.append(step)
+            counts.append(-(-len(dataset.x_train) // run.batch_size))
+        latencies = [
+            [run_litert(*file, seconds=SECONDS).latency_us for file in files] for _ in range(ROUNDS)
+        ]
+    seconds = median_seconds(steps, TRAINING_ROUNDS, TRAINING_SECONDS)
+    for texts, *latency, step, count in zip(costs, *latencies, seconds, counts, strict=True):
+        texts["latency_us"] = f"{statistics.median(latency):.0f}"
+        texts["epoch_s"] = f"{count * step:.1f}"
+    tables.write_rows(tables.RESULTS / f"accuracy_{study}_costs.csv", costs)
+    accuracy.tabulate(rows, study)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("study")
+    app.run(main)
