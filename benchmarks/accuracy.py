@@ -131,12 +131,16 @@ def stability(accuracy):
 
 
 def cifar10(accuracy):
-    """The small VGG of the paper: full, and bilinear by rank, scale and pattern."""
+    """The small VGG of the paper, full, and bilinear by rank, scale and pattern.
+
+    At one learning rate; then one of them, and a narrower full network of about its
+    size, each at its own.
+    """
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
-    for seed in range(SEEDS.value):
-        accuracy(dataclasses.replace(base, seed=seed))
-        for scale, rank, pattern in itertools.product((1, 2), (1, 2, 4, 8), ("channel", "spatial")):
-            accuracy(_vgg(base, scale, rank, pattern, seed=seed))
+    grid = itertools.product((1, 2), (1, 2, 4, 8), ("channel", "spatial"))
+    _test(accuracy, (base, *(_vgg(base, *shape) for shape in grid)))
+    narrower = dataclasses.replace(base, network="narrower full", hidden=(8, 16, 32, 25))
+    _test(accuracy, _tuned(accuracy, (narrower, base, _vgg(base, 2, 1, "channel"))))
 
 
 def _vgg(base, scale, rank, pattern, kernels="gain", **changes):
