@@ -16,6 +16,7 @@ from absl import app
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from keras_bilinear.files import staged
 
@@ -88,7 +89,9 @@ def draw(lines, title):
                     axis.annotate(
                         rows[0]["rank"], place, xytext=(4, -10), textcoords="offset points"
                     )
-        axis.set_xscale("log")
+        axis.set_xscale("log", subs=[])
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.set_xlabel(AXES[column])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy")
