@@ -52,15 +52,15 @@ def main(argv):
     costs = [dict(zip(accuracy.STRUCTURE, network, strict=True)) for network in networks]
     files, steps, counts = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for number, texts in enumerate(costs):
-            numbers = {name: ast.literal_eval(texts[name]) for name in ("hidden", "rank")}
-            run = training.Run(**texts | numbers)
+        for number, cost in enumerate(costs):
+            numbers = {name: ast.literal_eval(cost[name]) for name in ("hidden", "rank")}
+            run = training.Run(**cost | numbers)
             dataset = load_once(run.dataset)
             model, step = trainer(run, dataset)
             file = pathlib.Path(folder, f"{number}.tflite")
             report = export_litert(model, file)
             logging.info("%s: %d bytes", networks[number], report.bytes)
-            texts["bytes"] = report.bytes
+            cost["bytes"] = report.bytes
             files.append((file, {"input_1": dataset.x_train[:1, None]}))
             steps.append(step)
             counts.append(-(-len(dataset.x_train) // run.batch_size))
@@ -68,9 +68,9 @@ def main(argv):
             [run_litert(*file, seconds=SECONDS).latency_us for file in files] for _ in range(ROUNDS)
         ]
     seconds = median_seconds(steps, TRAINING_ROUNDS, TRAINING_SECONDS)
-    for texts, *latency, step, count in zip(costs, *latencies, seconds, counts, strict=True):
-        texts["latency_us"] = f"{statistics.median(latency):.0f}"
-        texts["epoch_s"] = f"{count * step:.1f}"
+    for cost, *latency, step, count in zip(costs, *latencies, seconds, counts, strict=True):
+        cost["latency_us"] = f"{statistics.median(latency):.0f}"
+        cost["epoch_s"] = f"{count * step:.1f}"
     tables.write_rows(tables.RESULTS / f"accuracy_{study}_costs.csv", costs)
     accuracy.tabulate(rows, study)
 

@@ -14,12 +14,12 @@ import itertools
 import json
 import math
 import os
-import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import tables
 from absl import app, flags, logging
 from scipy.optimize import least_squares, nnls
 
@@ -29,7 +29,6 @@ from keras_bilinear.benchmark_worker import Steps, median_seconds
 from keras_bilinear.files import staged
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the ways, not only fit the model anew")
-RESULTS = pathlib.Path(__file__).parent / "results"
 WAYS = (*cost.FACTORIZED, None)
 # The rates of a machine without delays: three passes of 1e11 MACs a second.
 LEAST = cost.Work(0.03, 0.001, 0.001, 0.001, 0.001, 0.001)
@@ -147,14 +146,14 @@ def judge(cases, times, coefficients):
 def main(argv):
     del argv
     backend = keras.config.backend()
-    path = RESULTS / f"conv_ways_{backend}.json"
+    path = tables.RESULTS / f"conv_ways_{backend}.json"
     if MEASURE.value:
         measured = {
             "machine": benchmark.machine(),
             "fit": [measure(case) for case in FIT],
             "judge": [measure(case) for case in JUDGE],
         }
-        with staged(RESULTS) as folder:
+        with staged(tables.RESULTS) as folder:
             (folder / path.name).write_text(json.dumps(measured, indent=1) + "\n")
     measured = json.loads(path.read_text())
     fitted, used = fit(measured["fit"]), cost.NANOSECONDS[backend]
@@ -191,7 +190,7 @@ def main(argv):
                 f"| {case} | {' | '.join(cells)} | {chosen or 'materialized'} | {slow:.2f} |"
             )
     print("\n".join(line for line in lines if not line.startswith("|")))
-    with staged(RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         (folder / f"conv_ways_{backend}.md").write_text("\n".join(lines) + "\n")
 
 

@@ -9,14 +9,12 @@ to the training inputs; or random, which is training from the start.
 """
 
 import json
-import pathlib
-import platform
 
 import numpy as np
+import tables
 from absl import app, flags
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
-RESULTS = pathlib.Path(__file__).parent / "results"
 RANKS = (2, 4, 8)
 EPOCHS = (0, 3, 20)
 FULL_EPOCHS = 30
@@ -83,7 +81,6 @@ def measure(seed, dataset):
 
 def main(argv):
     del argv
-    import keras
 
     from keras_bilinear import datasets
     from keras_bilinear.files import staged
@@ -97,9 +94,8 @@ def main(argv):
     lines = [
         "# conversion",
         "",
-        f"`python benchmarks/conversion.py --seeds={SEEDS.value}`; Python "
-        f"{platform.python_version()}, Keras {keras.__version__}, {keras.config.backend()} "
-        f"backend, {platform.machine()} CPU. Accuracy on the test set: right after the rewrite "
+        f"`python benchmarks/conversion.py --seeds={SEEDS.value}`; "
+        f"{tables.machine()}. Accuracy on the test set: right after the rewrite "
         f"/ after {EPOCHS[1]} / after {EPOCHS[2]} epochs of training; means over "
         f"{SEEDS.value} seeds.",
         "",
@@ -116,7 +112,7 @@ def main(argv):
         share = sizes[rank] / sizes[0]
         lines.append(f"| {rank} | {sizes[rank]:,} | {share:.1%} | {' | '.join(cells)} |")
     records = [{f"{rank} {start}": list(v) for (rank, start), v in run.items()} for run in runs]
-    with staged(RESULTS) as folder:
+    with staged(tables.RESULTS) as folder:
         (folder / "conversion_digits.md").write_text("\n".join(lines) + "\n")
         (folder / "conversion_digits.json").write_text(json.dumps(records, indent=1) + "\n")
     print("\n".join(lines))

@@ -9,13 +9,12 @@ import pathlib
 import tempfile
 
 import keras
+import tables
 from absl import app
 
 import keras_bilinear
 from keras_bilinear import BilinearDense
 from keras_bilinear.export import export_litert
-
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def sizes(layer, width):
@@ -52,7 +51,7 @@ def main(argv):
             formula = rank * (d1 * u1 + d2 * u2) + width
             name = f"bilinear {width} -> {width}, rank {rank}"
             lines.append(f"| {name} | {parameters:,} | {formula:,} | {size:,} |")
-    (RESULTS / "size.md").write_text("\n".join(lines) + "\n")
+    (tables.RESULTS / "size.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
