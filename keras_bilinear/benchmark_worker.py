@@ -1,12 +1,11 @@
 """What the benchmark measures, in a process of its own for each backend."""
 
-import inspect
 import json
 import pathlib
 import sys
 
 from keras_bilinear.benchmark_cases import CASES, HUGE
-from keras_bilinear.timing import median_seconds
+from keras_bilinear.timing import median_seconds, waiting
 
 
 class Steps:
@@ -21,7 +20,7 @@ class Steps:
         import numpy as np
         from keras import ops
 
-        layer(inputs[:1])
+        layer.build(inputs.shape)
         self.optimizer = keras.optimizers.Adam(1e-3)
         self.optimizer.build(layer.trainable_variables)
         self.layer, self.xla = layer, xla
@@ -30,7 +29,7 @@ class Steps:
         self.target = ops.convert_to_tensor(target.astype("float32"))
         self.differentiate_inputs = inputs.dtype == np.float32
         make = getattr(self, f"_{keras.config.backend()}")
-        self.forward, self.step = make()
+        self.forward, self.step = map(waiting, make())
 
     def _loss(self, outputs):
         from keras import ops
@@ -59,14 +58,14 @@ class Steps:
 
     def _jax(self):
         import jax
+        import keras
 
         layer, optimizer = self.layer, self.optimizer
-        others = [variable.value for variable in layer.non_trainable_variables]
-        knows_training = "training" in inspect.signature(layer.call).parameters
 
         def call(variables, inputs, training):
-            options = {"training": training} if knows_training else {}
-            return layer.stateless_call(variables, others, inputs, **options)[0]
+            values = zip(layer.trainable_variables, variables, strict=True)
+            with keras.StatelessScope(values):
+                return layer(inputs, training=training)
 
         def loss(variables, inputs):
             return self._loss(call(variables, inputs, training=True))

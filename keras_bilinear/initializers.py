@@ -15,7 +15,9 @@ much, as deep networks do not begin to train then, `s` is larger than `sigma`:
   which a step at Adam's default rate is 4%;
 - at a rank above 8, as terms that move in step move their sum by as many times
   as there are terms: `s` grows with the root of the rank, such that they move
-  it no more than 8 terms do.
+  it no more than 8 terms do;
+- in recurrent kernels, which act at each time step: `s` is twice as large, as a
+  step moves two factors at once.
 """
 
 import math
@@ -29,6 +31,7 @@ _TRUNCATED_DEVIATION = 0.87962566103423978
 # What the stored deviation goes by, see above.
 _LEAST_STORED = 1 / 40
 _MOST_IN_STEP = 8
+_RECURRENT_STORED = 2
 
 # Fixed initializers, and what the right factor has where the left one has their
 # values, so that the product has them too.
@@ -87,9 +90,10 @@ class FactorInitializers:
         right_shape: `(rank, d2, u2)`.
         fan_in: fan-in of the full kernel.
         fan_out: fan-out of the full kernel.
+        recurrent: whether the kernel is applied to what it made the step before.
     """
 
-    def __init__(self, initializer, left_shape, right_shape, fan_in, fan_out):
+    def __init__(self, initializer, left_shape, right_shape, fan_in, fan_out, recurrent=False):
         glorot = keras.initializers.GlorotUniform()
         known = deviation(initializer, fan_in, fan_out)
         zeros = isinstance(initializer, keras.initializers.Zeros) or known == 0
@@ -104,6 +108,8 @@ class FactorInitializers:
         full = known or deviation(glorot, fan_in, fan_out)
         in_step = max(1, self._rank / _MOST_IN_STEP)
         self._stored = max(full, _LEAST_STORED) * math.sqrt(in_step)
+        if recurrent:
+            self._stored *= _RECURRENT_STORED
         self.gain = full / (self._stored**2 * math.sqrt(self._rank))
         # What each product of two matrices is multiplied by.
         self._scale = 1 / math.sqrt(self._rank)

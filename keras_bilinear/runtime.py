@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
+import keras
 from keras import backend
 
 EXPORTED = "exported"
@@ -13,6 +14,15 @@ _RUNTIME = contextvars.ContextVar("runtime", default="")
 def runtime() -> str:
     """`"tensorflow"`, `"jax"` or `"torch"`, or `"exported"` while a model is traced for a file."""
     return _RUNTIME.get() or backend.backend()
+
+
+def has_gpu() -> bool:
+    """Whether Keras' backend runs on a GPU."""
+    if backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    return keras.distribution.list_devices()[0].startswith("gpu")
 
 
 @contextlib.contextmanager

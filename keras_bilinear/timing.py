@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import ops
 
+from keras_bilinear.runtime import has_gpu
+
 
 def median_seconds(
     functions: Sequence[Callable], rounds: int = 8, burst: float = 0.1
@@ -36,9 +38,32 @@ def median_seconds(
 def compile_forward(model: keras.Model, inputs) -> Callable:
     """A function that runs a model on inputs as fast as the backend can, and waits for it."""
     inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
-    return {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.config.backend()](
-        model, inputs
-    )
+    forward = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.config.backend()]
+    return waiting(forward(model, inputs))
+
+
+def waiting(function: Callable) -> Callable:
+    """The function, waiting for the GPU, where there is one, to do what it was given.
+
+    Not for JAX, whose results know how to wait.
+    """
+    backend = keras.config.backend()
+    if backend == "jax" or not has_gpu():
+        return function
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        wait = tf.test.experimental.sync_devices
+    else:
+        import torch
+
+        wait = torch.cuda.synchronize
+
+    def call():
+        function()
+        wait()
+
+    return call
 
 
 def _tensorflow(model, inputs):

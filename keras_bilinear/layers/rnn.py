@@ -24,6 +24,7 @@ from keras_bilinear.layers.projection import (
     check_full,
     check_width,
 )
+from keras_bilinear.runtime import has_gpu
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
 
@@ -158,7 +159,7 @@ class BilinearCell(BilinearLayer):
             regularizer=self.recurrent_regularizer,
             constraint=self.recurrent_constraint,
             implementation=self.implementation,
-            name="recurrent_kernel",
+            recurrent=True,
         )
         if self.use_bias:
             self.bias = self.add_weight(
@@ -331,7 +332,7 @@ class BilinearRNN(keras.layers.RNN):
     def _runs_on_gpu(self):
         """Whether the stock layer's loop is to be tried first."""
         if self.use_cudnn == "auto":
-            return self.cell.implementation != "factorized" and _has_gpu()
+            return self.cell.implementation != "factorized" and has_gpu()
         return self.use_cudnn
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
@@ -476,11 +477,3 @@ def _build_like(layer, other, input_dim):
     layer.build((batch_size, None, input_dim))
     for mine, state in zip(layer.states or (), other.states or (), strict=True):
         mine.assign(state)
-
-
-def _has_gpu():
-    if keras.config.backend() == "torch":
-        import torch
-
-        return torch.cuda.is_available()
-    return keras.distribution.list_devices()[0].startswith("gpu")
