@@ -5,12 +5,17 @@
 
 Writes the times into `benchmarks/results/speed_gpu_BACKEND.json`, and the table
 that comes of them into `speed_gpu_BACKEND.md`; with `--nomeasure` it takes the
-times that stand there. Everything is compiled before the first time is taken.
+times that stand there. Several processes compile, side by side; when all have
+done so, each takes its times alone.
 """
 
-import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
+import os
+import threading
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Processes share the GPU.
 
 import keras
 import tables
@@ -29,34 +34,41 @@ POLICIES = flags.DEFINE_multi_string(
 )
 WAYS = ("full", "factorized", "materialized")
 # Examples for each of those that the benchmark of CPUs has, so that a layer keeps a GPU busy.
+# How many times as many examples as on a CPU it takes to keep a GPU busy.
 ENLARGED = {"recurrent": 1, "dense": 32, "conv": 8}
+PROCESSES = 15
+# Seconds after which those that have compiled go ahead.
+PATIENCE = 150
 
 
-def cases(suite):
-    for case in CASES[suite]:
-        first, *others = case.batch
-        changes = {"patches": False} if suite == "conv" else {}
-        yield dataclasses.replace(case, batch=(ENLARGED[suite] * first, *others), **changes)
+def cases():
+    """Shapes of the benchmark of CPUs, those that a GPU has reason to run."""
+    for suite, factor in ENLARGED.items():
+        for case in CASES[suite]:
+            first, *others = case.batch
+            if getattr(case, "pattern", "auto") == "auto" and (first > 1 or case.rank == 1):
+                enlarged = {"batch": (factor * first, *others)}
+                if suite == "conv":
+                    enlarged["patches"] = False
+                yield dataclasses.replace(case, **enlarged)
 
 
 def layers(case):
     """The layers of a case by their way, and the way that `implementation="auto"` takes."""
     full, auto = case.layers()
+    if keras.config.backend() == "jax" and full.compute_dtype != "float32":
+        full.use_cudnn = False  # With it Keras' LSTM fails.
     config = {name: value for name, value in auto.get_config().items() if name != "name"}
     auto.build((*case.batch, case.input_dim))
     recurrent = isinstance(auto, keras.layers.RNN)
     materialized = auto._runs_on_gpu() if recurrent else auto._kernel.materialized
-    ways = {
-        way: type(auto).from_config({**config, "implementation": way})
-        for way in WAYS
-        if way != "full"
-    }
+    ways = {way: type(auto).from_config({**config, "implementation": way}) for way in WAYS[1:]}
     return {"full": full, **ways}, "materialized" if materialized else "factorized"
 
 
 def prepare(case, policy):
     """The `Steps` of a case by way, each called once, and the way that is taken by itself."""
-    keras.config.set_dtype_policy(policy)  # Of this thread.
+    keras.config.set_dtype_policy(policy)
     by_way, auto = layers(case)
     inputs = case.inputs()
     steps = {way: Steps(layer, inputs, xla=True) for way, layer in by_way.items()}
@@ -66,24 +78,46 @@ def prepare(case, policy):
     return steps, auto
 
 
+def work(part, ready, alone, queue):
+    """Measures the cases of a process; puts an index and a record of each into the queue."""
+    prepared = []
+    for index, case, policy in part:
+        try:
+            prepared.append((index, case, policy, *prepare(case, policy)))
+        except Exception:
+            logging.exception("%s, %s", case, policy)
+            queue.put((index, None))
+    try:
+        ready.wait(PATIENCE)
+    except threading.BrokenBarrierError:
+        logging.warning("not all had compiled when the times of %s were taken", part)
+    with alone:
+        for index, case, policy, steps, auto in prepared:
+            kinds = ([one.forward for one in steps.values()], [one.step for one in steps.values()])
+            times = [median_seconds(functions, rounds=5, burst=0.02) for functions in kinds]
+            seconds = dict(zip(steps, zip(*times, strict=True), strict=True))
+            record = {"case": str(case), "policy": policy, "auto": auto, "seconds": seconds}
+            queue.put((index, record))
+
+
 def measure():
-    """A record for each case and policy, with `(forward pass, training step)` by way."""
-    every = [
-        (case, policy) for policy in POLICIES.value for suite in ENLARGED for case in cases(suite)
+    """Yields, more and more, a record for each case and policy."""
+    every = [(policy, case) for policy in POLICIES.value for case in cases()]
+    every = [(index, case, policy) for index, (policy, case) in enumerate(every)]
+    context = multiprocessing.get_context("spawn")
+    count = min(PROCESSES, len(every))
+    shared = context.Barrier(count), context.Lock(), context.Queue()
+    processes = [
+        context.Process(target=work, args=(every[i::count], *shared), daemon=True)
+        for i in range(count)
     ]
-    # JAX compiles, and several threads do so side by side.
-    threads = None if keras.config.backend() == "jax" else 1
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        prepared = list(pool.map(lambda pair: prepare(*pair), every))
-    records = []
-    for (case, policy), (steps, auto) in zip(every, prepared, strict=True):
-        kinds = ([one.forward for one in steps.values()], [one.step for one in steps.values()])
-        times = [median_seconds(functions, rounds=5, burst=0.02) for functions in kinds]
-        seconds = dict(zip(steps, zip(*times, strict=True), strict=True))
-        record = {"case": str(case), "policy": policy, "auto": auto, "seconds": seconds}
-        records.append(record)
-        logging.info(json.dumps(record))
-    return records
+    for process in processes:
+        process.start()
+    records = {}
+    while len(records) < len(every):
+        index, record = shared[-1].get(timeout=900)
+        records[index] = record
+        yield [records[index] for index in sorted(records) if records[index]]
 
 
 def call_seconds():
@@ -141,13 +175,11 @@ def main(argv):
     if MEASURE.value:
         if not has_gpu():
             raise app.UsageError(f"the {backend} backend sees no GPU")
-        results = {
-            "machine": {"GPU": gpu(), **benchmark.machine()},
-            "call": call_seconds(),
-            "records": measure(),
-        }
-        with staged(tables.RESULTS) as folder:
-            (folder / path.name).write_text(json.dumps(results, indent=1) + "\n")
+        results = {"machine": {"GPU": gpu(), **benchmark.machine()}, "call": call_seconds()}
+        for records in measure():
+            with staged(tables.RESULTS) as folder:
+                text = json.dumps({**results, "records": records}, indent=1)
+                (folder / path.name).write_text(text + "\n")
     results = json.loads(path.read_text())
     with staged(tables.RESULTS) as folder:
         lines = table(results, backend)

@@ -268,6 +268,21 @@ def materialize(left, right):
     return ops.reshape(kernel, (*window, d1 * d2, u1 * u2))
 
 
+def materialize_gates(left, right):
+    """The Kronecker sums of the gates of a cell, side by side: `(d1 * d2, gates, u1 * u2)`.
+
+    Args:
+        left: `(gates, rank, d1, u1)`.
+        right: `(gates, rank, d2, u2)`.
+    """
+    gates, rank, d1, u1 = left.shape
+    d2, u2 = right.shape[2:]
+    left = ops.transpose(ops.reshape(left, (gates, rank, d1 * u1)), (0, 2, 1))
+    kernel = ops.matmul(left, ops.reshape(right, (gates, rank, d2 * u2)))
+    kernel = ops.transpose(ops.reshape(kernel, (gates, d1, u1, d2, u2)), (1, 3, 0, 2, 4))
+    return ops.reshape(kernel, (d1 * d2, gates, u1 * u2))
+
+
 def transpose(left, right):
     """The factors of the transposed kernel: the Kronecker product transposes factor by factor."""
     return ops.transpose(left, (0, 2, 1)), ops.transpose(right, (0, 2, 1))

@@ -17,6 +17,7 @@ from keras_bilinear import (
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
+from keras_bilinear.layers import rnn
 
 LAYERS = {"simple": BilinearSimpleRNN, "gru": BilinearGRU, "lstm": BilinearLSTM}
 CELLS = [BilinearSimpleRNNCell, BilinearGRUCell, BilinearLSTMCell]
@@ -108,6 +109,26 @@ def test_equals_the_stock_layer_with_the_expanded_kernels(kind, options):
     mask = ops.convert_to_tensor(MASK)
     for arguments in ({}, {"mask": mask, "training": True}):
         assert_same(run(layer, **arguments), run(stock, **arguments))
+
+
+@pytest.mark.parametrize("options", ["plain", "sequences", "backwards", "no bias", "both dropouts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_takes_the_loop_that_keras_has_for_a_gpu(kind, options, monkeypatch):
+    monkeypatch.setattr(rnn, "has_gpu", lambda: True)
+    layer = make(kind, **OPTIONS[options])
+    stock = stock_layer(layer)
+    mask = ops.convert_to_tensor(MASK)
+    for arguments in ({}, {"mask": mask, "training": True}):
+        assert_same(run(layer, **arguments), run(stock, **arguments))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_keeps_from_jax_what_its_loop_cannot_do(kind, policy, monkeypatch):
+    monkeypatch.setattr(rnn, "has_gpu", lambda: True)
+    fails = BACKEND == "jax" and kind == "lstm" and policy != "float32"
+    assert make(kind, dtype=policy)._runs_on_gpu() is not fails
+    assert not make(kind, dtype=policy, implementation="factorized")._runs_on_gpu()
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -38,11 +38,15 @@ class GateKernel(KroneckerKernel):
 
     def full(self, left, right, gates=None):
         plan = self.factorization
-        kernels = [
-            kronecker.materialize(left[gate], right[gate])[: plan.input_dim, : plan.output_dim]
-            for gate in gates or range(plan.gates)
-        ]
-        return kernels[0] if len(kernels) == 1 else ops.concatenate(kernels, axis=1)
+        kernel = kronecker.materialize_gates(*self._pick(left, right, gates))
+        kernel = kernel[: plan.input_dim, :, : plan.output_dim]
+        return ops.reshape(kernel, (plan.input_dim, -1))
+
+    def _pick(self, left, right, gates):
+        """The factors of some gates that are neighbours, or of all."""
+        if len(gates or ()) in (0, self.factorization.gates):
+            return left, right
+        return left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
 
     def projection(self, training=None, gates=None):
         """A function that multiplies an `x` of any rank by the kernels of all gates, or of some.
@@ -55,9 +59,7 @@ class GateKernel(KroneckerKernel):
         if self.materialized:
             kernel = self.materialize(training, gates)
             return lambda x: _split(ops.matmul(x, kernel), len(gates))
-        left, right = self.factors(training)
-        if len(gates) < plan.gates:
-            left, right = left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
+        left, right = self._pick(*self.factors(training), gates)
         return self._with_padding(kronecker.projection(left, right, self.order), plan)
 
     def assign(self, kernel):
@@ -331,12 +333,20 @@ class BilinearRNN(keras.layers.RNN):
 
     def _runs_on_gpu(self):
         """Whether the stock layer's loop is to be tried first."""
-        if self.use_cudnn == "auto":
-            return self.cell.implementation != "factorized" and has_gpu()
-        return self.use_cudnn
+        if self.use_cudnn != "auto":
+            return self.use_cudnn
+        # JAX gives an LSTM to cuDNN in float32 only; Keras tries all the same, and fails.
+        fails = (
+            keras.config.backend() == "jax"
+            and isinstance(self, keras.layers.LSTM)
+            and self.compute_dtype != "float32"
+        )
+        return self.cell.implementation != "factorized" and has_gpu() and not fails
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         mask = mask[0] if tree.is_nested(mask) else mask
+        # The stock GRU takes it out of its list before it tries its loop.
+        initial_state = initial_state if tree.is_nested(initial_state) else [initial_state]
         if self.stateful:
             # PyTorch would not find the old state when it differentiates.
             initial_state = [ops.copy(state) for state in initial_state]
