@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from keras_bilinear.runtime import EXPORTED, runtime
+from keras_bilinear.runtime import EXPORTED, has_gpu, runtime
 
 FACTORIZED = ("left", "right")
 
@@ -53,6 +53,13 @@ NANOSECONDS = {
 # So many multiplications of a large matrix product take as long as one of the
 # small products of a recurrent step: benchmarks/results/speed_recurrent.md.
 SMALL_PRODUCT = 2.5
+
+# On a GPU factors are faster than the kernel only where that has so many
+# multiplications for each position, and they a fraction of them: see
+# benchmarks/results/speed_gpu_BACKEND.md. PyTorch launches each operation by
+# itself, which takes longer than all but the largest of them.
+GPU_LEAST_MACS = {"tensorflow": 4e5, "jax": 4e5, "torch": 4e6}
+GPU_SHARE = 1 / 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +172,8 @@ def choose_order(plan, implementation, strides=()):
 
     A dense projection goes by its MACs, and so do the gates of a recurrent layer,
     whose small products, but for those of low rank, count `SMALL_PRODUCT` times; a
-    convolution goes by the fitted model.
+    convolution goes by the fitted model. On a GPU all kernels are materialized but
+    the largest ones, and those of recurrent layers always.
 
     An exported file would hold a formed kernel in its full size, so there the
     factors are taken wherever they are the smaller, in the order with fewer MACs.
@@ -185,6 +193,8 @@ def choose_order(plan, implementation, strides=()):
         return min(("right", "left"), key=lambda order: count_macs(plan, order, strides))
     if implementation == "materialized":
         return None
+    if implementation == "auto" and has_gpu() and not _pays_on_gpu(plan, strides):
+        return None
     if plan.pointwise:
         small = plan.gates and not plan.is_low_rank
         macs = plan.macs * SMALL_PRODUCT if small else plan.macs
@@ -192,3 +202,12 @@ def choose_order(plan, implementation, strides=()):
         return plan.order if cheaper else None
     ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)
     return min(ways, key=lambda order: seconds(plan, order, strides))
+
+
+def _pays_on_gpu(plan, strides):
+    """Whether a GPU is faster with the factors of this kernel than with the kernel."""
+    if plan.gates:
+        return False
+    full = count_macs(plan, None, strides)
+    factorized = min(count_macs(plan, order, strides) for order in FACTORIZED)
+    return full >= GPU_LEAST_MACS[runtime()] and factorized <= GPU_SHARE * full

@@ -39,6 +39,21 @@ def test_a_dense_projection_goes_by_its_macs():
     assert cost.choose_order(Factorization.create(64, 64, rank=50), "auto") is None
 
 
+@pytest.mark.parametrize("backend", cost.NANOSECONDS)
+def test_on_a_gpu_only_large_kernels_are_factorized(backend, monkeypatch):
+    monkeypatch.setattr(cost, "runtime", lambda: backend)
+    monkeypatch.setattr(cost, "has_gpu", lambda: True)
+    large = Factorization.create(4096, 4096)
+    assert cost.choose_order(large, "auto") == large.order
+    assert cost.choose_order(Factorization.create(4096, 4096, rank=30), "auto") is None
+    assert cost.choose_order(Factorization.create(512, 512), "auto") is None
+    assert cost.choose_order(plan(64, 64), "auto", (1, 1)) is None
+    assert cost.choose_order(plan(2048, 2048), "auto", (1, 1)) in cost.FACTORIZED
+    gates = Factorization.create(1024, 1024, gates=4)
+    assert cost.choose_order(gates, "auto") is None
+    assert cost.choose_order(gates, "factorized") == gates.order
+
+
 def test_small_products_of_gates_count_more_than_those_of_low_rank():
     def gates(rank, *factors):
         return Factorization.create(64, 64, *factors, rank=rank, gates=3)
