@@ -177,13 +177,19 @@ def imdb_reviews(accuracy):
 
 
 def spoken_digit(accuracy):
-    """GRU over log-mel frames: all at one learning rate, then each at its own."""
+    """GRU over log-mel frames: all at one learning rate, then each at its own.
+
+    And which rates a bilinear network stands, by the way to store its recurrent factors.
+    """
     base = Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU")
     narrower = (27,)
     _recurrent_study(accuracy, base, ((1, 1), (2, 1), (4, 1), (1, 1.25)), narrower)
     # Clipped, as without that high rates make the loss NaN by chance.
     base = dataclasses.replace(base, learning_rate=4e-3, clipnorm=1.0)
     _recurrent_study(accuracy, base, ((2, 1),), narrower, tuned=True)
+    (network,) = _by_rank_and_scale(base, ((2, 1),))
+    for kernels, rate in itertools.product(("gain", "level"), (1e-3, 2e-3, 4e-3, 8e-3)):
+        accuracy(dataclasses.replace(network, kernels=kernels, learning_rate=rate, tuning=True))
 
 
 def spoken_digit_conv(accuracy):
@@ -216,19 +222,23 @@ def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
 
     Each is at the learning rate of `base` or, if `tuned`, at the one that is best for it.
     """
-    networks = [base]
-    for rank, scale in bilinear:
-        networks.append(
-            dataclasses.replace(
-                base,
-                network=f"bilinear, rank {rank}, scale {scale}",
-                hidden=tuple(int(scale**2 * width) for width in base.hidden),
-                rank=rank,
-                kernels="gain",
-            )
-        )
-    networks.append(dataclasses.replace(base, network="narrower full", hidden=narrower))
+    narrower = dataclasses.replace(base, network="narrower full", hidden=narrower)
+    networks = (base, *_by_rank_and_scale(base, bilinear), narrower)
     _test(accuracy, _tuned(accuracy, networks) if tuned else networks)
+
+
+def _by_rank_and_scale(base, pairs):
+    """The bilinear networks for a full recurrent one."""
+    return [
+        dataclasses.replace(
+            base,
+            network=f"bilinear, rank {rank}, scale {scale}",
+            hidden=tuple(int(scale**2 * width) for width in base.hidden),
+            rank=rank,
+            kernels="gain",
+        )
+        for rank, scale in pairs
+    ]
 
 
 def _tuned(accuracy, networks):

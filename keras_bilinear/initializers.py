@@ -31,7 +31,7 @@ _TRUNCATED_DEVIATION = 0.87962566103423978
 # What the stored deviation goes by, see above.
 _LEAST_STORED = 1 / 40
 _MOST_IN_STEP = 8
-_RECURRENT_STORED = 2
+RECURRENT_STORED = 2
 
 # Fixed initializers, and what the right factor has where the left one has their
 # values, so that the product has them too.
@@ -109,7 +109,7 @@ class FactorInitializers:
         in_step = max(1, self._rank / _MOST_IN_STEP)
         self._stored = max(full, _LEAST_STORED) * math.sqrt(in_step)
         if recurrent:
-            self._stored *= _RECURRENT_STORED
+            self._stored *= RECURRENT_STORED
         self.gain = full / (self._stored**2 * math.sqrt(self._rank))
         # What each product of two matrices is multiplied by.
         self._scale = 1 / math.sqrt(self._rank)
