@@ -216,6 +216,9 @@ class Comparison(Tabular):
 def summarize(model: keras.Model, data=None) -> Summary:
     """What a model costs: parameters, bytes, operations, activations and latency.
 
+    Operations and activations are those of this backend and device, where a GPU
+    forms most kernels. Within `exporting()` they are those of a file.
+
     Args:
         model: a built model.
         data: examples, to give the accuracy: a tuple of inputs and labels, as

@@ -71,7 +71,8 @@ class BilinearConv(BilinearLayer):
         output_factors: `(u1, u2)`, likewise for the filters of one group.
         implementation: `"factorized"` applies one factor after the other,
             `"materialized"` forms the kernel first; `"auto"` takes what a model
-            fitted to measurements holds for faster on this backend.
+            fitted to measurements holds for faster on this backend; on a GPU it
+            forms all kernels but large ones.
         pattern: `"channel"`, `"spatial"`, or `"auto"`, which is `"channel"`.
         **kwargs: arguments of `keras.layers.Layer`.
 

@@ -41,7 +41,8 @@ class BilinearDense(BilinearLayer):
             where their product is more.
         implementation: `"factorized"` multiplies by one factor after the other,
             `"materialized"` forms the kernel first; `"auto"` takes the one with
-            fewer multiplications for each input row.
+            fewer multiplications for each input row; on a GPU it forms all kernels
+            but large ones.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Input shape:

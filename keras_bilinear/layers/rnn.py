@@ -102,7 +102,8 @@ class BilinearCell(BilinearLayer):
             have `(units, 1)` on the side of the inputs.
         implementation: `"factorized"` applies one factor after the other,
             `"materialized"` forms the kernels first, once for each call of the
-            layer; `"auto"` takes what was measured to be faster for a batch.
+            layer; `"auto"` takes what was measured to be faster for a batch, and
+            forms them on a GPU, where the layer then runs the stock layer's loop.
         **kwargs: arguments of the stock cell.
     """
 
