@@ -26,7 +26,7 @@ from keras_bilinear import benchmark, cost
 from keras_bilinear.benchmark_cases import CASES
 from keras_bilinear.benchmark_worker import Steps
 from keras_bilinear.files import staged
-from keras_bilinear.runtime import has_gpu
+from keras_bilinear.runtime import on_gpu
 from keras_bilinear.timing import median_seconds, waiting
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the layers, not only write the table anew")
@@ -67,7 +67,7 @@ def layers(case):
 def chosen(case):
     """The way that `implementation="auto"` takes on a GPU."""
     _, bilinear = case.layers()
-    with mock.patch.object(cost, "has_gpu", return_value=True):
+    with mock.patch.object(cost, "on_gpu", return_value=True):
         bilinear.build((*case.batch, case.input_dim))
     owner = getattr(bilinear, "cell", bilinear)
     return "materialized" if owner._kernel.materialized else "factorized"
@@ -191,7 +191,7 @@ def main(argv):
     backend = keras.config.backend()
     path = tables.RESULTS / f"speed_gpu_{backend}.json"
     if MEASURE.value:
-        if not has_gpu():
+        if not on_gpu():
             raise app.UsageError(f"the {backend} backend sees no GPU")
         results = {"machine": {"GPU": gpu(), **benchmark.machine()}, "call": call_seconds()}
         for records in measure():

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from keras_bilinear.runtime import EXPORTED, has_gpu, runtime
+from keras_bilinear.runtime import EXPORTED, on_gpu, runtime
 
 FACTORIZED = ("left", "right")
 
@@ -193,7 +193,7 @@ def choose_order(plan, implementation, strides=()):
         return min(("right", "left"), key=lambda order: count_macs(plan, order, strides))
     if implementation == "materialized":
         return None
-    if implementation == "auto" and has_gpu() and not _pays_on_gpu(plan, strides):
+    if implementation == "auto" and on_gpu() and not _pays_on_gpu(plan, strides):
         return None
     if plan.pointwise:
         small = plan.gates and not plan.is_low_rank

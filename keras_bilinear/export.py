@@ -16,6 +16,7 @@ from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
 from keras_bilinear.litert_converter import convert
 from keras_bilinear.litert_inputs import input_specs, read_examples
 from keras_bilinear.rewrite import copy_model
+from keras_bilinear.runtime import on_gpu
 from keras_bilinear.sites import check_built
 
 # The largest difference from the model that a kind of quantization may make.
@@ -177,8 +178,8 @@ def _difference(outputs, expected):
 def inference_twin(model: keras.Model, unroll: bool = False) -> keras.Model:
     """A copy of the model, with its weights, as it is exported.
 
-    It computes in float32. The model itself, if it does so and nothing is to be
-    unrolled.
+    It computes in float32, and without cuDNN. The model itself, if it does so and
+    nothing is to be unrolled.
 
     Args:
         model: the model.
@@ -187,10 +188,16 @@ def inference_twin(model: keras.Model, unroll: bool = False) -> keras.Model:
     Raises:
         ValueError: if the model cannot be saved and loaded.
     """
-    unroll = unroll and _recurrent(model)
-    if not unroll and all(layer.compute_dtype == "float32" for layer in all_layers(model)):
+    recurrent = _recurrent(model)
+    unroll = unroll and recurrent
+    changes = unroll or (recurrent and on_gpu())
+    if not changes and all(layer.compute_dtype == "float32" for layer in all_layers(model)):
         return model
-    return copy_model(model, functools.partial(_for_inference, unroll=unroll))
+    twin = copy_model(model, functools.partial(_for_inference, unroll=unroll))
+    for layer in all_layers(twin):
+        if hasattr(layer, "use_cudnn"):  # which no configuration holds
+            layer.use_cudnn = False
+    return twin
 
 
 def _for_inference(config, unroll):

@@ -136,6 +136,7 @@ def _convert_in_subprocess(model, file, arguments, examples, options):
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
+        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -16,8 +16,10 @@ def runtime() -> str:
     return _RUNTIME.get() or backend.backend()
 
 
-def has_gpu() -> bool:
-    """Whether Keras' backend runs on a GPU."""
+def on_gpu() -> bool:
+    """Whether they are going to run on a GPU; those of a file are not."""
+    if runtime() == EXPORTED:
+        return False
     if backend.backend() == "torch":
         import torch
 

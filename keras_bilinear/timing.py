@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import ops
 
-from keras_bilinear.runtime import has_gpu
+from keras_bilinear.runtime import on_gpu
 
 
 def median_seconds(
@@ -48,7 +48,7 @@ def waiting(function: Callable) -> Callable:
     Not for JAX, whose results know how to wait.
     """
     backend = keras.config.backend()
-    if backend == "jax" or not has_gpu():
+    if backend == "jax" or not on_gpu():
         return function
     if backend == "tensorflow":
         import tensorflow as tf

@@ -42,7 +42,7 @@ def test_a_dense_projection_goes_by_its_macs():
 @pytest.mark.parametrize("backend", cost.NANOSECONDS)
 def test_on_a_gpu_only_large_kernels_are_factorized(backend, monkeypatch):
     monkeypatch.setattr(cost, "runtime", lambda: backend)
-    monkeypatch.setattr(cost, "has_gpu", lambda: True)
+    monkeypatch.setattr(cost, "on_gpu", lambda: True)
     large = Factorization.create(4096, 4096)
     assert cost.choose_order(large, "auto") == large.order
     assert cost.choose_order(Factorization.create(4096, 4096, rank=30), "auto") is None

@@ -19,7 +19,9 @@ from keras_bilinear import (
     exporting,
     rewrite_model,
 )
+from keras_bilinear import export as export_module
 from keras_bilinear.export import inference_twin
+from keras_bilinear.keras_private import all_layers
 from keras_bilinear.litert import inspect_litert, run_litert
 
 pytest.importorskip("tensorflow")
@@ -254,6 +256,21 @@ def test_a_float32_model_is_its_own_twin():
     model = keras.Sequential([keras.Input((4,)), BilinearDense(4), BilinearDense(4)])
     assert inference_twin(model) is model
     assert inference_twin(model, unroll=True) is model
+
+
+def test_a_twin_made_on_a_gpu_does_without_cudnn(monkeypatch):
+    x = normal(4, 5, 6)
+    wrapped = layers.Bidirectional(layers.LSTM(8, return_sequences=True))
+    model = keras.Sequential([keras.Input((5, 6)), wrapped, BilinearGRU(8)])
+    expected = model.predict(x, verbose=0)
+    monkeypatch.setattr(export_module, "on_gpu", lambda: True)
+    twin = inference_twin(model)
+    recurrent = [layer for layer in all_layers(twin) if hasattr(layer, "use_cudnn")]
+    assert len(recurrent) == 3
+    assert not any(layer.use_cudnn for layer in recurrent)
+    np.testing.assert_allclose(twin.predict(x, verbose=0), expected, atol=1e-6)
+    no_loop = keras.Sequential([keras.Input((4,)), BilinearDense(4)])
+    assert inference_twin(no_loop) is no_loop
 
 
 @pytest.mark.parametrize("layer", [BilinearDense, BilinearGRU])

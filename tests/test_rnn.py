@@ -16,6 +16,7 @@ from keras_bilinear import (
     BilinearLSTMCell,
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
+    exporting,
 )
 from keras_bilinear.layers import rnn
 
@@ -114,7 +115,7 @@ def test_equals_the_stock_layer_with_the_expanded_kernels(kind, options):
 @pytest.mark.parametrize("options", ["plain", "sequences", "backwards", "no bias", "both dropouts"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_takes_the_loop_that_keras_has_for_a_gpu(kind, options, monkeypatch):
-    monkeypatch.setattr(rnn, "has_gpu", lambda: True)
+    monkeypatch.setattr(rnn, "on_gpu", lambda: True)
     layer = make(kind, **OPTIONS[options])
     stock = stock_layer(layer)
     mask = ops.convert_to_tensor(MASK)
@@ -125,10 +126,22 @@ def test_takes_the_loop_that_keras_has_for_a_gpu(kind, options, monkeypatch):
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_keeps_from_jax_what_its_loop_cannot_do(kind, policy, monkeypatch):
-    monkeypatch.setattr(rnn, "has_gpu", lambda: True)
+    monkeypatch.setattr(rnn, "on_gpu", lambda: True)
     fails = BACKEND == "jax" and kind == "lstm" and policy != "float32"
     assert make(kind, dtype=policy)._runs_on_gpu() is not fails
     assert not make(kind, dtype=policy, implementation="factorized")._runs_on_gpu()
+
+
+@pytest.mark.parametrize("use_cudnn", ["auto", True])
+def test_a_file_has_no_loop_of_a_gpu(use_cudnn, monkeypatch):
+    if BACKEND == "torch":
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    else:
+        monkeypatch.setattr(keras.distribution, "list_devices", lambda: ["gpu:0"])
+    layer = make("gru", use_cudnn=use_cudnn)
+    assert layer._runs_on_gpu()
+    with exporting():
+        assert not layer._runs_on_gpu()
 
 
 @pytest.mark.parametrize("kind", LAYERS)

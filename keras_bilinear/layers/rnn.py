@@ -24,7 +24,7 @@ from keras_bilinear.layers.projection import (
     check_full,
     check_width,
 )
-from keras_bilinear.runtime import has_gpu
+from keras_bilinear.runtime import EXPORTED, on_gpu, runtime
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
 
@@ -335,14 +335,14 @@ class BilinearRNN(keras.layers.RNN):
     def _runs_on_gpu(self):
         """Whether the stock layer's loop is to be tried first."""
         if self.use_cudnn != "auto":
-            return self.use_cudnn
+            return self.use_cudnn and runtime() != EXPORTED
         # JAX gives an LSTM to cuDNN in float32 only; Keras tries all the same, and fails.
         fails = (
             keras.config.backend() == "jax"
             and isinstance(self, keras.layers.LSTM)
             and self.compute_dtype != "float32"
         )
-        return self.cell.implementation != "factorized" and has_gpu() and not fails
+        return self.cell.implementation != "factorized" and on_gpu() and not fails
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         mask = mask[0] if tree.is_nested(mask) else mask
