@@ -121,7 +121,8 @@ def initialization(accuracy):
 def stability(accuracy):
     """Whether a deep network of high rank or wide layers begins to train, by the ways to store."""
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=2, examples=10_000)
-    shapes = (*((1, rank, "channel") for rank in (1, 8, 16, 32)), (2, 1, "spatial"))
+    shapes = ((1, rank, "channel") for rank in (1, 8, 16, 32))
+    shapes = (*shapes, (2, 1, "spatial"), (2, 8, "channel"))
     for seed in range(SEEDS.value):
         accuracy(dataclasses.replace(base, seed=seed))
         for (scale, rank, pattern), kernels in itertools.product(shapes, ("gain", "unbounded")):

@@ -15,7 +15,8 @@ much, as deep networks do not begin to train then, `s` is larger than `sigma`:
   which a step at Adam's default rate is 4%;
 - at a rank above 8, as terms that move in step move their sum by as many times
   as there are terms: `s` grows with the root of the rank, such that they move
-  it no more than 8 terms do;
+  it no more than 8 terms do. In a wide layer that is more for its size, so there
+  fewer terms do: `s` grows as `sigma` falls from 1/40 to 1/80;
 - in recurrent kernels, which act at each time step: `s` is twice as large, as a
   step moves two factors at once.
 """
@@ -31,6 +32,7 @@ _TRUNCATED_DEVIATION = 0.87962566103423978
 # What the stored deviation goes by, see above.
 _LEAST_STORED = 1 / 40
 _MOST_IN_STEP = 8
+_WIDEST = 2
 RECURRENT_STORED = 2
 
 # Fixed initializers, and what the right factor has where the left one has their
@@ -106,8 +108,9 @@ class FactorInitializers:
         self._left_size, self._right_size = math.prod(left_shape), math.prod(right_shape)
         self._rank = left_shape[0]
         full = known or deviation(glorot, fan_in, fan_out)
-        in_step = max(1, self._rank / _MOST_IN_STEP)
-        self._stored = max(full, _LEAST_STORED) * math.sqrt(in_step)
+        width = min(max(1, _LEAST_STORED / full), _WIDEST)
+        in_step = width * math.sqrt(self._rank / _MOST_IN_STEP)
+        self._stored = max(full, _LEAST_STORED) * max(1, in_step)
         if recurrent:
             self._stored *= RECURRENT_STORED
         self.gain = full / (self._stored**2 * math.sqrt(self._rank))

@@ -78,7 +78,12 @@ def test_stored_factors_have_the_deviation_of_the_full_kernel(name):
 
 @pytest.mark.parametrize(
     ("shape", "rank", "expected"),
-    [((400, 900), 8, 650**-0.5), ((400, 900), 32, 2 * 650**-0.5), ((4096, 4096), 2, 0.025)],
+    [
+        ((400, 900), 8, 650**-0.5),
+        ((400, 900), 32, 2 * 650**-0.5),
+        ((4096, 4096), 2, 0.025),
+        ((4096, 4096), 8, 0.04),
+    ],
 )
 def test_high_ranks_and_wide_layers_store_larger_factors(shape, rank, expected):
     layer = make(keras.initializers.GlorotUniform(0), shape, rank=rank)
