@@ -20,8 +20,8 @@ class Run:
     `kernels` says how the bilinear layers store their factors: `"gain"` is what
     the package does; `"plain"` stores the factors themselves; `"unbounded"` gives
     them the full kernel's deviation, however wide the layer and high the rank;
-    `"level"` stores recurrent factors as small as all others; `"undivided"` keeps the
-    gain in the gradients. Full networks have `"full"`.
+    `"calm"` stores recurrent factors twice as large, so that steps move them half as
+    much; `"undivided"` keeps the gain in the gradients. Full networks have `"full"`.
 
     `hidden` are the widths of the hidden layers; for `CONVOLUTIONAL` data sets, the
     filters of each block of convolutions, and the units of the dense layer after them;
@@ -143,15 +143,15 @@ def build(run, dataset):
 
 def store(model, kernels):
     """Makes bilinear layers store the factors of their kernels in another way."""
-    from keras_bilinear.initializers import RECURRENT_STORED, deviation
+    from keras_bilinear.initializers import deviation
     from keras_bilinear.layers.projection import BilinearLayer
     from keras_bilinear.layers.rnn import BilinearRNN
 
     for layer in model.layers:
-        if kernels == "level" and isinstance(layer, BilinearRNN):
+        if kernels == "calm" and isinstance(layer, BilinearRNN):
             kernel = layer.cell._recurrent_kernel
-            _store_with_gain(kernel, RECURRENT_STORED**2 * kernel.gain)
-        elif kernels != "level" and isinstance(layer, BilinearLayer):
+            _store_with_gain(kernel, kernel.gain / 4)
+        elif kernels != "calm" and isinstance(layer, BilinearLayer):
             kernel, gain = layer._kernel, 1.0
             if kernels == "unbounded":
                 shape = kernel.factorization
@@ -192,7 +192,7 @@ def train(run, dataset):
 
     keras.utils.set_random_seed(run.seed)
     model = build(run, dataset)
-    if run.kernels in ("plain", "unbounded", "level"):
+    if run.kernels in ("plain", "unbounded", "calm"):
         store(model, run.kernels)
     x, y = dataset.x_train, keras.utils.to_categorical(dataset.y_train, dataset.classes)
     if run.tuning:

@@ -16,9 +16,7 @@ much, as deep networks do not begin to train then, `s` is larger than `sigma`:
 - at a rank above 8, as terms that move in step move their sum by as many times
   as there are terms: `s` grows with the root of the rank, such that they move
   it no more than 8 terms do. In a wide layer that is more for its size, so there
-  fewer terms do: `s` grows as `sigma` falls from 1/40 to 1/80;
-- in recurrent kernels, which act at each time step: `s` is twice as large, as a
-  step moves two factors at once.
+  fewer terms do: `s` grows as `sigma` falls from 1/40 to 1/80.
 """
 
 import math
@@ -33,7 +31,6 @@ _TRUNCATED_DEVIATION = 0.87962566103423978
 _LEAST_STORED = 1 / 40
 _MOST_IN_STEP = 8
 _WIDEST = 2
-RECURRENT_STORED = 2
 
 # Fixed initializers, and what the right factor has where the left one has their
 # values, so that the product has them too.
@@ -92,10 +89,9 @@ class FactorInitializers:
         right_shape: `(rank, d2, u2)`.
         fan_in: fan-in of the full kernel.
         fan_out: fan-out of the full kernel.
-        recurrent: whether the kernel is applied to what it made the step before.
     """
 
-    def __init__(self, initializer, left_shape, right_shape, fan_in, fan_out, recurrent=False):
+    def __init__(self, initializer, left_shape, right_shape, fan_in, fan_out):
         glorot = keras.initializers.GlorotUniform()
         known = deviation(initializer, fan_in, fan_out)
         zeros = isinstance(initializer, keras.initializers.Zeros) or known == 0
@@ -111,8 +107,6 @@ class FactorInitializers:
         width = min(max(1, _LEAST_STORED / full), _WIDEST)
         in_step = width * math.sqrt(self._rank / _MOST_IN_STEP)
         self._stored = max(full, _LEAST_STORED) * max(1, in_step)
-        if recurrent:
-            self._stored *= RECURRENT_STORED
         self.gain = full / (self._stored**2 * math.sqrt(self._rank))
         # What each product of two matrices is multiplied by.
         self._scale = 1 / math.sqrt(self._rank)

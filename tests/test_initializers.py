@@ -1,12 +1,10 @@
-import math
-
 import keras
 import numpy as np
 import oracle
 import pytest
 from keras import ops
 
-from keras_bilinear import BilinearDense, BilinearEmbedding, BilinearGRUCell
+from keras_bilinear import BilinearDense, BilinearEmbedding
 from keras_bilinear.initializers import deviation
 
 SEEDS = 40
@@ -88,17 +86,6 @@ def test_stored_factors_have_the_deviation_of_the_full_kernel(name):
 def test_high_ranks_and_wide_layers_store_larger_factors(shape, rank, expected):
     layer = make(keras.initializers.GlorotUniform(0), shape, rank=rank)
     assert_stored(layer, expected)
-
-
-def test_recurrent_kernels_store_larger_factors():
-    cell = BilinearGRUCell(256, rank=2, recurrent_initializer=keras.initializers.GlorotUniform(1))
-    cell.build((None, 256))
-    deviation = math.sqrt(2 / (256 + 3 * 256))
-    for kernel, expected in ((cell._kernel, deviation), (cell._recurrent_kernel, 2 * deviation)):
-        stored = [ops.convert_to_numpy(factor) for factor in (kernel.left, kernel.right)]
-        np.testing.assert_allclose([factor.std() for factor in stored], expected, rtol=0.05)
-        kernel = ops.convert_to_numpy(kernel.materialize())
-        np.testing.assert_allclose(kernel.std(), deviation, rtol=0.2)
 
 
 def test_kernel_of_small_numbers_has_the_variance_of_the_full_one():

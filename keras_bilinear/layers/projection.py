@@ -43,8 +43,7 @@ class KroneckerKernel:
         implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"`
             materializes only where that is faster, see `keras_bilinear.cost`.
         strides: those of a convolution.
-        recurrent: whether it is the recurrent kernel of a layer; the names of its
-            factors say so.
+        name: of the kernel; those of the factors end with it.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class KroneckerKernel:
         constraint=None,
         implementation="auto",
         strides=(),
-        recurrent=False,
+        name="kernel",
     ):
         plan, window = factorization.gate, math.prod(factorization.window)
         gates = factorization.gates
@@ -67,7 +66,6 @@ class KroneckerKernel:
                 plan.right_shape,
                 fan_in=window * plan.input_dim,
                 fan_out=window * plan.groups * plan.output_dim * max(1, gates),
-                recurrent=recurrent,
             )
             for one in (split_into_gates(initializer, gates) if gates else [initializer])
         ]
@@ -83,7 +81,6 @@ class KroneckerKernel:
         self._order = choose_order(factorization, implementation, strides)
         with exporting():
             self._exported_order = choose_order(factorization, implementation, strides)
-        name = "recurrent_kernel" if recurrent else "kernel"
         shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
         self.left = layer.add_weight(
             name=f"left_{name}",

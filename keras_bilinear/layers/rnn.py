@@ -162,7 +162,7 @@ class BilinearCell(BilinearLayer):
             regularizer=self.recurrent_regularizer,
             constraint=self.recurrent_constraint,
             implementation=self.implementation,
-            recurrent=True,
+            name="recurrent_kernel",
         )
         if self.use_bias:
             self.bias = self.add_weight(
