@@ -4,8 +4,9 @@
 
 Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
 `benchmarks/results/accuracy_STUDY.png`: the means over the seeds of what stands there,
-on the test set. Lines join networks that differ in their rank only. Latency is that of
-their LiteRT files, where `accuracy_costs.py` has measured it.
+on the test set, with factors stored as the package does. Lines join networks that
+differ in their rank only. Latency is that of their LiteRT files, where
+`accuracy_costs.py` has measured it.
 """
 
 import accuracy
@@ -103,7 +104,7 @@ def draw(lines, title):
 def main(argv):
     del argv
     for study in STUDIES:
-        rows = accuracy.read_study(study)
+        rows = [row for row in accuracy.read_study(study) if row["kernels"] in ("full", "gain")]
         if not rows:
             continue
         costs = accuracy.read_costs(study)
