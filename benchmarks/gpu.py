@@ -34,7 +34,6 @@ POLICIES = flags.DEFINE_multi_string(
     "policy", ["float32", "mixed_bfloat16"], "dtype policies; may be repeated"
 )
 WAYS = ("full", "factorized", "materialized")
-# Examples for each of those that the benchmark of CPUs has, so that a layer keeps a GPU busy.
 # How many times as many examples as on a CPU it takes to keep a GPU busy.
 ENLARGED = {"recurrent": 1, "dense": 32, "conv": 8}
 PROCESSES = 15
@@ -57,8 +56,9 @@ def cases():
 def layers(case):
     """The layers of a case by their way."""
     full, bilinear = case.layers()
-    if keras.config.backend() == "jax" and full.compute_dtype != "float32":
-        full.use_cudnn = False  # With it Keras' LSTM fails.
+    lstm = isinstance(full, keras.layers.LSTM)
+    if lstm and keras.config.backend() == "jax" and full.compute_dtype != "float32":
+        full.use_cudnn = False  # With it Keras fails.
     config = {name: value for name, value in bilinear.get_config().items() if name != "name"}
     ways = {way: type(bilinear).from_config({**config, "implementation": way}) for way in WAYS[1:]}
     return {"full": full, **ways}
@@ -168,7 +168,10 @@ def table(results, backend):
         "GRU on JAX. In mixed precision Keras' LSTM fails on JAX with cuDNN; both run without it.",
     )
     if missing:
-        yield from ("", f"{missing} cases are missing: the run was stopped before it took them.")
+        yield from (
+            "",
+            f"{missing} cases are missing: there was no time to measure them, or to do it anew.",
+        )
     for policy in dict.fromkeys(record["policy"] for record in results["records"]):
         header = ("layer", "call", *WAYS)
         yield from ("", f"## {policy}", "", "| " + " | ".join(header) + " |")
