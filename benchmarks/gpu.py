@@ -42,7 +42,7 @@ PATIENCE = 150
 
 
 def cases():
-    """Shapes of the benchmark of CPUs, those that a GPU has reason to run."""
+    """Shapes of the benchmark of CPUs: of the default pattern, one example at rank 1 only."""
     for suite, factor in ENLARGED.items():
         for case in CASES[suite]:
             first, *others = case.batch
@@ -170,7 +170,7 @@ def table(results, backend):
     if missing:
         yield from (
             "",
-            f"{missing} cases are missing: there was no time to measure them, or to do it anew.",
+            f"{missing} cases are missing.",
         )
     for policy in dict.fromkeys(record["policy"] for record in results["records"]):
         header = ("layer", "call", *WAYS)

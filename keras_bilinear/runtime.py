@@ -17,7 +17,7 @@ def runtime() -> str:
 
 
 def on_gpu() -> bool:
-    """Whether they are going to run on a GPU; those of a file are not."""
+    """Whether operations made now are going to run on a GPU; those of a file are not."""
     if runtime() == EXPORTED:
         return False
     if backend.backend() == "torch":

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from run_command import run_command
 
-from keras_bilinear import benchmark, benchmark_worker
+from keras_bilinear import benchmark, benchmark_worker, timing
 from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase, RecurrentCase
 from keras_bilinear.errors import CommandError
 
@@ -118,3 +118,24 @@ def test_what_is_measured_is_written_after_each_column(tmp_path, monkeypatch, ca
     results = json.loads((tmp_path / "speed.json").read_text())
     assert results["command"] == "keras-bilinear benchmark --suite=conv_memory --backend=tensorflow"
     assert [*results["records"]] == ["tensorflow"]
+
+
+def test_times_wait_for_a_gpu(monkeypatch):
+    calls = []
+
+    def function():
+        calls.append("function")
+
+    assert timing.waiting(function) is function
+    monkeypatch.setattr(timing, "on_gpu", lambda: True)
+    backend = keras.config.backend()
+    if backend == "jax":
+        assert timing.waiting(function) is function
+        return
+    wait = {
+        "tensorflow": "tensorflow.test.experimental.sync_devices",
+        "torch": "torch.cuda.synchronize",
+    }
+    monkeypatch.setattr(wait[backend], lambda: calls.append("wait"))
+    timing.waiting(function)()
+    assert calls == ["function", "wait"]

@@ -44,7 +44,7 @@ class GateKernel(KroneckerKernel):
 
     def _pick(self, left, right, gates):
         """The factors of some gates that are neighbours, or of all."""
-        if len(gates or ()) in (0, self.factorization.gates):
+        if not gates or len(gates) == self.factorization.gates:
             return left, right
         return left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
 
