@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib
+import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -23,6 +25,8 @@ COMMANDS = {
     "export": ("commands.export", "write a saved model as a LiteRT file for phones"),
     "benchmark": ("benchmark", "time bilinear layers against the full ones"),
 }
+
+_PAUSE = 0.05  # Seconds until an interrupt that was dropped is raised again.
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -94,33 +98,49 @@ def _interruptible() -> Iterator[None]:
     """Makes sure that a Ctrl-C ends in a `KeyboardInterrupt`.
 
     Python drops an exception in a finalizer, and TensorFlow has many of them;
-    there the interrupt waits for a moment. Compiled code may also turn one
-    into another exception.
+    Keras drops some while it builds layers; compiled code may turn one into
+    another exception. So the interrupt is raised again until it is out.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # Ctrl-C is ignored, as in the background of a shell.
         return
     interrupted = False
+    interrupts = queue.SimpleQueue()  # Its `put` may itself be interrupted.
 
     def interrupt(signum, frame):
         nonlocal interrupted
+        cleans_up = interrupted and sys.exc_info()[0] is not None
         interrupted = True
-        while frame is not None:
-            if frame.f_code.co_name == "__del__":
-                threading.Timer(0.01, _press, [signum]).start()
-                return
-            frame = frame.f_back
-        raise KeyboardInterrupt
+        interrupts.put(signum)
+        if not cleans_up and not _in_finalizer(frame):
+            raise KeyboardInterrupt
 
+    def again():
+        while signum := interrupts.get():
+            time.sleep(_PAUSE)
+            _press(signum)
+
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
+        if interrupted:
+            raise KeyboardInterrupt
     except Exception as error:
         if interrupted:
             raise KeyboardInterrupt from error
         raise
     finally:
+        interrupts.put(None)
+        thread.join()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_finalizer(frame):
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _press(signum):

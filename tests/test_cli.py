@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import importlib.util
 import os
@@ -69,6 +70,34 @@ def test_ctrl_c_that_becomes_another_error(run, monkeypatch, ctrl_c):
     monkeypatch.setattr(cli, "run", command)
     assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_is_swallowed_is_raised_again(run, monkeypatch, ctrl_c):
+    def command(arguments):
+        with contextlib.suppress(KeyboardInterrupt):
+            ctrl_c()
+            swallowed.append("not raised")
+        time.sleep(60)
+
+    swallowed = []
+    monkeypatch.setattr(cli, "run", command)
+    assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
+    assert not swallowed
+
+
+def test_ctrl_c_does_not_disturb_what_cleans_up(run, monkeypatch, ctrl_c):
+    def command(arguments):
+        try:
+            ctrl_c()
+        finally:
+            time.sleep(10 * cli._PAUSE)
+            ctrl_c()
+            cleaned.append(True)
+
+    cleaned = []
+    monkeypatch.setattr(cli, "run", command)
+    assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
+    assert cleaned
 
 
 def test_no_or_an_unknown_command(fails):
