@@ -6,7 +6,7 @@
     python benchmarks/accuracy.py --study=cifar10 --data_dir=DIR
 
 and so on for the studies `imdb_reviews`, `spoken_digit` and `tiny_shakespeare`
-of recurrent networks, and for `spoken_digit_conv`.
+of recurrent networks, and for `cifar10_resnet` and `spoken_digit_conv`.
 
 Each finished run becomes one row of `benchmarks/results/accuracy_STUDY.csv`; a
 run that stands there already is not done again, so a study can be stopped and
@@ -30,7 +30,7 @@ from training import SEEDS, Run, load, train
 from keras_bilinear.files import staged
 
 # The columns that say what network a run trained.
-STRUCTURE = ("dataset", "network", "hidden", "rank", "pattern", "recurrent")
+STRUCTURE = ("dataset", "network", "hidden", "rank", "pattern", "recurrent", "architecture")
 # What `accuracy_costs.py` finds of it, and how tables call that.
 COSTS = {"bytes": ".tflite bytes", "latency_us": ".tflite us", "epoch_s": "seconds for an epoch"}
 REGIMES = (
@@ -40,6 +40,10 @@ REGIMES = (
 )
 TUNING_SEEDS = 2
 CIFAR10_EPOCHS = 3
+PATTERNS = ("channel", "spatial")
+# Ranks and scales of bilinear networks.
+SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (1, 3))
+BUDGET = 0.03  # Of networks that are rewritten.
 
 
 def tune(run, accuracy, regimes=REGIMES, seeds=TUNING_SEEDS):
@@ -69,7 +73,7 @@ def fashion_mnist(accuracy):
     """The MLP 784-1024-1024-10 against bilinear ones of at most 2.5% of its size.
 
     Every network is tuned; the chosen setting, and the one that is best for the
-    full network, are then tested.
+    full network, are then tested. Then more bilinear ones are, in the latter.
     """
     base = Run("fashion_mnist", "full", (1024, 1024), epochs=12)
     bilinear = dataclasses.replace(base, network="bilinear, rank 10", rank=10, kernels="gain")
@@ -86,8 +90,8 @@ def fashion_mnist(accuracy):
         own = tune(network, accuracy)
         of_full = of_full or {name: getattr(own, name) for name in names}
         for chosen in dict.fromkeys((own, dataclasses.replace(own, **of_full))):
-            for seed in range(SEEDS.value):
-                accuracy(dataclasses.replace(chosen, seed=seed))
+            _test(accuracy, (chosen,))
+    _test(accuracy, _grid(dataclasses.replace(base, **of_full)))
 
 
 def initialization(accuracy):
@@ -121,40 +125,36 @@ def initialization(accuracy):
 def stability(accuracy):
     """Whether a deep network of high rank or wide layers begins to train, by the ways to store."""
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=2, examples=10_000)
-    shapes = ((1, rank, "channel") for rank in (1, 8, 16, 32))
-    shapes = (*shapes, (2, 1, "spatial"), (2, 8, "channel"))
+    shapes = ((rank, 1, "channel") for rank in (1, 8, 16, 32))
+    shapes = (*shapes, (1, 2, "spatial"), (8, 2, "channel"))
     for seed in range(SEEDS.value):
         accuracy(dataclasses.replace(base, seed=seed))
-        for (scale, rank, pattern), kernels in itertools.product(shapes, ("gain", "unbounded")):
+        for (rank, scale, pattern), kernels in itertools.product(shapes, ("gain", "unbounded")):
             if (scale, kernels) == (1, "unbounded") and rank <= 8:
                 continue  # The same.
-            accuracy(_vgg(base, scale, rank, pattern, kernels=kernels, seed=seed))
+            network = _bilinear(base, rank, scale, pattern, kernels)
+            accuracy(dataclasses.replace(network, seed=seed))
 
 
 def cifar10(accuracy):
     """The small VGG of the paper, full, and bilinear by rank, scale and pattern.
 
     At one learning rate; then one of them, and a narrower full network of about its
-    size, each at its own.
+    size, each at its own; then a larger scale, and a rewritten one.
     """
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
-    grid = itertools.product((1, 2), (1, 2, 4, 8), ("channel", "spatial"))
-    _test(accuracy, (base, *(_vgg(base, *shape) for shape in grid)))
+    grid = itertools.product((1, 2), (1, 2, 4, 8), PATTERNS)
+    grid = [_bilinear(base, rank, scale, pattern) for scale, rank, pattern in grid]
+    _test(accuracy, (base, *grid))
     narrower = dataclasses.replace(base, network="narrower full", hidden=(8, 16, 32, 25))
-    _test(accuracy, _tuned(accuracy, (narrower, base, _vgg(base, 2, 1, "channel"))))
+    _test(accuracy, _tuned(accuracy, (narrower, base, _bilinear(base, 1, 2, "channel"))))
+    _test(accuracy, _grid(base, PATTERNS))
 
 
-def _vgg(base, scale, rank, pattern, kernels="gain", **changes):
-    """The bilinear network for a full one of convolutions."""
-    return dataclasses.replace(
-        base,
-        network=f"bilinear, rank {rank}, scale {scale}",
-        hidden=tuple(scale**2 * width for width in base.hidden),
-        rank=rank,
-        pattern=pattern,
-        kernels=kernels,
-        **changes,
-    )
+def cifar10_resnet(accuracy):
+    """ResNet-20."""
+    base = Run("cifar10", "full", (16, 32, 64), epochs=CIFAR10_EPOCHS, architecture="resnet20")
+    _convolutional_study(accuracy, base, (3, 5, 10), (1, 1, "spatial"), ("spatial",))
 
 
 def imdb_reviews(accuracy):
@@ -186,28 +186,19 @@ def spoken_digit(accuracy):
     narrower = (27,)
     shapes = ((1, 1), (2, 1), (4, 1), (1, 1.25))
     _recurrent_study(accuracy, base, shapes, narrower)
-    _test(accuracy, _by_rank_and_scale(base, shapes, kernels="calm"))
+    _test(accuracy, [_bilinear(base, *shape, kernels="calm") for shape in shapes])
     # Clipped, as without that high rates make the loss NaN by chance.
     base = dataclasses.replace(base, learning_rate=4e-3, clipnorm=1.0)
     _recurrent_study(accuracy, base, ((2, 1),), narrower, tuned=True)
-    (network,) = _by_rank_and_scale(base, ((2, 1),), kernels="calm")
+    network = _bilinear(base, 2, 1, kernels="calm")
     for rate in (2e-3, 4e-3):
         accuracy(dataclasses.replace(network, learning_rate=rate, tuning=True))
 
 
 def spoken_digit_conv(accuracy):
-    """The small VGG over log-mel frames.
-
-    A bilinear and a narrower full network of about its size, each at its own learning
-    rate; then bilinear ones by rank, scale and pattern, at that of the full network.
-    """
+    """The small VGG over log-mel frames."""
     base = Run("spoken_digit", "full", (16, 32, 64, 256), epochs=12)
-    narrower = dataclasses.replace(base, network="narrower full", hidden=(3, 6, 12, 30))
-    full, *others = _tuned(accuracy, (base, narrower, _vgg(base, 1, 4, "channel")))
-    shapes = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (3, 1))
-    grid = itertools.product(shapes, ("channel", "spatial"))
-    grid = [_vgg(full, *shape, pattern) for shape, pattern in grid]
-    _test(accuracy, (full, *others, *grid))
+    _convolutional_study(accuracy, base, (3, 6, 12, 30), (4, 1, "channel"), PATTERNS)
 
 
 def tiny_shakespeare(accuracy):
@@ -223,25 +214,45 @@ def tiny_shakespeare(accuracy):
 def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
     """A full network, bilinear ones by pairs of rank and scale, and a narrower full one.
 
-    Each is at the learning rate of `base` or, if `tuned`, at the one that is best for it.
+    Each is at the learning rate of `base` or, if `tuned`, at the one that is best for it;
+    then more bilinear ones are at that of the full network.
     """
     narrower = dataclasses.replace(base, network="narrower full", hidden=narrower)
-    networks = (base, *_by_rank_and_scale(base, bilinear), narrower)
-    _test(accuracy, _tuned(accuracy, networks) if tuned else networks)
+    networks = (base, *(_bilinear(base, *shape) for shape in bilinear), narrower)
+    networks = _tuned(accuracy, networks) if tuned else networks
+    _test(accuracy, networks)
+    if tuned:
+        _test(accuracy, _grid(networks[0]))
 
 
-def _by_rank_and_scale(base, pairs, kernels="gain"):
-    """The bilinear networks for a full recurrent one."""
-    return [
-        dataclasses.replace(
-            base,
-            network=f"bilinear, rank {rank}, scale {scale}",
-            hidden=tuple(int(scale**2 * width) for width in base.hidden),
-            rank=rank,
-            kernels=kernels,
-        )
-        for rank, scale in pairs
-    ]
+def _convolutional_study(accuracy, base, narrower, bilinear, patterns):
+    """A full, a narrower full and a bilinear network, each at its own learning rate.
+
+    Then bilinear ones by rank, scale and pattern, at that of the full network.
+    """
+    narrower = dataclasses.replace(base, network="narrower full", hidden=narrower)
+    networks = _tuned(accuracy, (base, narrower, _bilinear(base, *bilinear)))
+    _test(accuracy, (*networks, *_grid(networks[0], patterns)))
+
+
+def _bilinear(base, rank, scale, pattern="", kernels="gain"):
+    """The bilinear network for a full one."""
+    return dataclasses.replace(
+        base,
+        network=f"bilinear, rank {rank}, scale {scale}",
+        hidden=tuple(int(scale**2 * width) for width in base.hidden),
+        rank=rank,
+        pattern=pattern,
+        kernels=kernels,
+    )
+
+
+def _grid(base, patterns=("",)):
+    """Bilinear networks by rank, scale and pattern, and one that is rewritten."""
+    shapes = itertools.product(SHAPES, patterns)
+    bilinear = [_bilinear(base, *shape, pattern) for shape, pattern in shapes]
+    changes = {"network": "rewritten after a fifth", "kernels": "rewritten", "budget": BUDGET}
+    return [*bilinear, dataclasses.replace(base, **changes)]
 
 
 def _tuned(accuracy, networks):
@@ -315,6 +326,7 @@ STUDIES = {
         imdb_reviews,
         spoken_digit,
         spoken_digit_conv,
+        cifar10_resnet,
         tiny_shakespeare,
     )
 }
@@ -334,7 +346,8 @@ def structure(row):
 
 def read_costs(study):
     """What `accuracy_costs.py` found of the networks of a study, by their structure."""
-    return {structure(row): row for row in read_rows(RESULTS / f"accuracy_{study}_costs.csv")}
+    rows = read_rows(RESULTS / f"accuracy_{study}_costs.csv")
+    return {structure(row): row for row in ({"architecture": ""} | row for row in rows)}
 
 
 def main(argv):

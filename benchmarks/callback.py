@@ -23,6 +23,7 @@ import itertools
 import math
 import time
 
+import networks
 import numpy as np
 import tables
 import training
@@ -70,7 +71,7 @@ def train(run, method, factors, epochs, small, dataset):
     if method == "scratch":
         model, callbacks = keras.models.clone_model(small), []
     else:
-        model, callbacks = training.build(run, dataset), []
+        model, callbacks = networks.build(run, dataset), []
         if budgets := schedule(method, epochs):
             callbacks.append(BilinearRewrite(schedule=budgets, low_rank=FACTORS[factors]))
     steps = epochs * -(-len(dataset.x_train) // run.batch_size)

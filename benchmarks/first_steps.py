@@ -13,6 +13,7 @@ import pathlib
 import tempfile
 from unittest import mock
 
+import networks
 import tables
 import training
 from absl import app, logging
@@ -31,7 +32,7 @@ def begin(run, dataset, path):
     import keras
 
     keras.utils.set_random_seed(0)
-    model = training.build(run, dataset)
+    model = networks.build(run, dataset)
     steps = run.epochs * -(-len(dataset.x_train) // run.batch_size)
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.learning_rate, steps)),

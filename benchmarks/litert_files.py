@@ -23,6 +23,7 @@ import statistics
 import tempfile
 
 import keras
+import networks
 import numpy as np
 import tables
 import training
@@ -133,7 +134,7 @@ def trained(run, dataset):
     path = pathlib.Path(MODELS_DIR.value, f"{run.dataset}_{run.recurrent}_{run.rank}.keras")
     if not path.exists():
         keras.utils.set_random_seed(0)
-        model = training.build(run, dataset)
+        model = networks.build(run, dataset)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss, metrics=["accuracy"])
         model.fit(dataset.x_train, dataset.y_train, run.batch_size, run.epochs, verbose=0)

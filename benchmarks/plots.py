@@ -5,8 +5,8 @@
 Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
 `benchmarks/results/accuracy_STUDY.png`: the means over the seeds of what stands there,
 on the test set, with factors stored as the package does. Lines join networks that
-differ in their rank only. Latency is that of their LiteRT files, where
-`accuracy_costs.py` has measured it.
+differ in their rank only. Latency is that of their LiteRT files, of the networks for
+which `accuracy_costs.py` has measured it.
 """
 
 import accuracy
@@ -24,12 +24,14 @@ from keras_bilinear.files import staged
 STUDIES = (
     "fashion_mnist",
     "cifar10",
+    "cifar10_resnet",
     "imdb_reviews",
     "spoken_digit",
     "spoken_digit_conv",
     "tiny_shakespeare",
 )
 SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
+KERNELS = ("full", "gain", "rewritten")
 AXES = {
     "parameters": "parameters",
     "macs": "multiply-accumulates for an example",
@@ -74,12 +76,13 @@ def accuracies(rows):
 
 def draw(lines, title):
     firsts = [rows[0] for line in lines.values() for rows in line]
-    columns = [name for name in AXES if all(name in first for first in firsts)]
+    columns = [name for name in AXES if any(name in first for first in firsts)]
     size = (5 * len(columns), 4)
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
         axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
         for label, networks in lines.items():
+            networks = [rows for rows in networks if column in rows[0]]
             x = [int(rows[0][column]) for rows in networks]
             y = [np.mean(accuracies(rows)) for rows in networks]
             error = [np.std(accuracies(rows)) for rows in networks]
@@ -104,7 +107,7 @@ def draw(lines, title):
 def main(argv):
     del argv
     for study in STUDIES:
-        rows = [row for row in accuracy.read_study(study) if row["kernels"] in ("full", "gain")]
+        rows = [row for row in accuracy.read_study(study) if row["kernels"] in KERNELS]
         if not rows:
             continue
         costs = accuracy.read_costs(study)

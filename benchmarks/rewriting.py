@@ -21,6 +21,7 @@ import itertools
 import pathlib
 import tempfile
 
+import networks
 import numpy as np
 import tables
 import training
@@ -71,7 +72,7 @@ def trained(run, dataset, path):
 
     if not path.exists():
         keras.utils.set_random_seed(run.seed)
-        model = training.build(run, dataset)
+        model = networks.build(run, dataset)
         compile_model(model, run.learning_rate, run.epochs, dataset, run.batch_size)
         model.fit(
             dataset.x_train,

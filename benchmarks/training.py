@@ -1,4 +1,4 @@
-"""The networks of the studies: what decides a training, their building and training."""
+"""What decides a training of a study, and that training."""
 
 import dataclasses
 import math
@@ -6,10 +6,10 @@ import time
 
 import sequences
 from absl import flags
+from networks import build
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
-CONVOLUTIONAL = ("cifar10", "spoken_digit")  # Where the network is not recurrent.
 BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespeare": 64}
 
 
@@ -22,9 +22,11 @@ class Run:
     them the full kernel's deviation, however wide the layer and high the rank;
     `"calm"` stores recurrent factors twice as large, so that steps move them half as
     much; `"undivided"` keeps the gain in the gradients. Full networks have `"full"`.
+    `"rewritten"` begins as a full network; after a fifth of the epochs
+    `BilinearRewrite` leaves it the share `budget` of its parameters.
 
-    `hidden` are the widths of the hidden layers; for `CONVOLUTIONAL` data sets, the
-    filters of each block of convolutions, and the units of the dense layer after them;
+    `hidden` are the widths of the hidden layers; for convolutional networks, the
+    filters of each block or stage, and the units of a dense layer after them;
     for recurrent networks, the width of the embedding, where there is one, and the
     units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
     each of `hidden`; the layer of the classes then has the last.
@@ -52,6 +54,8 @@ class Run:
     recurrent: str = ""
     examples: int | None = None
     clipnorm: float | None = None
+    architecture: str = ""
+    budget: float | None = None
 
     @property
     def key(self):
@@ -71,74 +75,6 @@ def load(name, examples=None):
     return dataclasses.replace(
         dataset, x_train=dataset.x_train[:examples], y_train=dataset.y_train[:examples]
     )
-
-
-def build(run, dataset):
-    import keras
-
-    import keras_bilinear
-    from keras_bilinear import datasets
-
-    ranks = run.rank if isinstance(run.rank, tuple) else [run.rank] * len(run.hidden)
-
-    def embedding(vocabulary, width):
-        if not run.rank:
-            return keras.layers.Embedding(vocabulary, width)
-        return keras_bilinear.BilinearEmbedding(vocabulary, width, rank=ranks[0])
-
-    def dense(units, **kwargs):
-        if not run.rank:
-            return keras.layers.Dense(units, **kwargs)
-        return keras_bilinear.BilinearDense(units, rank=ranks[-1], **kwargs)
-
-    def conv(filters, strides):
-        arguments = {"strides": strides, "padding": "same", "activation": "relu"}
-        if not run.rank:
-            return keras.layers.Conv2D(filters, 3, **arguments)
-        return keras_bilinear.BilinearConv2D(
-            filters, 3, rank=run.rank, pattern=run.pattern, **arguments
-        )
-
-    if run.recurrent:
-        *embedding_widths, units = run.hidden
-        vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
-        prefix, options = ("Bilinear", {"rank": ranks[-1]}) if run.rank else ("", {})
-        layers = keras_bilinear if run.rank else keras.layers
-        return keras.Sequential(
-            [
-                keras.Input(dataset.x_train.shape[1:], dtype=dataset.x_train.dtype.name),
-                *(embedding(vocabulary, width) for width in embedding_widths),
-                getattr(layers, f"{prefix}{run.recurrent}")(
-                    units, return_sequences=dataset.kind == "characters", **options
-                ),
-                dense(dataset.classes),
-            ]
-        )
-    if run.dataset in CONVOLUTIONAL:
-        height, width, *channels = dataset.x_train.shape[1:]
-        *blocks, units = run.hidden
-        return keras.Sequential(
-            [
-                keras.Input((height, width, *channels)),
-                keras.layers.Reshape((height, width, *(channels or [1]))),
-                *(conv(filters, strides) for filters in blocks for strides in (1, 1, 2)),
-                keras.layers.Flatten(),
-                dense(units, activation="relu"),
-                dense(dataset.classes),
-            ]
-        )
-    if dataset.kind == "text":
-        inputs = keras.Input(dataset.x_train.shape[1:], dtype="int32")
-        first = [embedding(datasets.VOCABULARY, 128), keras.layers.GlobalAveragePooling1D()]
-    else:
-        inputs = keras.Input(dataset.x_train.shape[1:])
-        first = [keras.layers.Flatten()]
-    hidden = []
-    for units in run.hidden:
-        hidden.append(dense(units, activation="relu"))
-        if run.dropout:
-            hidden.append(keras.layers.Dropout(run.dropout))
-    return keras.Sequential([inputs, *first, *hidden, dense(dataset.classes)])
 
 
 def store(model, kernels):
@@ -187,7 +123,7 @@ def train(run, dataset):
     """Trains as `run` says; returns the columns of its row that are measured."""
     import keras
 
-    from keras_bilinear import summary
+    from keras_bilinear import BilinearRewrite, summary
     from keras_bilinear.layers import projection
 
     keras.utils.set_random_seed(run.seed)
@@ -202,12 +138,17 @@ def train(run, dataset):
     else:
         unseen = dataset.x_test, keras.utils.to_categorical(dataset.y_test, dataset.classes)
     compile_model(model, run, steps=run.epochs * -(-len(x) // run.batch_size))
+    callbacks = []
+    if run.kernels == "rewritten":
+        callbacks.append(BilinearRewrite(math.ceil(run.epochs / 5), run.budget))
     scale_gradient = projection._scale_gradient
     if run.kernels == "undivided":
         projection._scale_gradient = lambda x, scale: x
     try:
         start = time.perf_counter()
-        history = model.fit(x, y, batch_size=run.batch_size, epochs=run.epochs, verbose=0)
+        history = model.fit(
+            x, y, batch_size=run.batch_size, epochs=run.epochs, callbacks=callbacks, verbose=0
+        )
         seconds = time.perf_counter() - start
     finally:
         projection._scale_gradient = scale_gradient
