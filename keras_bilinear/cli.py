@@ -99,7 +99,8 @@ def _interruptible() -> Iterator[None]:
 
     Python drops an exception in a finalizer, and TensorFlow has many of them;
     Keras drops some while it builds layers; compiled code may turn one into
-    another exception. So the interrupt is raised again until it is out.
+    another exception. So the interrupt is raised again until it is out, but
+    for the time in which an exception is handled: something may clean up there.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # Ctrl-C is ignored, as in the background of a shell.
