@@ -54,6 +54,11 @@ NANOSECONDS = {
 # small products of a recurrent step: benchmarks/results/speed_recurrent.md.
 SMALL_PRODUCT = 2.5
 
+# From so many multiplications of a time step's inputs on, a CPU's loop is faster with
+# them in the step: before the loop, what they make of all steps passes through memory
+# once more. PyTorch, which runs the loop in Python, takes longer for each operation.
+LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
+
 # On a GPU factors are faster than the kernel only where that has so many
 # multiplications for each position, and they a fraction of them: see
 # benchmarks/results/speed_gpu_BACKEND.md. PyTorch launches each operation by
@@ -196,12 +201,29 @@ def choose_order(plan, implementation, strides=()):
     if implementation == "auto" and on_gpu() and not _pays_on_gpu(plan, strides):
         return None
     if plan.pointwise:
-        small = plan.gates and not plan.is_low_rank
-        macs = plan.macs * SMALL_PRODUCT if small else plan.macs
+        macs = plan.macs * _weight_of_small_products(plan)
         cheaper = implementation == "factorized" or macs <= plan.full_macs
         return plan.order if cheaper else None
     ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)
     return min(ways, key=lambda order: seconds(plan, order, strides))
+
+
+def pays_in_steps(plan, order, batch_size):
+    """Whether the inputs of a recurrent layer are projected faster in its loop than before it.
+
+    Args:
+        plan: the `Factorization` of its input kernel.
+        order: the factor to apply first, or `None` for the materialized kernel.
+        batch_size: `None` where it is not known.
+    """
+    if runtime() == EXPORTED or on_gpu():
+        return False
+    macs = plan.full_macs if order is None else plan.macs / _weight_of_small_products(plan)
+    return (batch_size or 32) * macs >= LOOP_LEAST_MACS[runtime()]
+
+
+def _weight_of_small_products(plan):
+    return SMALL_PRODUCT if plan.gates and not plan.is_low_rank else 1
 
 
 def _pays_on_gpu(plan, strides):

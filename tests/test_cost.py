@@ -82,6 +82,27 @@ def test_gates_are_factorized_where_that_saves_much():
         assert cost.choose_order(gates, "factorized") == "left"
 
 
+def test_large_steps_of_a_loop_project_their_inputs(monkeypatch):
+    monkeypatch.setattr(cost, "on_gpu", lambda: False)
+    plan = Factorization.create(128, 256, rank=4, gates=4)
+    for backend, pays in (("tensorflow", True), ("jax", True), ("torch", False)):
+        monkeypatch.setattr(cost, "runtime", lambda backend=backend: backend)
+        assert cost.pays_in_steps(plan, None, 64) is pays
+        assert cost.pays_in_steps(plan, None, None) is pays
+        assert not cost.pays_in_steps(plan, "left", 64)
+        assert not cost.pays_in_steps(plan, None, 1)
+    large = Factorization.create(512, 1024, rank=4, gates=4)
+    assert cost.pays_in_steps(large, "left", 64)
+    monkeypatch.setattr(cost, "on_gpu", lambda: True)
+    assert not cost.pays_in_steps(large, "left", 64)
+
+
+def test_files_project_the_inputs_of_a_loop_before_it():
+    with exporting():
+        large = Factorization.create(512, 1024, rank=4, gates=4)
+        assert not cost.pays_in_steps(large, "left", 64)
+
+
 def test_work_of_groups_is_that_of_one_for_each():
     for order in (*cost.FACTORIZED, None):
         one = cost.work(plan(12, 18), order, (2, 2))

@@ -1,4 +1,5 @@
 import json
+from unittest import mock
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from keras_bilinear import (
     BilinearLSTMCell,
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
+    cost,
     exporting,
 )
 from keras_bilinear.layers import rnn
@@ -112,6 +114,21 @@ def test_equals_the_stock_layer_with_the_expanded_kernels(kind, options):
         assert_same(run(layer, **arguments), run(stock, **arguments))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_are_projected_before_the_loop_or_in_it(kind, implementation, monkeypatch):
+    before = make(kind, implementation=implementation, **OPTIONS["both dropouts"])
+    within = make(kind, implementation=implementation, **OPTIONS["both dropouts"])
+    within.set_weights(before.get_weights())
+    for arguments in ({}, {"mask": ops.convert_to_tensor(MASK), "training": True}):
+        expected = run(before, **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(cost, "LOOP_LEAST_MACS", dict.fromkeys(cost.LOOP_LEAST_MACS, 0))
+            patch.setattr(cost, "on_gpu", lambda: False)
+            assert within.cell.projects_in_steps(len(X))
+            assert_same(run(within, **arguments), expected)
+
+
 @pytest.mark.parametrize("options", ["plain", "sequences", "backwards", "no bias", "both dropouts"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_takes_the_loop_that_keras_has_for_a_gpu(kind, options, monkeypatch):
@@ -184,13 +201,18 @@ def test_equals_the_stock_layer_for_any_options(data):
     unsupported = BACKEND == "torch" and options["unroll"] and options["go_backwards"]
     if not unsupported and data.draw(st.booleans()):
         arguments["mask"] = ops.convert_to_tensor(MASK)
-    assert_same(run(layer, x, **arguments), run(stock_layer(layer), x, **arguments))
+    in_steps = data.draw(st.booleans())
+    with mock.patch.object(cost, "pays_in_steps", return_value=in_steps):
+        actual = run(layer, x, **arguments)
+    assert_same(actual, run(stock_layer(layer), x, **arguments))
 
 
+@pytest.mark.parametrize("in_steps", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind, implementation):
+def test_gradients(kind, implementation, in_steps, monkeypatch):
     """Those of the stock layer's kernels by the chain rule, divided by the gain."""
+    monkeypatch.setattr(cost, "pays_in_steps", lambda *arguments: in_steps)
     layer = make(kind, implementation=implementation, return_sequences=True)
     stock = stock_layer(layer)
     weights = draw(len(X), STEPS, UNITS, seed=1)

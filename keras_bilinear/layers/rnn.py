@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_bilinear import keras_private, kronecker
+from keras_bilinear import cost, keras_private, kronecker
 from keras_bilinear.calibration import calibrate
 from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import (
@@ -89,7 +89,7 @@ class BilinearCell(BilinearLayer):
     Subclasses also inherit from the stock cell, which checks and keeps its own
     arguments. They say `gates`, how many there are, and `make_step(mask,
     training)`, what a loop repeats: a function `(x, states) -> (output, states)`
-    of what `project_inputs` returns, where `mask` is the dropout mask of the state.
+    of what an `input_projection` returns, where `mask` is the dropout mask of the state.
 
     Args:
         *args: arguments of the stock cell.
@@ -197,23 +197,30 @@ class BilinearCell(BilinearLayer):
         self._built_kernel()
         return self._recurrent_kernel.materialize()
 
-    def project_inputs(self, inputs, mask, training=None):
+    def input_projection(self, mask, training=None):
         """The part of a step that knows no state, for any number of steps at once.
 
         Args:
-            inputs: `(..., batch, width)`.
             mask: dropout mask of `(batch, width)`, a list of them, one for each
                 gate, or `None`.
             training: whether gradients are wanted.
 
         Returns:
-            A list, one for each gate, of `(..., batch, units)`.
+            A function of inputs, `(..., batch, width)`, to a list, one for each
+            gate, of `(..., batch, units)`.
         """
-        x = self._projection(self._kernel, mask, training)(inputs)
+        project = self._projection(self._kernel, mask, training)
         if self.bias is None:
-            return x
+            return project
         biases = _split(self._input_bias(), self.gates)
-        return [ops.add(part, bias) for part, bias in zip(x, biases, strict=True)]
+        return lambda inputs: [
+            ops.add(part, bias) for part, bias in zip(project(inputs), biases, strict=True)
+        ]
+
+    def projects_in_steps(self, batch_size):
+        """Whether a loop is faster with the inputs projected in each of its steps, not before."""
+        kernel = self._kernel
+        return cost.pays_in_steps(kernel.factorization, kernel.order, batch_size)
 
     def _input_bias(self):
         return ops.convert_to_tensor(self.bias)
@@ -243,7 +250,7 @@ class BilinearCell(BilinearLayer):
         nested = tree.is_nested(states)
         states = list(states) if nested else [states]
         mask, recurrent_mask = self.dropout_masks(inputs, states[0], training)
-        x = self.project_inputs(inputs, mask, training)
+        x = self.input_projection(mask, training)(inputs)
         output, states = self.make_step(recurrent_mask, training)(x, states)
         return output, (states if nested else states[0])
 
@@ -289,7 +296,7 @@ class BilinearRNN(keras.layers.RNN):
     `cell_class`. The stock layer's own loop, where it has one for this backend
     and device (cuDNN), runs on the materialized kernels; everywhere else the
     loop is this one: the inputs of all time steps are projected at once before
-    it.
+    it, but where those of a step are so many that a CPU's caches rather keep them.
     """
 
     full_class = None
@@ -354,9 +361,15 @@ class BilinearRNN(keras.layers.RNN):
         dropped, recurrent_dropped = self.cell.dropout_masks(
             sequences[:, 0, :], initial_state[0], training
         )
-        x = self.cell.project_inputs(_swap(sequences), dropped, training)
+        x = _swap(sequences)
+        project = self.cell.input_projection(dropped, training)
+        step = self.cell.make_step(recurrent_dropped, training)
+        if self.cell.projects_in_steps(sequences.shape[0]):
+            step = _after(project, step)
+        else:
+            x = project(x)
         last, outputs, states = keras_private.rnn(
-            self.cell.make_step(recurrent_dropped, training),
+            step,
             x,
             initial_state,
             go_backwards=self.go_backwards,
@@ -475,6 +488,11 @@ class BilinearRNN(keras.layers.RNN):
         _build_like(full, self, self.cell.factorization.input_dim)
         full.cell.set_weights(cell.get_weights())
         return full
+
+
+def _after(project, step):
+    """A step that projects its inputs."""
+    return lambda x, states: step(project(x), states)
 
 
 def _swap(x):
