@@ -39,7 +39,7 @@ REGIMES = (
     {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1, "label_smoothing": 0.1},
 )
 TUNING_SEEDS = 2
-CIFAR10_EPOCHS = 3
+CIFAR10_EPOCHS, CIFAR10_LONG = 3, 20
 PATTERNS = ("channel", "spatial")
 # Ranks and scales of bilinear networks.
 SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (1, 3))
@@ -139,15 +139,17 @@ def cifar10(accuracy):
     """The small VGG of the paper, full, and bilinear by rank, scale and pattern.
 
     At one learning rate; then one of them, and a narrower full network of about its
-    size, each at its own; then a larger scale, and a rewritten one.
+    size, each at its own; then a larger scale, and a rewritten one; then those at their
+    own rates for more epochs, with three seeds.
     """
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
     grid = itertools.product((1, 2), (1, 2, 4, 8), PATTERNS)
     grid = [_bilinear(base, rank, scale, pattern) for scale, rank, pattern in grid]
     _test(accuracy, (base, *grid))
     narrower = dataclasses.replace(base, network="narrower full", hidden=(8, 16, 32, 25))
-    _test(accuracy, _tuned(accuracy, (narrower, base, _bilinear(base, 1, 2, "channel"))))
-    _test(accuracy, _grid(base, PATTERNS))
+    tuned = _tuned(accuracy, (narrower, base, _bilinear(base, 1, 2, "channel")))
+    _test(accuracy, (*tuned, *_grid(base, PATTERNS)))
+    _test(accuracy, [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in tuned], seeds=3)
 
 
 def cifar10_resnet(accuracy):
@@ -259,8 +261,8 @@ def _tuned(accuracy, networks):
     return [tune(network, accuracy, regimes=({},), seeds=1) for network in networks]
 
 
-def _test(accuracy, networks):
-    for seed, network in itertools.product(range(SEEDS.value), networks):
+def _test(accuracy, networks, seeds=None):
+    for seed, network in itertools.product(range(seeds or SEEDS.value), networks):
         accuracy(dataclasses.replace(network, seed=seed))
 
 
