@@ -34,6 +34,12 @@ def seed():
 
 
 @pytest.fixture
+def cpu_costs(monkeypatch):
+    """Lets `implementation="auto"` choose as on a CPU, also where the suite runs on a GPU."""
+    monkeypatch.setattr("keras_bilinear.cost.on_gpu", lambda: False)
+
+
+@pytest.fixture
 def run(capsys):
     """Runs a command line in this process: `(status, stdout, stderr)`."""
 

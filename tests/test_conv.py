@@ -243,6 +243,7 @@ def test_unknown_dimensions_in_a_compiled_model(pattern):
         assert_close(model.predict(x, verbose=0), stock(x))
 
 
+@pytest.mark.usefixtures("cpu_costs")
 def test_pointwise_is_a_dense_layer_over_positions():
     layer = make(2, (64, 64), 1, strides=2)
     plan = layer.factorization

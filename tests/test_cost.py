@@ -5,6 +5,8 @@ import pytest
 from keras_bilinear import cost, exporting
 from keras_bilinear.factors import Factorization
 
+pytestmark = pytest.mark.usefixtures("cpu_costs")
+
 WINDOWS = {"channel": ((1, 1), (3, 3)), "spatial": ((3, 1), (1, 3))}
 
 
@@ -83,7 +85,6 @@ def test_gates_are_factorized_where_that_saves_much():
 
 
 def test_large_steps_of_a_loop_project_their_inputs(monkeypatch):
-    monkeypatch.setattr(cost, "on_gpu", lambda: False)
     plan = Factorization.create(128, 256, rank=4, gates=4)
     for backend, pays in (("tensorflow", True), ("jax", True), ("torch", False)):
         monkeypatch.setattr(cost, "runtime", lambda backend=backend: backend)

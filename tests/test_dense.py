@@ -151,6 +151,7 @@ def test_a_prime_width_is_padded():
     assert_close(layer(x), expected.astype("float32"))
 
 
+@pytest.mark.usefixtures("cpu_costs")
 def test_auto_materializes_only_where_that_is_cheaper():
     assert make((12, 10), rank=50)._kernel.materialized
     assert not make((64, 64), rank=2)._kernel.materialized

@@ -116,6 +116,7 @@ def test_equals_the_stock_layer_with_the_expanded_kernels(kind, options):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("cpu_costs")
 def test_inputs_are_projected_before_the_loop_or_in_it(kind, implementation, monkeypatch):
     before = make(kind, implementation=implementation, **OPTIONS["both dropouts"])
     within = make(kind, implementation=implementation, **OPTIONS["both dropouts"])
@@ -124,7 +125,6 @@ def test_inputs_are_projected_before_the_loop_or_in_it(kind, implementation, mon
         expected = run(before, **arguments)
         with monkeypatch.context() as patch:
             patch.setattr(cost, "LOOP_LEAST_MACS", dict.fromkeys(cost.LOOP_LEAST_MACS, 0))
-            patch.setattr(cost, "on_gpu", lambda: False)
             assert within.cell.projects_in_steps(len(X))
             assert_same(run(within, **arguments), expected)
 
