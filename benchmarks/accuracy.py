@@ -229,11 +229,12 @@ def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
 def _convolutional_study(accuracy, base, narrower, bilinear, patterns):
     """A full, a narrower full and a bilinear network, each at its own learning rate.
 
-    Then bilinear ones by rank, scale and pattern, at that of the full network.
+    Then the narrower one, and bilinear ones by rank, scale and pattern, at that of the full one.
     """
     narrower = dataclasses.replace(base, network="narrower full", hidden=narrower)
     networks = _tuned(accuracy, (base, narrower, _bilinear(base, *bilinear)))
-    _test(accuracy, (*networks, *_grid(networks[0], patterns)))
+    of_full = dataclasses.replace(narrower, learning_rate=networks[0].learning_rate)
+    _test(accuracy, dict.fromkeys((*networks, of_full, *_grid(networks[0], patterns))))
 
 
 def _bilinear(base, rank, scale, pattern="", kernels="gain"):
@@ -285,7 +286,7 @@ def tabulate(rows, study):
         f"# accuracy {study.replace('_', ' ')}",
         "",
         f"`{command}`; {machine(backends)}. Mean ± deviation over seeds.",
-        "Bits: cross-entropy on the same data as the accuracy.",
+        "Bits: cross-entropy on the same data as the accuracy. MACs: of the exported file.",
     ]
     if costs:
         lines.append(f"LiteRT files and times: `{command.replace('.py', '_costs.py')}`.")
