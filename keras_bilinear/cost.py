@@ -54,9 +54,9 @@ NANOSECONDS = {
 # small products of a recurrent step: benchmarks/results/speed_recurrent.md.
 SMALL_PRODUCT = 2.5
 
-# From so many multiplications of a time step's inputs on, a CPU's loop is faster with
-# them in the step: before the loop, what they make of all steps passes through memory
-# once more. PyTorch, which runs the loop in Python, takes longer for each operation.
+# From so many multiplications of a time step's inputs on, a recurrent layer was faster
+# with them in the loop than before it, and with SMALL_PRODUCT times as many of those
+# with factors: benchmarks/results/speed_recurrent.md. PyTorch runs its loop in Python.
 LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
 
 # On a GPU factors are faster than the kernel only where that has so many
@@ -210,6 +210,8 @@ def choose_order(plan, implementation, strides=()):
 
 def pays_in_steps(plan, order, batch_size):
     """Whether the inputs of a recurrent layer are projected faster in its loop than before it.
+
+    They are where a time step has many, on a CPU. A file is for single examples.
 
     Args:
         plan: the `Factorization` of its input kernel.

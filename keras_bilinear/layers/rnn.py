@@ -295,8 +295,8 @@ class BilinearRNN(keras.layers.RNN):
     Subclasses also inherit from the stock layer, `full_class`, and say
     `cell_class`. The stock layer's own loop, where it has one for this backend
     and device (cuDNN), runs on the materialized kernels; everywhere else the
-    loop is this one: the inputs of all time steps are projected at once before
-    it, but where those of a step are so many that a CPU's caches rather keep them.
+    loop is this one. The inputs of all time steps are projected at once before it
+    or, where that is faster, those of each step in it.
     """
 
     full_class = None
