@@ -54,9 +54,9 @@ NANOSECONDS = {
 # small products of a recurrent step: benchmarks/results/speed_recurrent.md.
 SMALL_PRODUCT = 2.5
 
-# From so many multiplications of a time step's inputs on, a recurrent layer was faster
-# with them in the loop than before it, and with SMALL_PRODUCT times as many of those
-# with factors: benchmarks/results/speed_recurrent.md. PyTorch runs its loop in Python.
+# From so many multiplications of a time step's inputs on, or SMALL_PRODUCT times as many
+# with factors, they are in the loop: set by timing both ways with the layers of
+# benchmarks/results/speed_recurrent.md, which has the way that is taken.
 LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
 
 # On a GPU factors are faster than the kernel only where that has so many

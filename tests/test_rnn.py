@@ -121,6 +121,7 @@ def test_inputs_are_projected_before_the_loop_or_in_it(kind, implementation, mon
     before = make(kind, implementation=implementation, **OPTIONS["both dropouts"])
     within = make(kind, implementation=implementation, **OPTIONS["both dropouts"])
     within.set_weights(before.get_weights())
+    assert not before.cell.projects_in_steps(len(X))
     for arguments in ({}, {"mask": ops.convert_to_tensor(MASK), "training": True}):
         expected = run(before, **arguments)
         with monkeypatch.context() as patch:
