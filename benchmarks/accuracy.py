@@ -145,16 +145,17 @@ def cifar10(accuracy):
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
     grid = itertools.product((1, 2), (1, 2, 4, 8), PATTERNS)
     grid = [_bilinear(base, rank, scale, pattern) for scale, rank, pattern in grid]
-    small, high = _bilinear(base, 1, 1.5, "channel"), _bilinear(base, 8, 1, "channel")
-    _test(accuracy, (base, *grid, small))
+    one_percent = _bilinear(base, 1, 1.5, "channel")
+    three_percent = _bilinear(base, 8, 1, "channel")
+    _test(accuracy, (base, *grid, one_percent))
     narrower = [
         dataclasses.replace(base, network="narrower full", hidden=(8, 16, 32, 25)),
         dataclasses.replace(base, network="narrower full, 3%", hidden=(10, 20, 40, 46)),
     ]
     tuned = _tuned(accuracy, (*narrower, base, _bilinear(base, 1, 2, "channel")))
     _test(accuracy, (*tuned, *_grid(base, PATTERNS)))
-    longer = [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in (*tuned, small, high)]
-    _test(accuracy, longer, seeds=3)
+    longer = (*tuned, one_percent, three_percent)
+    _test(accuracy, [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in longer], seeds=3)
 
 
 def cifar10_resnet(accuracy):
