@@ -161,7 +161,7 @@ def cifar10(accuracy):
 def cifar10_resnet(accuracy):
     """ResNet-20."""
     base = Run("cifar10", "full", (16, 32, 64), epochs=CIFAR10_EPOCHS, architecture="resnet20")
-    _convolutional_study(accuracy, base, (3, 5, 10), (1, 1, "spatial"), ("spatial",))
+    _convolutional_study(accuracy, base, (3, 5, 10), ((1, 1, "spatial"),), ("spatial",))
 
 
 def imdb_reviews(accuracy):
@@ -174,11 +174,12 @@ def imdb_reviews(accuracy):
             bilinear=((1, 1), (4, 1), (8, 1), (4, 1.25)),
             narrower=(1, 32),
         )
-        # A bag of words needs a table of words, so the parameters go there.
+        # A bag of words needs a table of words, so the parameters go there: words that
+        # share 64 numbers each, or one number for each word.
         _recurrent_study(
             accuracy,
             dataclasses.replace(base, epochs=5),
-            bilinear=(((16, 2), 1),),
+            bilinear=(((16, 2), 1), ((1, 8), 1, "low-rank")),
             narrower=(1, units),
             tuned=True,
         )
@@ -205,9 +206,10 @@ def spoken_digit(accuracy):
 def spoken_digit_conv(accuracy):
     """The small VGG over log-mel frames."""
     base = Run("spoken_digit", "full", (16, 32, 64, 256), epochs=12)
+    bilinear = (4, 1, "channel"), (1, 1, "channel")
     # Some runs at high rates do not begin to train.
     _convolutional_study(
-        accuracy, base, (3, 6, 12, 30), (4, 1, "channel"), PATTERNS, tuning_seeds=TUNING_SEEDS
+        accuracy, base, (3, 6, 12, 30), bilinear, PATTERNS, tuning_seeds=TUNING_SEEDS, seeds=5
     )
 
 
@@ -222,7 +224,7 @@ def tiny_shakespeare(accuracy):
 
 
 def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
-    """A full network, bilinear ones by pairs of rank and scale, and a narrower full one.
+    """A full network, bilinear ones by rank, scale and pattern, and a narrower full one.
 
     Each is at the learning rate of `base` or, if `tuned`, at the one that is best for it;
     then more bilinear ones are at that of the full network.
@@ -235,16 +237,16 @@ def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
         _test(accuracy, _grid(networks[0]))
 
 
-def _convolutional_study(accuracy, base, narrower, bilinear, patterns, tuning_seeds=1):
-    """A full, a narrower full and a bilinear network, each at its own learning rate.
+def _convolutional_study(accuracy, base, narrower, bilinear, patterns, tuning_seeds=1, seeds=None):
+    """A full, a narrower full and bilinear networks, each at its own learning rate.
 
     Then the narrower one, and bilinear ones by rank, scale and pattern, at that of the full one.
     """
     narrower = dataclasses.replace(base, network="narrower full", hidden=narrower)
-    networks = (base, narrower, _bilinear(base, *bilinear))
+    networks = (base, narrower, *(_bilinear(base, *shape) for shape in bilinear))
     networks = _tuned(accuracy, networks, tuning_seeds)
     of_full = dataclasses.replace(narrower, learning_rate=networks[0].learning_rate)
-    _test(accuracy, dict.fromkeys((*networks, of_full, *_grid(networks[0], patterns))))
+    _test(accuracy, dict.fromkeys((*networks, of_full, *_grid(networks[0], patterns))), seeds)
 
 
 def _bilinear(base, rank, scale, pattern="", kernels="gain"):

@@ -34,7 +34,10 @@ class _Layers:
         return getattr(self.bilinear, f"Bilinear{name}")(*args, rank=rank, **kwargs)
 
     def embedding(self, vocabulary, width):
-        return self("Embedding", vocabulary, width, rank=self.ranks[0])
+        kwargs = {}
+        if self.run.pattern == "low-rank":
+            kwargs = {"input_factors": (vocabulary, 1), "output_factors": (1, width)}
+        return self("Embedding", vocabulary, width, rank=self.ranks[0], **kwargs)
 
     def dense(self, units, **kwargs):
         return self("Dense", units, rank=self.ranks[-1], **kwargs)

@@ -29,7 +29,9 @@ class Run:
     filters of each block or stage, and the units of a dense layer after them;
     for recurrent networks, the width of the embedding, where there is one, and the
     units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
-    each of `hidden`; the layer of the classes then has the last. `architecture` is
+    each of `hidden`; the layer of the classes then has the last. `pattern` is that of
+    bilinear convolutions; in recurrent networks, `"low-rank"` gives the embedding the
+    factors of a low-rank table instead of near-square ones. `architecture` is
     `"resnet20"`, or empty for the network that the data set has otherwise.
 
     It trains on the first `examples`, or on all of them; gradients whose norm, over
