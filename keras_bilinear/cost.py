@@ -55,8 +55,7 @@ NANOSECONDS = {
 SMALL_PRODUCT = 2.5
 
 # From so many multiplications of a time step's inputs on, or SMALL_PRODUCT times as many
-# with factors, they are in the loop: set by timing both ways with the layers of
-# benchmarks/results/speed_recurrent.md, which has the way that is taken.
+# with factors, they are in the loop: benchmarks/results/loop_ways_BACKEND.md.
 LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
 
 # On a GPU factors are faster than the kernel only where that has so many
@@ -220,8 +219,13 @@ def pays_in_steps(plan, order, batch_size):
     """
     if runtime() == EXPORTED or on_gpu():
         return False
+    return step_macs(plan, order, batch_size) >= LOOP_LEAST_MACS[runtime()]
+
+
+def step_macs(plan, order, batch_size):
+    """Multiplications of the inputs of one time step, as `LOOP_LEAST_MACS` counts them."""
     macs = plan.full_macs if order is None else plan.macs / _weight_of_small_products(plan)
-    return (batch_size or 32) * macs >= LOOP_LEAST_MACS[runtime()]
+    return (batch_size or 32) * macs
 
 
 def _weight_of_small_products(plan):

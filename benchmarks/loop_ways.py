@@ -1,0 +1,85 @@
+"""Times recurrent layers that project their inputs before the loop, and in it.
+
+    KERAS_BACKEND=tensorflow python benchmarks/loop_ways.py
+
+Writes `benchmarks/results/loop_ways_BACKEND.md`: the times of both ways, and which of
+them the layer takes by itself, as `LOOP_LEAST_MACS` in `keras_bilinear/cost.py` says.
+Both ways take turns.
+"""
+
+import math
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tables
+from absl import app, logging
+
+from keras_bilinear import cost
+from keras_bilinear.benchmark_cases import CASES
+from keras_bilinear.benchmark_worker import Steps
+from keras_bilinear.files import staged
+from keras_bilinear.timing import median_seconds
+
+LIMITS = {"before": math.inf, "in": 0.0}
+
+
+def within(limit, function):
+    """The function, called where loops project inputs of so many multiplications and more."""
+
+    def call():
+        least, backend = cost.LOOP_LEAST_MACS, keras.config.backend()
+        normal, least[backend] = least[backend], limit
+        try:
+            return function()
+        finally:
+            least[backend] = normal
+
+    return call
+
+
+def measure(case, xla):
+    """Multiplications, whether the loop is chosen, and the seconds of each way's two passes."""
+    inputs = case.inputs()
+    forward, step = [], []
+    for limit in LIMITS.values():
+        _, layer = case.layers()
+        passes = Steps(layer, inputs, xla)
+        forward.append(within(limit, passes.forward))
+        step.append(within(limit, passes.step))
+    seconds = [median_seconds(functions, rounds=5) for functions in (forward, step)]
+    kernel = layer.cell._kernel
+    macs = cost.step_macs(kernel.factorization, kernel.order, len(inputs))
+    return macs, layer.cell.projects_in_steps(len(inputs)), *seconds
+
+
+def main(argv):
+    del argv
+    backend = keras.config.backend()
+    lines = [
+        f"# Where a recurrent layer projects its inputs, {backend}",
+        "",
+        f"`KERAS_BACKEND={backend} python benchmarks/loop_ways.py`; {tables.machine()}.",
+        "",
+        "Milliseconds, float32, before the loop / in it. Multiplications: those of the inputs of "
+        "one time step, over all examples, as `LOOP_LEAST_MACS` "
+        f"({cost.LOOP_LEAST_MACS[backend]:.0e}) counts them.",
+        "",
+        "| layer | multiplications | forward | training step | chosen |",
+        "|---|---|---|---|---|",
+    ]
+    for xla in (False, True) if backend == "tensorflow" else (backend == "jax",):
+        for case in CASES["recurrent"]:
+            macs, in_loop, *seconds = measure(case, xla)
+            cells = [" / ".join(f"{1e3 * one:.1f}" for one in both) for both in seconds]
+            name = f"{case}, XLA" if xla and backend == "tensorflow" else str(case)
+            cells = name, f"{macs:.1e}", *cells, "in it" if in_loop else "before"
+            lines.append(f"| {' | '.join(cells)} |")
+            logging.info("%s", lines[-1])
+    with staged(tables.RESULTS) as folder:
+        (folder / f"loop_ways_{backend}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
