@@ -180,7 +180,7 @@ def imdb_reviews(accuracy):
         _recurrent_study(
             accuracy,
             dataclasses.replace(base, epochs=5),
-            bilinear=(((16, 2), 1), ((1, 8), 1, "low-rank"), ((1, 16), 1, "low-rank")),
+            bilinear=(((16, 2), 1), ((1, 8), 1, "low-rank")),
             narrower=(1, units),
             tuned=True,
         )

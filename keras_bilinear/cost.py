@@ -55,7 +55,7 @@ NANOSECONDS = {
 SMALL_PRODUCT = 2.5
 
 # From so many multiplications of a time step's inputs on, or SMALL_PRODUCT times as many
-# with factors, they are in the loop: benchmarks/results/loop_ways_BACKEND.md.
+# with factors, they are in the loop: `benchmarks/loop_ways.py` times both ways.
 LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
 
 # On a GPU factors are faster than the kernel only where that has so many
