@@ -175,8 +175,8 @@ def imdb_reviews(accuracy):
             bilinear=((1, 1), (4, 1), (8, 1), (4, 1.25)),
             narrower=(1, 32),
         )
-        # A bag of words needs a table of words, so the parameters go there: words that
-        # share 64 numbers each, or one number for each word.
+        # A bag of words needs a table of words, so the parameters go there: into
+        # near-square factors, which words share, or into a number for each word.
         _recurrent_study(
             accuracy,
             dataclasses.replace(base, epochs=5),

@@ -69,11 +69,11 @@ def main(argv):
         "| layer | multiplications | forward | training step | chosen |",
         "|---|---|---|---|---|",
     ]
-    for xla in (False, True) if backend == "tensorflow" else (backend == "jax",):
+    for xla in (False, True) if backend == "tensorflow" else (False,):
         for case in CASES["recurrent"]:
             macs, in_loop, *seconds = measure(case, xla)
             cells = [" / ".join(f"{1e3 * one:.1f}" for one in both) for both in seconds]
-            name = f"{case}, XLA" if xla and backend == "tensorflow" else str(case)
+            name = f"{case}, XLA" if xla else str(case)
             cells = name, f"{macs:.1e}", *cells, "in it" if in_loop else "before"
             lines.append(f"| {' | '.join(cells)} |")
             logging.info("%s", lines[-1])

@@ -9,7 +9,9 @@ from absl import flags
 from networks import build
 
 DATA_DIR = flags.DEFINE_string("data_dir", None, "where tfds keeps its data")
-SEEDS = flags.DEFINE_integer("seeds", 3, "number of seeds", lower_bound=1)
+SEEDS = flags.DEFINE_integer(
+    "seeds", 3, "number of seeds, where a study has none of its own", lower_bound=1
+)
 BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespeare": 64}
 
 
