@@ -85,11 +85,10 @@ def fashion_mnist(accuracy):
     for network in (base, bilinear, wide, narrower):
         own = tune(network, accuracy)
         settings[network] = {name: getattr(own, name) for name in names}
-        for chosen in dict.fromkeys((own, dataclasses.replace(own, **settings[base]))):
-            _test(accuracy, (chosen,))
+        _test(accuracy, dict.fromkeys((own, dataclasses.replace(own, **settings[base]))), seeds=5)
     rank_3 = dataclasses.replace(_bilinear(base, 3, 2), **settings[wide])
-    _test(accuracy, dict.fromkeys((rank_3, *_tuned(accuracy, (rank_3,), TUNING_SEEDS))))
-    _test(accuracy, _grid(dataclasses.replace(base, **settings[base])))
+    rank_3 = dict.fromkeys((rank_3, *_tuned(accuracy, (rank_3,), TUNING_SEEDS)))
+    _test(accuracy, (*rank_3, *_grid(dataclasses.replace(base, **settings[base]))), seeds=5)
 
 
 def initialization(accuracy):
@@ -180,7 +179,7 @@ def imdb_reviews(accuracy):
         _recurrent_study(
             accuracy,
             dataclasses.replace(base, epochs=5),
-            bilinear=(((16, 2), 1), ((1, 8), 1, "low-rank")),
+            bilinear=(((16, 2), 1), ((1, 8), 1, "low-rank"), ((1, 16), 1, "low-rank")),
             narrower=(1, units),
             tuned=True,
         )
