@@ -3,10 +3,11 @@
     python benchmarks/plots.py
 
 Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
-`benchmarks/results/accuracy_STUDY.png`: the means over the seeds of what stands there,
-on the test set, with factors stored as the package does. Lines join networks that
-differ in their rank only. Latency is that of their LiteRT files, of the networks for
-which `accuracy_costs.py` has measured it.
+`benchmarks/results/accuracy_STUDY.png`: the medians and ranges over the seeds of what
+stands there, on the test set, with factors stored as the package does; a range leaves the
+plot where a run did not begin to train. Lines join networks that differ in their rank
+only. Latency is that of their LiteRT files, of the networks for which
+`accuracy_costs.py` has measured it.
 """
 
 import accuracy
@@ -79,15 +80,20 @@ def draw(lines, title):
     columns = [name for name in AXES if any(name in first for first in firsts)]
     size = (5 * len(columns), 4)
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
+    medians, lows, highs = [], [], []
     for axis, column in zip(axes, columns, strict=True):
         axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
         for label, networks in lines.items():
             networks = [rows for rows in networks if column in rows[0]]
             x = [int(rows[0][column]) for rows in networks]
-            y = [np.mean(accuracies(rows)) for rows in networks]
-            error = [np.std(accuracies(rows)) for rows in networks]
+            y = np.array([np.median(accuracies(rows)) for rows in networks])
+            low = [min(accuracies(rows)) for rows in networks]
+            high = [max(accuracies(rows)) for rows in networks]
             style = {"marker": "o" if "bilinear" in label else "s", "capsize": 3}
-            axis.errorbar(x, y, error, label=label, **style)
+            axis.errorbar(x, y, (y - low, high - y), label=label, **style)
+            medians.extend(y)
+            lows.extend(low)
+            highs.extend(high)
             for rows, *place in zip(networks, x, y, strict=True):
                 if "bilinear" in label:
                     axis.annotate(
@@ -98,9 +104,12 @@ def draw(lines, title):
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.set_xlabel(AXES[column])
         axis.grid(alpha=0.3)
+    spread = np.ptp(medians)
+    margin = 0.05 * spread
+    axes[0].set_ylim(max(min(lows), min(medians) - spread) - margin, max(highs) + margin)
     axes[0].set_ylabel("test accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
-    figure.suptitle(f"{title}; numbers are ranks")
+    figure.suptitle(f"{title}: medians and ranges over the seeds; numbers are ranks")
     return figure
 
 
