@@ -15,7 +15,8 @@
 # In a network that reads text the embedding table is the largest part: 20,000 words of 128 numbers
 # are 2.5 million parameters. `BilinearEmbedding` stores two small tables instead. A word takes a
 # row from each, and its vector is the outer product of both (a sum of `rank` such products). Rows
-# are shared, but no two words share both.
+# are shared, but no two words share both. Or, with factors of other shapes, one table has a number
+# of its own for each word, and the other a row that all words share.
 #
 # The recurrent layers are bilinear as well: each gate of `BilinearGRU` and `BilinearLSTM` has
 # factors of its own for the input and for the state. On a GPU the kernels are formed once for each
@@ -36,7 +37,7 @@ data = load("imdb_reviews")
 epochs, batch_size = (1 if QUICK else 3), 128
 
 # %% [markdown]
-# ## Four networks
+# ## Five networks
 #
 # A review is a row of 200 numbers of words; 0 is padding, which the mask skips.
 
@@ -53,20 +54,22 @@ def full(recurrent):
     )
 
 
-def bilinear(recurrent, rank):
+def bilinear(recurrent, rank, table=None):
     return keras.Sequential(
         [
             keras.Input((TOKENS,), dtype="int32"),
-            BilinearEmbedding(VOCABULARY, 128, mask_zero=True, rank=rank),
+            BilinearEmbedding(VOCABULARY, 128, mask_zero=True, **(table or {"rank": rank})),
             recurrent(64, rank=rank),
             BilinearDense(2, rank=rank, dtype="float32"),
         ]
     )
 
 
+own_numbers = {"input_factors": (VOCABULARY, 1), "output_factors": (1, 128)}
 networks = {
     "GRU, full": full(keras.layers.GRU),
     "GRU, bilinear": bilinear(BilinearGRU, rank=4),
+    "GRU, bilinear, a number for each word": bilinear(BilinearGRU, rank=8, table=own_numbers),
     "LSTM, full": full(keras.layers.LSTM),
     "LSTM, bilinear": bilinear(BilinearLSTM, rank=4),
 }
@@ -104,7 +107,8 @@ for name, model in networks.items():
 #
 # Watch the accuracy on the test set from epoch to epoch. A full table has a row for each rare word
 # and learns by heart in which training reviews it stood; words that share their factors cannot be
-# learned by heart one by one.
+# learned by heart one by one. A number for each word is between both: it can tell how much a word
+# speaks for a review, and not much more.
 
 # %%
 draw(results)
