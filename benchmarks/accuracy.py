@@ -39,6 +39,7 @@ REGIMES = (
     {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1, "label_smoothing": 0.1},
 )
 TUNING_SEEDS = 2
+SHORT_RUN_SEEDS = 5  # Where a run takes less than a minute.
 CIFAR10_EPOCHS, CIFAR10_LONG = 3, 20
 PATTERNS = ("channel", "spatial")
 # Ranks and scales of bilinear networks.
@@ -85,10 +86,12 @@ def fashion_mnist(accuracy):
     for network in (base, bilinear, wide, narrower):
         own = tune(network, accuracy)
         settings[network] = {name: getattr(own, name) for name in names}
-        _test(accuracy, dict.fromkeys((own, dataclasses.replace(own, **settings[base]))), seeds=5)
+        chosen = dict.fromkeys((own, dataclasses.replace(own, **settings[base])))
+        _test(accuracy, chosen, SHORT_RUN_SEEDS)
     rank_3 = dataclasses.replace(_bilinear(base, 3, 2), **settings[wide])
-    rank_3 = dict.fromkeys((rank_3, *_tuned(accuracy, (rank_3,), TUNING_SEEDS)))
-    _test(accuracy, (*rank_3, *_grid(dataclasses.replace(base, **settings[base]))), seeds=5)
+    chosen = dict.fromkeys((rank_3, *_tuned(accuracy, (rank_3,), TUNING_SEEDS)))
+    grid = _grid(dataclasses.replace(base, **settings[base]))
+    _test(accuracy, (*chosen, *grid), SHORT_RUN_SEEDS)
 
 
 def initialization(accuracy):
@@ -209,7 +212,7 @@ def spoken_digit_conv(accuracy):
     bilinear = (4, 1, "channel"), (1, 1, "channel")
     # Some runs at high rates do not begin to train.
     _convolutional_study(
-        accuracy, base, (3, 6, 12, 30), bilinear, PATTERNS, tuning_seeds=TUNING_SEEDS, seeds=5
+        accuracy, base, (3, 6, 12, 30), bilinear, PATTERNS, TUNING_SEEDS, SHORT_RUN_SEEDS
     )
 
 

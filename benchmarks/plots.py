@@ -80,7 +80,6 @@ def draw(lines, title):
     columns = [name for name in AXES if any(name in first for first in firsts)]
     size = (5 * len(columns), 4)
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
-    medians, lows, highs = [], [], []
     for axis, column in zip(axes, columns, strict=True):
         axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
         for label, networks in lines.items():
@@ -91,9 +90,6 @@ def draw(lines, title):
             high = [max(accuracies(rows)) for rows in networks]
             style = {"marker": "o" if "bilinear" in label else "s", "capsize": 3}
             axis.errorbar(x, y, (y - low, high - y), label=label, **style)
-            medians.extend(y)
-            lows.extend(low)
-            highs.extend(high)
             for rows, *place in zip(networks, x, y, strict=True):
                 if "bilinear" in label:
                     axis.annotate(
@@ -104,9 +100,12 @@ def draw(lines, title):
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.set_xlabel(AXES[column])
         axis.grid(alpha=0.3)
+    values = [accuracies(rows) for line in lines.values() for rows in line]
+    medians = [np.median(of_network) for of_network in values]
     spread = np.ptp(medians)
+    bottom = max(min(map(min, values)), min(medians) - spread)
     margin = 0.05 * spread
-    axes[0].set_ylim(max(min(lows), min(medians) - spread) - margin, max(highs) + margin)
+    axes[0].set_ylim(bottom - margin, max(map(max, values)) + margin)
     axes[0].set_ylabel("test accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     figure.suptitle(f"{title}: medians and ranges over the seeds; numbers are ranks")

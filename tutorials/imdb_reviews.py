@@ -108,7 +108,7 @@ for name, model in networks.items():
 # Watch the accuracy on the test set from epoch to epoch. A full table has a row for each rare word
 # and learns by heart in which training reviews it stood; words that share their factors cannot be
 # learned by heart one by one. A number for each word is between both: it can tell how much a word
-# speaks for a review, and not much more.
+# speaks for a film or against it, and not much more.
 
 # %%
 draw(results)
