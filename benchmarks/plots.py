@@ -8,6 +8,8 @@ stands there, on the test set, with factors stored as the package does; a range 
 plot where a run did not begin to train. Lines join networks that differ in their rank
 only. Latency is that of their LiteRT files, of the networks for which
 `accuracy_costs.py` has measured it.
+
+`benchmarks/results/accuracy.png` has the small networks of all studies, beside the full ones.
 """
 
 import accuracy
@@ -22,15 +24,17 @@ from matplotlib import ticker
 
 from keras_bilinear.files import staged
 
-STUDIES = (
-    "fashion_mnist",
-    "cifar10",
-    "cifar10_resnet",
-    "imdb_reviews",
-    "spoken_digit",
-    "spoken_digit_conv",
-    "tiny_shakespeare",
-)
+# Which trainings of a study the picture of all studies has, where there are several.
+STUDIES = {
+    "fashion_mnist": "",
+    "cifar10": "20 epochs",
+    "cifar10_resnet": "",
+    "imdb_reviews": "5 epochs",
+    "spoken_digit": "clipped",
+    "spoken_digit_conv": "",
+    "tiny_shakespeare": "clipped",
+}
+LARGEST_SHARE = 0.1  # In that picture.
 SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
 KERNELS = ("full", "gain", "rewritten")
 AXES = {
@@ -41,7 +45,7 @@ AXES = {
 
 
 def series(rows):
-    """`{label: [rows of a network, ...]}`, by lines.
+    """`{(recurrent, kind, pattern, training): [rows of a network, ...]}`, by lines.
 
     Of a network that was tested in several settings counts the one that is best on
     held-out data. Numbers of epochs, and clipped gradients, are told apart.
@@ -51,28 +55,35 @@ def series(rows):
     for row in rows:
         setting = tuple(row[name] for name in SETTING)
         epochs = f"{row['epochs']} epochs" if several else ""
-        clipped = "" if row["clipnorm"] == "None" else "clipped"
-        key = row["network"], row["pattern"], row["recurrent"], epochs, clipped
+        training = epochs or ("" if row["clipnorm"] == "None" else "clipped")
+        key = row["recurrent"], row["network"], row["pattern"], training
         if row["tuning"] == "True":
             held_out.setdefault((key, setting), []).append(row)
         else:
             networks.setdefault(key, {}).setdefault(setting, []).append(row)
     lines = {}
     for key, settings in networks.items():
-        network, pattern, recurrent, *how = key
+        recurrent, network, *how = key
         best, *others = settings
         if others:
             tried = [setting for setting in settings if (key, setting) in held_out]
             best = max(tried, key=lambda one: np.mean(accuracies(held_out[key, one])))
         found = settings[best]
         kind = network.replace(f", rank {found[0]['rank']}", "")
-        label = ", ".join(part for part in (recurrent, kind, pattern, *how) if part)
-        lines.setdefault(label, []).append(found)
+        lines.setdefault((recurrent, kind, *how), []).append(found)
     return lines
 
 
 def accuracies(rows):
     return [float(row["accuracy"]) for row in rows]
+
+
+def median(rows):
+    return np.median(accuracies(rows))
+
+
+def joined(*parts):
+    return ", ".join(filter(None, parts))
 
 
 def draw(lines, title):
@@ -82,10 +93,11 @@ def draw(lines, title):
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
         axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
-        for label, networks in lines.items():
+        for key, networks in lines.items():
+            label = joined(*key)
             networks = [rows for rows in networks if column in rows[0]]
             x = [int(rows[0][column]) for rows in networks]
-            y = np.array([np.median(accuracies(rows)) for rows in networks])
+            y = np.array([median(rows) for rows in networks])
             low = [min(accuracies(rows)) for rows in networks]
             high = [max(accuracies(rows)) for rows in networks]
             style = {"marker": "o" if "bilinear" in label else "s", "capsize": 3}
@@ -112,18 +124,57 @@ def draw(lines, title):
     return figure
 
 
+def draw_all(lines):
+    """The networks of all studies: how far from the full one's accuracy, by how small a share."""
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axis.axhline(0, color="black", linewidth=1)
+    colors = iter(matplotlib.color_sequences["tab10"])
+    for study, training in STUDIES.items():
+        of_training = {key: line for key, line in lines[study].items() if key[-1] == training}
+        for recurrent in dict.fromkeys(key[0] for key in of_training):
+            (full,) = of_training[recurrent, "full", "", training]
+            color = next(colors)
+            axis.scatter([], [], color=color, label=joined(study, recurrent, training))
+            for key, networks in of_training.items():
+                for rows in networks if key[0] == recurrent else ():
+                    share = int(rows[0]["parameters"]) / int(full[0]["parameters"])
+                    if share <= LARGEST_SHARE:
+                        place = 100 * share, 100 * (median(rows) - median(full))
+                        if key[1].startswith("narrower"):
+                            style = {"marker": "x"}
+                        else:
+                            style = {"facecolor": color if len(rows) > 1 else "none"}
+                        axis.scatter(*place, color=color, **style)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g%%"))
+    axis.set_yscale("symlog", linthresh=2)
+    axis.set_yticks([-40, -20, -10, -5, -2, -1, 0, 1, 2, 5])
+    axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%+g"))
+    axis.set_xlabel("parameters, as a share of the full network's")
+    axis.set_ylabel("test accuracy, points from the full network's")
+    axis.grid(alpha=0.3)
+    axis.set_title("Bilinear networks (dots; circles: one seed), narrower ones (crosses): medians")
+    figure.legend(loc="outside right", fontsize="small")
+    return figure
+
+
 def main(argv):
     del argv
+    lines = {}
     for study in STUDIES:
         rows = [row for row in accuracy.read_study(study) if row["kernels"] in KERNELS]
-        if not rows:
-            continue
         costs = accuracy.read_costs(study)
         rows = [costs.get(accuracy.structure(row), {}) | row for row in rows]
-        figure = draw(series(rows), study)
-        with staged(tables.RESULTS) as folder:
-            figure.savefig(folder / f"accuracy_{study}.png", dpi=100)
-        plt.close(figure)
+        lines[study] = series(rows)
+        write(draw(lines[study], study), f"accuracy_{study}.png")
+    write(draw_all(lines), "accuracy.png")
+
+
+def write(figure, name):
+    with staged(tables.RESULTS) as folder:
+        figure.savefig(folder / name, dpi=100)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

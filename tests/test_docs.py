@@ -27,6 +27,20 @@ def test_every_tutorial_is_linked():
         assert {*linked} == {path.stem for path in (DOCS.parent / "tutorials").glob("*.ipynb")}
 
 
+@pytest.mark.parametrize("folder", [".", "benchmarks", "tutorials"])
+def test_links_of_the_readmes_lead_somewhere(folder):
+    page = DOCS.parent / folder / "README.md"
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+    assert links
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings]
+            assert anchor in anchors, anchor
+
+
 def test_the_picture_is_what_its_script_draws(tmp_path):
     pytest.importorskip("matplotlib")
     runpy.run_path(str(DOCS / "draw_idea.py"))["draw"](tmp_path / "idea.svg")
