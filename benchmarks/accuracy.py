@@ -168,8 +168,11 @@ def cifar10_resnet(accuracy):
 
 
 def imdb_reviews(accuracy):
-    """Embedding and LSTM or GRU: all at one learning rate, then longer, each at its own."""
-    for recurrent, units in (("LSTM", 66), ("GRU", 76)):
+    """Embedding and LSTM or GRU: all at one learning rate, then longer, each at its own.
+
+    Then with dropout where that helps, and with the largest networks of at most 1%.
+    """
+    for recurrent, units, fewer_units in (("LSTM", 66, 26), ("GRU", 76, 30)):
         base = Run("imdb_reviews", "full", (64, 64), epochs=3, recurrent=recurrent)
         _recurrent_study(
             accuracy,
@@ -179,13 +182,26 @@ def imdb_reviews(accuracy):
         )
         # A bag of words needs a table of words, so the parameters go there: into
         # near-square factors, which words share, or into a number for each word.
+        base = dataclasses.replace(base, epochs=5)
         _recurrent_study(
             accuracy,
-            dataclasses.replace(base, epochs=5),
+            base,
             bilinear=(((16, 2), 1), ((1, 8), 1, "low-rank"), ((1, 16), 1, "low-rank")),
             narrower=(1, units),
             tuned=True,
         )
+        narrower = dataclasses.replace(base, network="narrower full", hidden=(1, units))
+        networks = (
+            base,
+            _bilinear(base, (1, 8), 1, "low-rank"),
+            narrower,
+            # A number for each word is more than 1%. Two words have one, or rare words none.
+            _bilinear(base, (1, 2), 1, "halves"),
+            dataclasses.replace(
+                base, network="narrower full, 1%", hidden=(1, fewer_units), pattern="halves"
+            ),
+        )
+        _test(accuracy, _tuned(accuracy, networks, regimes=({}, {"dropout": 0.2})))
 
 
 def spoken_digit(accuracy):
@@ -272,9 +288,9 @@ def _grid(base, patterns=("",)):
     return [*bilinear, dataclasses.replace(base, **changes)]
 
 
-def _tuned(accuracy, networks, seeds=1):
-    """The networks, each at the learning rate that is best for it."""
-    return [tune(network, accuracy, regimes=({},), seeds=seeds) for network in networks]
+def _tuned(accuracy, networks, seeds=1, regimes=({},)):
+    """The networks, each in the regime and at the learning rate that are best for it."""
+    return [tune(network, accuracy, regimes, seeds) for network in networks]
 
 
 def _test(accuracy, networks, seeds=None):

@@ -2,6 +2,7 @@
 
 import math
 
+UNKNOWN = 1  # The id of words that are not in the vocabulary.
 CONVOLUTIONAL = ("cifar10", "spoken_digit")  # Where the network is not recurrent.
 
 
@@ -35,9 +36,14 @@ class _Layers:
 
     def embedding(self, vocabulary, width):
         kwargs = {}
-        if self.run.pattern == "low-rank":
+        if self.run.rank and self.run.pattern == "low-rank":
             kwargs = {"input_factors": (vocabulary, 1), "output_factors": (1, width)}
+        if self.run.rank and self.run.pattern == "halves":
+            kwargs = {"input_factors": (2, vocabulary // 2), "output_factors": (width, 1)}
         return self("Embedding", vocabulary, width, rank=self.ranks[0], **kwargs)
+
+    def dropout(self):
+        return [self.stock.Dropout(self.run.dropout)] if self.run.dropout else []
 
     def dense(self, units, **kwargs):
         return self("Dense", units, rank=self.ranks[-1], **kwargs)
@@ -58,14 +64,20 @@ def _recurrent(run, dataset, layers):
 
     *embedding_widths, units = run.hidden
     vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
-    return keras.Sequential(
-        [
-            keras.Input(dataset.x_train.shape[1:], dtype=dataset.x_train.dtype.name),
-            *(layers.embedding(vocabulary, width) for width in embedding_widths),
-            layers.recurrent(units, return_sequences=dataset.kind == "characters"),
-            layers.dense(dataset.classes),
-        ]
-    )
+    inputs = keras.Input(dataset.x_train.shape[1:], dtype=dataset.x_train.dtype.name)
+    x = inputs
+    if run.pattern == "halves" and not run.rank:
+        vocabulary //= 2
+        x = keras.ops.where(x < vocabulary, x, UNKNOWN)
+    for layer in (
+        *(layers.embedding(vocabulary, width) for width in embedding_widths),
+        *layers.dropout(),
+        layers.recurrent(units, return_sequences=dataset.kind == "characters"),
+        *layers.dropout(),
+        layers.dense(dataset.classes),
+    ):
+        x = layer(x)
+    return keras.Model(inputs, x)
 
 
 def _vgg(run, dataset, layers):
@@ -142,7 +154,5 @@ def _mlp(run, dataset, layers):
         first = [keras.layers.Flatten()]
     hidden = []
     for units in run.hidden:
-        hidden.append(layers.dense(units, activation="relu"))
-        if run.dropout:
-            hidden.append(keras.layers.Dropout(run.dropout))
+        hidden += [layers.dense(units, activation="relu"), *layers.dropout()]
     return keras.Sequential([inputs, *first, *hidden, layers.dense(dataset.classes)])
