@@ -89,7 +89,7 @@ def joined(*parts):
 def draw(lines, title):
     firsts = [rows[0] for line in lines.values() for rows in line]
     columns = [name for name in AXES if any(name in first for first in firsts)]
-    size = (5 * len(columns), 4)
+    size = (5 * len(columns), max(4, 0.22 * len(lines)))  # A legend of so many lines fits.
     figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
         axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
