@@ -195,10 +195,13 @@ def imdb_reviews(accuracy):
             base,
             _bilinear(base, (1, 8), 1, "low-rank"),
             narrower,
-            # A number for each word is more than 1%. Two words have one, or rare words none.
+            # A number for each word is more than 1%: two share one, or rare ones have none.
             _bilinear(base, (1, 2), 1, "halves"),
             dataclasses.replace(
-                base, network="narrower full, 1%", hidden=(1, fewer_units), pattern="halves"
+                narrower,
+                network="narrower full, 1%",
+                hidden=(1, fewer_units),
+                pattern="frequent half",
             ),
         )
         _test(accuracy, _tuned(accuracy, networks, regimes=({}, {"dropout": 0.2})))

@@ -36,9 +36,9 @@ class _Layers:
 
     def embedding(self, vocabulary, width):
         kwargs = {}
-        if self.run.rank and self.run.pattern == "low-rank":
+        if self.run.pattern == "low-rank":
             kwargs = {"input_factors": (vocabulary, 1), "output_factors": (1, width)}
-        if self.run.rank and self.run.pattern == "halves":
+        if self.run.pattern == "halves":
             kwargs = {"input_factors": (2, vocabulary // 2), "output_factors": (width, 1)}
         return self("Embedding", vocabulary, width, rank=self.ranks[0], **kwargs)
 
@@ -66,7 +66,7 @@ def _recurrent(run, dataset, layers):
     vocabulary = datasets.VOCABULARY if dataset.kind == "text" else dataset.classes
     inputs = keras.Input(dataset.x_train.shape[1:], dtype=dataset.x_train.dtype.name)
     x = inputs
-    if run.pattern == "halves" and not run.rank:
+    if run.pattern == "frequent half":
         vocabulary //= 2
         x = keras.ops.where(x < vocabulary, x, UNKNOWN)
     for layer in (

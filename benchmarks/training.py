@@ -35,8 +35,9 @@ class Run:
     bilinear convolutions; in recurrent networks, `"low-rank"` gives the embedding the
     factors of a low-rank table instead of near-square ones, and `"halves"` those of two
     such tables that have their numbers in common, one of the more frequent half of the
-    words and one of the others; a full embedding then has the first half only.
-    `architecture` is `"resnet20"`, or empty for the network that the data set has otherwise.
+    words and one of the others; with `"frequent half"` a full embedding has the first of
+    these halves only. `architecture` is `"resnet20"`, or empty for the network that the
+    data set has otherwise.
 
     It trains on the first `examples`, or on all of them; gradients whose norm, over
     all variables, is above `clipnorm` are scaled down to it. With `tuning`, the last
