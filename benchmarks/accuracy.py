@@ -24,13 +24,15 @@ import itertools
 from ast import literal_eval
 
 from absl import app, flags, logging
+from networks import CONVOLUTIONAL
 from tables import RESULTS, machine, read_rows, write_rows
 from training import SEEDS, Run, load, train
 
 from keras_bilinear.files import staged
 
 # The columns that say what network a run trained.
-STRUCTURE = ("dataset", "network", "hidden", "rank", "pattern", "recurrent", "architecture")
+STRUCTURE = ("dataset", "network", "hidden", "depth", "rank", "pattern", "recurrent")
+STRUCTURE += ("architecture",)
 # What `accuracy_costs.py` finds of it, and how tables call that.
 COSTS = {"bytes": ".tflite bytes", "latency_us": ".tflite us", "epoch_s": "seconds for an epoch"}
 REGIMES = (
@@ -44,6 +46,8 @@ CIFAR10_EPOCHS, CIFAR10_LONG = 3, 20
 PATTERNS = ("channel", "spatial")
 # Ranks and scales of bilinear networks.
 SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (1, 3))
+# What part of its widths narrower full networks have.
+PARTS = (2, 4, 8)
 BUDGET = 0.03  # Of networks that are rewritten.
 
 
@@ -284,11 +288,26 @@ def _bilinear(base, rank, scale, pattern="", kernels="gain"):
 
 
 def _grid(base, patterns=("",)):
-    """Bilinear networks by rank, scale and pattern, and one that is rewritten."""
+    """Bilinear networks by rank, scale and pattern, a rewritten one, and smaller full ones."""
     shapes = itertools.product(SHAPES, patterns)
     bilinear = [_bilinear(base, *shape, pattern) for shape, pattern in shapes]
     changes = {"network": "rewritten after a fifth", "kernels": "rewritten", "budget": BUDGET}
-    return [*bilinear, dataclasses.replace(base, **changes)]
+    return [*bilinear, dataclasses.replace(base, **changes), *_smaller(base)]
+
+
+def _smaller(base):
+    """Full networks of less width, then of less depth, where that can be."""
+    for part in PARTS:
+        hidden = tuple(width // part for width in base.hidden)
+        yield dataclasses.replace(base, network=f"full, width 1/{part}", hidden=hidden)
+    if base.recurrent:
+        return
+    if base.dataset in CONVOLUTIONAL:
+        shallower = [{"depth": depth} for depth in range(1, base.depth)]
+    else:
+        shallower = [{"hidden": base.hidden[:depth]} for depth in range(1, len(base.hidden))]
+    for depth, changes in enumerate(shallower, 1):
+        yield dataclasses.replace(base, network=f"shallower full, depth {depth}", **changes)
 
 
 def _tuned(accuracy, networks, seeds=1, regimes=({},)):
@@ -383,7 +402,8 @@ def structure(row):
 def read_costs(study):
     """What `accuracy_costs.py` found of the networks of a study, by their structure."""
     rows = read_rows(RESULTS / f"accuracy_{study}_costs.csv")
-    return {structure(row): row for row in ({"architecture": ""} | row for row in rows)}
+    older = {"architecture": "", "depth": str(Run.depth)}
+    return {structure(row): row for row in (older | row for row in rows)}
 
 
 def main(argv):

@@ -56,7 +56,7 @@ def main(argv):
     files, steps, counts = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, cost in enumerate(costs):
-            numbers = {name: ast.literal_eval(cost[name]) for name in ("hidden", "rank")}
+            numbers = {name: ast.literal_eval(cost[name]) for name in ("hidden", "rank", "depth")}
             run = training.Run(**cost | numbers)
             dataset = load_once(run.dataset)
             model, step = trainer(run, dataset)

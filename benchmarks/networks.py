@@ -81,7 +81,7 @@ def _recurrent(run, dataset, layers):
 
 
 def _vgg(run, dataset, layers):
-    """Blocks of three convolutions, the third of stride 2, and a dense layer."""
+    """Blocks of (three) convolutions, the last of stride 2, and a dense layer."""
     import keras
 
     *blocks, units = run.hidden
@@ -91,7 +91,7 @@ def _vgg(run, dataset, layers):
             *(
                 layers.conv(filters, strides=strides, activation="relu")
                 for filters in blocks
-                for strides in (1, 1, 2)
+                for strides in (*[1] * (run.depth - 1), 2)
             ),
             keras.layers.Flatten(),
             layers.dense(units, activation="relu"),
@@ -119,7 +119,7 @@ def _resnet20(run, dataset, layers):
     x = image(inputs)
     x = relu(conv(x, run.hidden[0]))
     for stage, filters in enumerate(run.hidden):
-        for block in range(3):
+        for block in range(run.depth):
             strides = 2 if stage and not block else 1
             y = relu(conv(x, filters, strides=strides))
             y = conv(y, filters)

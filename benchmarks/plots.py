@@ -6,11 +6,13 @@ Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
 `benchmarks/results/accuracy_STUDY.png`: the medians and ranges over the seeds of what
 stands there, on the test set, with factors stored as the package does; a range leaves the
 plot where a run did not begin to train. Lines join networks that differ in their rank
-only. Latency is that of their LiteRT files, of the networks for which
-`accuracy_costs.py` has measured it.
+only, and full ones that do in their width. Latency is that of their LiteRT files, of the
+networks for which `accuracy_costs.py` has measured it.
 
 `benchmarks/results/accuracy.png` has the small networks of all studies, beside the full ones.
 """
+
+import re
 
 import accuracy
 import matplotlib
@@ -69,7 +71,7 @@ def series(rows):
             tried = [setting for setting in settings if (key, setting) in held_out]
             best = max(tried, key=lambda one: np.mean(accuracies(held_out[key, one])))
         found = settings[best]
-        kind = network.replace(f", rank {found[0]['rank']}", "")
+        kind = re.sub(r", (width|depth) .*", "", network.replace(f", rank {found[0]['rank']}", ""))
         lines.setdefault((recurrent, kind, *how), []).append(found)
     return lines
 
@@ -96,6 +98,7 @@ def draw(lines, title):
         for key, networks in lines.items():
             label = joined(*key)
             networks = [rows for rows in networks if column in rows[0]]
+            networks.sort(key=lambda rows: int(rows[0][column]))
             x = [int(rows[0][column]) for rows in networks]
             y = np.array([median(rows) for rows in networks])
             low = [min(accuracies(rows)) for rows in networks]
@@ -132,7 +135,8 @@ def draw_all(lines):
     for study, training in STUDIES.items():
         of_training = {key: line for key, line in lines[study].items() if key[-1] == training}
         for recurrent in dict.fromkeys(key[0] for key in of_training):
-            (full,) = of_training[recurrent, "full", "", training]
+            line = of_training[recurrent, "full", "", training]
+            full = next(rows for rows in line if rows[0]["network"] == "full")
             color = next(colors)
             axis.scatter([], [], color=color, label=joined(study, recurrent, training))
             for key, networks in of_training.items():
@@ -140,7 +144,7 @@ def draw_all(lines):
                     share = int(rows[0]["parameters"]) / int(full[0]["parameters"])
                     if share <= LARGEST_SHARE:
                         place = 100 * share, 100 * (median(rows) - median(full))
-                        if key[1].startswith("narrower"):
+                        if rows[0]["kernels"] == "full":
                             style = {"marker": "x"}
                         else:
                             style = {"facecolor": color if len(rows) > 1 else "none"}
@@ -154,7 +158,7 @@ def draw_all(lines):
     axis.set_xlabel("parameters, as a share of the full network's")
     axis.set_ylabel("test accuracy, points from the full network's")
     axis.grid(alpha=0.3)
-    axis.set_title("Bilinear networks (dots; circles: one seed), narrower ones (crosses): medians")
+    axis.set_title("Bilinear networks (dots; circles: one seed), full ones (crosses): medians")
     figure.legend(loc="outside right", fontsize="small")
     return figure
 

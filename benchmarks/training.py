@@ -37,7 +37,8 @@ class Run:
     such tables that have their numbers in common, one of the more frequent half of the
     words and one of the others; with `"frequent half"` a full embedding has the first of
     these halves only. `architecture` is `"resnet20"`, or empty for the network that the
-    data set has otherwise.
+    data set has otherwise; `depth` is how many convolutions each of its blocks has, or
+    residual blocks each of its stages.
 
     It trains on the first `examples`, or on all of them; gradients whose norm, over
     all variables, is above `clipnorm` are scaled down to it. With `tuning`, the last
@@ -64,6 +65,7 @@ class Run:
     clipnorm: float | None = None
     architecture: str = ""
     budget: float | None = None
+    depth: int = 3
 
     @property
     def key(self):
