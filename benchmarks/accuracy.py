@@ -207,6 +207,9 @@ def imdb_reviews(accuracy):
                 hidden=(1, fewer_units),
                 pattern="frequent half",
             ),
+            dataclasses.replace(
+                _bilinear(base, (0, 4), 1), hidden=(1, 64), pattern="frequent half"
+            ),
         )
         _test(accuracy, _tuned(accuracy, networks, regimes=({}, {"dropout": 0.2})))
 

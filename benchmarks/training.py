@@ -31,14 +31,14 @@ class Run:
     filters of each block or stage, and the units of a dense layer after them;
     for recurrent networks, the width of the embedding, where there is one, and the
     units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
-    each of `hidden`; the layer of the classes then has the last. `pattern` is that of
-    bilinear convolutions; in recurrent networks, `"low-rank"` gives the embedding the
-    factors of a low-rank table instead of near-square ones, and `"halves"` those of two
-    such tables that have their numbers in common, one of the more frequent half of the
-    words and one of the others; with `"frequent half"` a full embedding has the first of
-    these halves only. `architecture` is `"resnet20"`, or empty for the network that the
-    data set has otherwise; `depth` is how many convolutions each of its blocks has, or
-    residual blocks each of its stages.
+    each of `hidden`, where 0 stands for a full layer; the layer of the classes then has
+    the last. `pattern` is that of bilinear convolutions; in recurrent networks,
+    `"low-rank"` gives the embedding the factors of a low-rank table instead of
+    near-square ones, and `"halves"` those of two such tables that have their numbers in
+    common, one of the more frequent half of the words and one of the others; with
+    `"frequent half"` the embedding has the first of these halves only. `architecture` is
+    `"resnet20"`, or empty for the network that the data set has otherwise; `depth` is how
+    many convolutions each of its blocks has, or residual blocks each of its stages.
 
     It trains on the first `examples`, or on all of them; gradients whose norm, over
     all variables, is above `clipnorm` are scaled down to it. With `tuning`, the last
