@@ -145,9 +145,9 @@ def cifar10(accuracy):
 
     At one learning rate, scale 1.5 among them, whose share is below 1%; then one of
     them, and narrower full networks, each at its own; then a larger scale, and a
-    rewritten one; then those at their own rates for more epochs, with three seeds, and
-    the bilinear ones of just less than 1% and 3%. The narrower ones are as small as the
-    largest two of these.
+    rewritten one; then those at their own rates for more epochs, with three seeds, the
+    bilinear ones of just less than 1% and 3%, and the better of the shallower ones. The
+    narrower ones are as small as the largest two of these.
     """
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
     grid = itertools.product((1, 2), (1, 2, 4, 8), PATTERNS)
@@ -161,7 +161,8 @@ def cifar10(accuracy):
     ]
     tuned = _tuned(accuracy, (*narrower, base, _bilinear(base, 1, 2, "channel")))
     _test(accuracy, (*tuned, *_grid(base, PATTERNS)))
-    longer = (*tuned, one_percent, three_percent)
+    *_, shallower = _smaller(base)
+    longer = (*tuned, one_percent, three_percent, shallower)
     _test(accuracy, [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in longer], seeds=3)
 
 
