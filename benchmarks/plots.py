@@ -12,6 +12,7 @@ networks for which `accuracy_costs.py` has measured it.
 `benchmarks/results/accuracy.png` has the small networks of all studies, beside the full ones.
 """
 
+import itertools
 import re
 
 import accuracy
@@ -89,42 +90,55 @@ def joined(*parts):
 
 
 def draw(lines, title):
+    """A row of plots for each kind of recurrent layer; one, where there is none."""
     firsts = [rows[0] for line in lines.values() for rows in line]
     columns = [name for name in AXES if any(name in first for first in firsts)]
-    size = (5 * len(columns), max(4, 0.22 * len(lines)))  # A legend of so many lines fits.
-    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
-    for axis, column in zip(axes, columns, strict=True):
-        axis.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
-        for key, networks in lines.items():
+    kinds = dict.fromkeys(joined(*key[1:]) for key in lines)
+    colors = dict(zip(kinds, itertools.cycle(matplotlib.color_sequences["tab20"])))
+    layers = dict.fromkeys(key[0] for key in lines)
+    # A legend of so many lines fits.
+    size = 5 * len(columns), max(4 * len(layers), 0.22 * len(kinds))
+    options = {"sharex": "col", "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(layers), len(columns), figsize=size, **options)
+    shown = {}
+    for layer, row in zip(layers, axes, strict=True):
+        row[0].set_ylabel(joined(layer, "test accuracy"))
+        for (own, *key), networks in lines.items():
             label = joined(*key)
-            networks = [rows for rows in networks if column in rows[0]]
-            networks.sort(key=lambda rows: int(rows[0][column]))
-            x = [int(rows[0][column]) for rows in networks]
-            y = np.array([median(rows) for rows in networks])
-            low = [min(accuracies(rows)) for rows in networks]
-            high = [max(accuracies(rows)) for rows in networks]
-            style = {"marker": "o" if "bilinear" in label else "s", "capsize": 3}
-            axis.errorbar(x, y, (y - low, high - y), label=label, **style)
-            for rows, *place in zip(networks, x, y, strict=True):
-                if "bilinear" in label:
-                    axis.annotate(
-                        rows[0]["rank"], place, xytext=(4, -10), textcoords="offset points"
-                    )
-        axis.set_xscale("log", subs=[])
-        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+            for axis, column in zip(row, columns, strict=True):
+                if own == layer:
+                    shown[label] = draw_line(axis, networks, column, label, colors[label])
+    for axis, column in zip(axes[-1], columns, strict=True):
         axis.set_xlabel(AXES[column])
-        axis.grid(alpha=0.3)
     values = [accuracies(rows) for line in lines.values() for rows in line]
     medians = [np.median(of_network) for of_network in values]
     spread = np.ptp(medians)
     bottom = max(min(map(min, values)), min(medians) - spread)
     margin = 0.05 * spread
-    axes[0].set_ylim(bottom - margin, max(map(max, values)) + margin)
-    axes[0].set_ylabel("test accuracy")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
+    axes[0, 0].set_ylim(bottom - margin, max(map(max, values)) + margin)
+    figure.legend(shown.values(), shown, loc="outside right", fontsize="small")
     figure.suptitle(f"{title}: medians and ranges over the seeds; numbers are ranks")
     return figure
+
+
+def draw_line(axis, networks, column, label, color):
+    """Networks that differ in one thing only, by a column of theirs."""
+    networks = [rows for rows in networks if column in rows[0]]
+    networks.sort(key=lambda rows: int(rows[0][column]))
+    x = [int(rows[0][column]) for rows in networks]
+    y = np.array([median(rows) for rows in networks])
+    low = [min(accuracies(rows)) for rows in networks]
+    high = [max(accuracies(rows)) for rows in networks]
+    style = {"marker": "o" if "bilinear" in label else "s", "capsize": 3, "color": color}
+    line = axis.errorbar(x, y, (y - low, high - y), **style)
+    for rows, *place in zip(networks, x, y, strict=True):
+        if "bilinear" in label:
+            axis.annotate(rows[0]["rank"], place, xytext=(4, -10), textcoords="offset points")
+    axis.set_xscale("log", subs=[])
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axis.grid(alpha=0.3)
+    return line
 
 
 def draw_all(lines):
