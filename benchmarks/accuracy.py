@@ -31,8 +31,16 @@ from training import SEEDS, Run, load, train
 from keras_bilinear.files import staged
 
 # The columns that say what network a run trained.
-STRUCTURE = ("dataset", "network", "hidden", "depth", "rank", "pattern", "recurrent")
-STRUCTURE += ("architecture",)
+STRUCTURE = (
+    "dataset",
+    "network",
+    "hidden",
+    "depth",
+    "rank",
+    "pattern",
+    "recurrent",
+    "architecture",
+)
 # What `accuracy_costs.py` finds of it, and how tables call that.
 COSTS = {"bytes": ".tflite bytes", "latency_us": ".tflite us", "epoch_s": "seconds for an epoch"}
 REGIMES = (
@@ -146,8 +154,8 @@ def cifar10(accuracy):
     At one learning rate, scale 1.5 among them, whose share is below 1%; then one of
     them, and narrower full networks, each at its own; then a larger scale, and a
     rewritten one; then those at their own rates for more epochs, with three seeds, the
-    bilinear ones of just less than 1% and 3%, and the better of the shallower ones. The
-    narrower ones are as small as the largest two of these.
+    bilinear ones of just less than 1% and 3%, and the full one of a convolution less in
+    each block. The narrower ones are as small as the largest two of these.
     """
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
     grid = itertools.product((1, 2), (1, 2, 4, 8), PATTERNS)
@@ -161,7 +169,7 @@ def cifar10(accuracy):
     ]
     tuned = _tuned(accuracy, (*narrower, base, _bilinear(base, 1, 2, "channel")))
     _test(accuracy, (*tuned, *_grid(base, PATTERNS)))
-    *_, shallower = _smaller(base)
+    *_, shallower = _smaller(base)  # The last one is the deepest.
     longer = (*tuned, one_percent, three_percent, shallower)
     _test(accuracy, [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in longer], seeds=3)
 

@@ -11,7 +11,7 @@ def build(run, dataset):
     if run.recurrent:
         return _recurrent(run, dataset, layers)
     if run.architecture == "resnet20":
-        return _resnet20(run, dataset, layers)
+        return _resnet(run, dataset, layers)
     if run.dataset in CONVOLUTIONAL:
         return _vgg(run, dataset, layers)
     return _mlp(run, dataset, layers)
@@ -81,7 +81,7 @@ def _recurrent(run, dataset, layers):
 
 
 def _vgg(run, dataset, layers):
-    """Blocks of (three) convolutions, the last of stride 2, and a dense layer."""
+    """Blocks of convolutions, the last of each of stride 2, and a dense layer."""
     import keras
 
     *blocks, units = run.hidden
@@ -100,8 +100,8 @@ def _vgg(run, dataset, layers):
     )
 
 
-def _resnet20(run, dataset, layers):
-    """Three stages of three residual blocks of two convolutions (He et al., arXiv 1512.03385).
+def _resnet(run, dataset, layers):
+    """Three stages of residual blocks of two convolutions (He et al., arXiv 1512.03385).
 
     The first block of the second and third stage has stride 2, and a 1x1 convolution
     beside it.
