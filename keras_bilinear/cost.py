@@ -54,6 +54,12 @@ NANOSECONDS = {
 # small products of a recurrent step: benchmarks/results/speed_recurrent.md.
 SMALL_PRODUCT = 2.5
 
+# Besides, each operation of a recurrent step costs as much as so many multiplications:
+# factors that save fewer of them are slower than the kernel. Multiplications as
+# SMALL_PRODUCT counts them; see benchmarks/results/step_ways_BACKEND.md. PyTorch calls each
+# operation from Python, once for each step.
+STEP_LEAST_SAVED = {"tensorflow": 1e4, "jax": 1e4, "torch": 2.5e5}
+
 # From so many multiplications of a time step's inputs on, or SMALL_PRODUCT times as many
 # with factors, they are in the loop: `benchmarks/loop_ways.py` times both ways.
 LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
@@ -175,9 +181,10 @@ def choose_order(plan, implementation, strides=()):
     """The order of the factors, or `None` where the kernel is to be materialized.
 
     A dense projection goes by its MACs, and so do the gates of a recurrent layer,
-    whose small products, but for those of low rank, count `SMALL_PRODUCT` times; a
-    convolution goes by the fitted model. On a GPU all kernels are materialized but
-    the largest ones, and those of recurrent layers always.
+    whose small products, but for those of low rank, count `SMALL_PRODUCT` times, and
+    which have to save `STEP_LEAST_SAVED`; a convolution goes by the fitted model. On
+    a GPU all kernels are materialized but the largest ones, and those of recurrent
+    layers always.
 
     An exported file would hold a formed kernel in its full size, so there the
     factors are taken wherever they are the smaller, in the order with fewer MACs.
@@ -200,11 +207,16 @@ def choose_order(plan, implementation, strides=()):
     if implementation == "auto" and on_gpu() and not _pays_on_gpu(plan, strides):
         return None
     if plan.pointwise:
-        macs = plan.macs * _weight_of_small_products(plan)
-        cheaper = implementation == "factorized" or macs <= plan.full_macs
-        return plan.order if cheaper else None
+        least = STEP_LEAST_SAVED[runtime()] if plan.gates else 0
+        pays = implementation == "factorized" or saved_macs(plan) >= least
+        return plan.order if pays else None
     ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)
     return min(ways, key=lambda order: seconds(plan, order, strides))
+
+
+def saved_macs(plan):
+    """Multiplications that factors save for each position, as `STEP_LEAST_SAVED` counts them."""
+    return plan.full_macs - plan.macs * _weight_of_small_products(plan)
 
 
 def pays_in_steps(plan, order, batch_size):

@@ -58,9 +58,9 @@ def test_on_a_gpu_only_large_kernels_are_factorized(backend, monkeypatch):
 
 def test_small_products_of_gates_count_more_than_those_of_low_rank():
     def gates(rank, *factors):
-        return Factorization.create(64, 64, *factors, rank=rank, gates=3)
+        return Factorization.create(1024, 1024, *factors, rank=rank, gates=3)
 
-    low_rank, square = gates(20, (64, 1), (1, 64)), gates(2)
+    low_rank, square = gates(256, (1024, 1), (1, 1024)), gates(8)
     for one in (low_rank, square):
         assert one.macs < one.full_macs < cost.SMALL_PRODUCT * one.macs
     assert cost.choose_order(low_rank, "auto") == low_rank.order
@@ -78,8 +78,18 @@ def test_files_hold_what_is_smaller():
 
 
 def test_gates_are_factorized_where_that_saves_much():
-    for rank, order in ((1, "left"), (4, None)):
-        gates = Factorization.create(256, 256, rank=rank, gates=4)
+    for rank, order in ((1, "left"), (8, None)):
+        gates = Factorization.create(1024, 1024, rank=rank, gates=4)
+        assert cost.choose_order(gates, "auto") == order
+        assert cost.choose_order(gates, "factorized") == "left"
+
+
+@pytest.mark.parametrize("backend", cost.STEP_LEAST_SAVED)
+def test_gates_of_narrow_layers_are_materialized(monkeypatch, backend):
+    monkeypatch.setattr(cost, "runtime", lambda: backend)
+    monkeypatch.setattr(cost, "on_gpu", lambda: False)
+    for units, order in ((64, None), (128, None if backend == "torch" else "left"), (512, "left")):
+        gates = Factorization.create(units, units, gates=4)
         assert cost.choose_order(gates, "auto") == order
         assert cost.choose_order(gates, "factorized") == "left"
 
