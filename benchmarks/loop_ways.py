@@ -19,7 +19,6 @@ from absl import app, logging
 from keras_bilinear import cost
 from keras_bilinear.benchmark_cases import CASES
 from keras_bilinear.benchmark_worker import Steps
-from keras_bilinear.files import staged
 from keras_bilinear.timing import median_seconds
 
 LIMITS = {"before": math.inf, "in": 0.0}
@@ -72,13 +71,12 @@ def main(argv):
     for xla in (False, True) if backend == "tensorflow" else (False,):
         for case in CASES["recurrent"]:
             macs, in_loop, *seconds = measure(case, xla)
-            cells = [" / ".join(f"{1e3 * one:.1f}" for one in both) for both in seconds]
             name = f"{case}, XLA" if xla else str(case)
-            cells = name, f"{macs:.1e}", *cells, "in it" if in_loop else "before"
+            times = map(tables.milliseconds, seconds)
+            cells = name, f"{macs:.1e}", *times, "in it" if in_loop else "before"
             lines.append(f"| {' | '.join(cells)} |")
             logging.info("%s", lines[-1])
-    with staged(tables.RESULTS) as folder:
-        (folder / f"loop_ways_{backend}.md").write_text("\n".join(lines) + "\n")
+    tables.write_lines(f"loop_ways_{backend}.md", lines)
 
 
 if __name__ == "__main__":

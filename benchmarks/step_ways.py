@@ -18,7 +18,6 @@ from absl import app, logging
 from keras_bilinear import cost
 from keras_bilinear.benchmark_cases import RecurrentCase
 from keras_bilinear.benchmark_worker import Steps
-from keras_bilinear.files import staged
 from keras_bilinear.timing import median_seconds
 
 SIZES = (64, 64), (64, 128), (128, 256), (256, 512)
@@ -29,7 +28,6 @@ CASES = [
     for size in SIZES
     for rank in (1, 4)
 ]
-
 
 PASSES = "forward", "step"
 # By whether the input kernel and the recurrent one are formed.
@@ -74,11 +72,10 @@ def main(argv):
     ]
     for case in CASES:
         saved, formed, *seconds = measure(case)
-        cells = [" / ".join(f"{1e3 * one:.1f}" for one in both) for both in seconds]
-        lines.append(f"| {' | '.join((str(case), f'{saved:.1e}', *cells, formed))} |")
+        cells = str(case), f"{saved:.1e}", *map(tables.milliseconds, seconds), formed
+        lines.append(f"| {' | '.join(cells)} |")
         logging.info("%s", lines[-1])
-    with staged(tables.RESULTS) as folder:
-        (folder / f"step_ways_{backend}.md").write_text("\n".join(lines) + "\n")
+    tables.write_lines(f"step_ways_{backend}.md", lines)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,17 @@ def machine(backend=None):
     return f"{versions}, {backend or keras.config.backend()} backend, {platform.machine()} CPU"
 
 
+def milliseconds(seconds):
+    """A cell of several times."""
+    return " / ".join(f"{1e3 * one:.1f}" for one in seconds)
+
+
+def write_lines(name, lines):
+    """Writes a text among the results."""
+    with staged(RESULTS) as folder:
+        (folder / name).write_text("\n".join(lines) + "\n")
+
+
 def read_rows(path):
     """The rows of a file, as dictionaries of texts; none if there is no file."""
     if not path.exists():

@@ -54,10 +54,9 @@ NANOSECONDS = {
 # small products of a recurrent step: benchmarks/results/speed_recurrent.md.
 SMALL_PRODUCT = 2.5
 
-# Besides, each operation of a recurrent step costs as much as so many multiplications:
-# factors that save fewer of them are slower than the kernel. Multiplications as
-# SMALL_PRODUCT counts them; see benchmarks/results/step_ways_BACKEND.md. PyTorch calls each
-# operation from Python, once for each step.
+# The operations that factors add to a recurrent step cost as much as so many multiplications,
+# as SMALL_PRODUCT counts them: factors that save fewer are slower than the kernel. PyTorch's
+# are called from Python, in each step. See benchmarks/results/step_ways_BACKEND.md.
 STEP_LEAST_SAVED = {"tensorflow": 1e4, "jax": 1e4, "torch": 2.5e5}
 
 # From so many multiplications of a time step's inputs on, or SMALL_PRODUCT times as many
