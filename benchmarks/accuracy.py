@@ -228,7 +228,8 @@ def spoken_digit(accuracy):
     """GRU over log-mel frames: all at one learning rate, then each at its own.
 
     And with recurrent factors of which steps move less. The wider ones do not stand
-    the full one's rate for so long, so they have their own as well.
+    the full one's rate for so long, so they have their own as well; with 484 units one
+    is just below 3%.
     """
     base = Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU")
     narrower = (27,)
@@ -238,7 +239,8 @@ def spoken_digit(accuracy):
     # Clipped, as without that high rates make the loss NaN by chance.
     base = dataclasses.replace(base, learning_rate=4e-3, clipnorm=1.0)
     _recurrent_study(accuracy, base, ((2, 1),), narrower, tuned=True)
-    wider = [dataclasses.replace(_bilinear(base, rank, 2), learning_rate=2e-3) for rank in (1, 2)]
+    base = dataclasses.replace(base, learning_rate=2e-3)
+    wider = [_bilinear(base, *shape) for shape in ((1, 2), (2, 2), (1, 1.375))]
     _test(accuracy, _tuned(accuracy, wider))
     network = _bilinear(base, 2, 1, kernels="calm")
     for rate in (2e-3, 4e-3):
