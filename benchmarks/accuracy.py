@@ -56,7 +56,7 @@ PATTERNS = ("channel", "spatial")
 SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (1, 3))
 # What part of its widths narrower full networks have.
 PARTS = (2, 4, 8)
-BUDGET = 0.03  # Of networks that are rewritten.
+BUDGET = 0.03  # Of networks that are rewritten, but for those of which less cannot be left.
 
 
 def tune(run, accuracy, regimes=REGIMES, seeds=TUNING_SEEDS):
@@ -176,9 +176,10 @@ def cifar10(accuracy):
 
 
 def cifar10_resnet(accuracy):
-    """ResNet-20."""
+    """ResNet-20. Rewritten to 4%: a plan can leave it 3.5% at the least."""
     base = Run("cifar10", "full", (16, 32, 64), epochs=CIFAR10_EPOCHS, architecture="resnet20")
-    _convolutional_study(accuracy, base, (3, 5, 10), ((1, 1, "spatial"),), ("spatial",))
+    shapes = ((1, 1, "spatial"),)
+    _convolutional_study(accuracy, base, (3, 5, 10), shapes, ("spatial",), budget=0.04)
 
 
 def imdb_reviews(accuracy):
@@ -289,7 +290,9 @@ def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
         _test(accuracy, _grid(networks[0]))
 
 
-def _convolutional_study(accuracy, base, narrower, bilinear, patterns, tuning_seeds=1, seeds=None):
+def _convolutional_study(
+    accuracy, base, narrower, bilinear, patterns, tuning_seeds=1, seeds=None, budget=BUDGET
+):
     """A full, a narrower full and bilinear networks, each at its own learning rate.
 
     Then the narrower one, and bilinear ones by rank, scale and pattern, at that of the full one.
@@ -298,7 +301,8 @@ def _convolutional_study(accuracy, base, narrower, bilinear, patterns, tuning_se
     networks = (base, narrower, *(_bilinear(base, *shape) for shape in bilinear))
     networks = _tuned(accuracy, networks, tuning_seeds)
     of_full = dataclasses.replace(narrower, learning_rate=networks[0].learning_rate)
-    _test(accuracy, dict.fromkeys((*networks, of_full, *_grid(networks[0], patterns))), seeds)
+    grid = _grid(networks[0], patterns, budget)
+    _test(accuracy, dict.fromkeys((*networks, of_full, *grid)), seeds)
 
 
 def _bilinear(base, rank, scale, pattern="", kernels="gain"):
@@ -313,7 +317,7 @@ def _bilinear(base, rank, scale, pattern="", kernels="gain"):
     )
 
 
-def _grid(base, patterns=("",)):
+def _grid(base, patterns=("",), budget=BUDGET):
     """Bilinear networks by rank, scale and pattern, a rewritten one, and smaller full ones.
 
     Wider ones are of the first pattern.
@@ -323,7 +327,7 @@ def _grid(base, patterns=("",)):
         for rank, scale in SHAPES
         for pattern in (patterns if scale == 1 else patterns[:1])
     ]
-    changes = {"network": "rewritten after a fifth", "kernels": "rewritten", "budget": BUDGET}
+    changes = {"network": "rewritten after a fifth", "kernels": "rewritten", "budget": budget}
     return [*bilinear, dataclasses.replace(base, **changes), *_smaller(base)]
 
 
