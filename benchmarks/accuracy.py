@@ -56,7 +56,7 @@ PATTERNS = ("channel", "spatial")
 SHAPES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (1, 3))
 # What part of its widths narrower full networks have.
 PARTS = (2, 4, 8)
-BUDGET = 0.03  # Of networks that are rewritten, but for those of which less cannot be left.
+BUDGET = 0.03  # Of networks that are rewritten, where a plan can leave so little.
 
 
 def tune(run, accuracy, regimes=REGIMES, seeds=TUNING_SEEDS):
