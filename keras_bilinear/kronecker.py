@@ -9,7 +9,7 @@ import math
 
 from keras import ops
 
-from keras_bilinear.runtime import EXPORTED, runtime
+from keras_bilinear.runtime import EXPORTED, holds_integers, runtime
 
 # XLA likes one large matrix product and fuses the transposes around it; LiteRT
 # quantizes and runs best the products whose right operand is a constant matrix.
@@ -154,9 +154,11 @@ def convolve(x, left, right, order, groups=1, **options):
     apply_left = _convolve_groups if any(of_left) else _multiply
     if order == "left":
         x = apply_left(x, left, ("d1",), ("u1", "rank"), axes, "d2", left_options)
-        x = _convolve(x, right, ("rank", "d2"), ("u2",), axes, ("n", "group", "u1"), right_options)
+        inputs = _with_terms("d2")
+        x = _convolve(x, right, inputs, ("u2",), axes, ("n", "group", "u1"), right_options)
     else:
-        x = _convolve(x, right, ("d2",), ("rank", "u2"), axes, ("n", "group", "d1"), right_options)
+        outputs = _with_terms("u2")
+        x = _convolve(x, right, ("d2",), outputs, axes, ("n", "group", "d1"), right_options)
         x = apply_left(x, left, ("d1", "rank"), ("u1",), axes, "u2", left_options)
     return x.merge("n", *axes, "group", "u1", "u2")
 
@@ -205,13 +207,61 @@ def _on_axes(mine, strides, dilation_rate, padding):
     }
 
 
-def _convolve(x, kernel, inputs, outputs, axes, batch, options):
-    y = ops.conv(x.merge(batch, *axes, inputs), kernel.merge(*axes, inputs, outputs), **options)
-    return _Named(y, (batch, *axes, outputs), _without(x.sizes, axes))
+def _with_terms(name):
+    """The channels of a right factor together with the terms.
+
+    LiteRT moves runs of numbers most quickly where a run is one machine word: a single
+    float, or one integer of each term.
+    """
+    return (name, "rank") if holds_integers() else ("rank", name)
+
+
+def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
+    """Convolves the axes `inputs`, while those of `batch` are left as they are.
+
+    These are folded into the batch or, in a file, into the last axis of positions,
+    beside which they lie in memory: a window that is dilated by their size meets
+    only its own of them.
+    """
+    n, *others = batch
+    *first, last = axes
+    beside = _folds_beside(options, kernel.sizes[last], x.sizes["rank"])
+    if beside:
+        spread = math.prod(x.sizes[name] for name in others)
+        *dilation, own = options["dilation_rate"]
+        if kernel.sizes[last] > 1:
+            options = {**options, "dilation_rate": (*dilation, own * spread)}
+        batch, last = n, (last, *others)
+    y = ops.conv(
+        x.merge(batch, *first, last, (*group, *inputs)),
+        kernel.merge(*axes, inputs, (*group, *outputs)),
+        **options,
+    )
+    sizes = _without(x.sizes, axes)
+    if beside:
+        sizes[axes[-1]] = ops.shape(y)[-2] // spread
+    return _Named(y, (batch, *first, last, (*group, *outputs)), sizes)
+
+
+def _folds_beside(options, window, rank):
+    """Whether a convolution leaves other channels beside the last axis of positions.
+
+    It saves a file transposes. But integers, of rank 1, move more quickly from the batch.
+    """
+    if runtime() != EXPORTED or (holds_integers() and rank == 1):
+        return False
+    *_, stride = strides = options["strides"]
+    if window == 1:
+        return stride == 1
+    # Dilation needs strides of 1, and padding that is the same on both sides.
+    symmetric = options["padding"] == "valid" or window % 2
+    return symmetric and max(strides) == 1 and len(strides) < 3
 
 
 def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
-    groups = range(x.sizes["group"])
+    """Convolves as `_convolve`, with a kernel for each group."""
+    if x.sizes["group"] == 1:
+        return _convolve(x, kernel, inputs, outputs, axes, ("n", other), options, ("group",))
     parts = [
         _convolve(
             x.pick("group", i),
@@ -222,7 +272,7 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
             ("n", other),
             options,
         )
-        for i in groups
+        for i in range(x.sizes["group"])
     ]
     y = ops.stack([part.tensor for part in parts])
     return _Named(y, ("group", *parts[0].names), _without(x.sizes, axes))

@@ -9,6 +9,7 @@ from keras import backend
 
 EXPORTED = "exported"
 _RUNTIME = contextvars.ContextVar("runtime", default="")
+_QUANTIZE = contextvars.ContextVar("quantize", default=None)
 
 
 def runtime() -> str:
@@ -27,8 +28,13 @@ def on_gpu() -> bool:
     return keras.distribution.list_devices()[0].startswith("gpu")
 
 
+def holds_integers() -> bool:
+    """Whether what the operations made now pass on is going to be int8, in a file."""
+    return _QUANTIZE.get() == "int8"
+
+
 @contextlib.contextmanager
-def exporting() -> Iterator[None]:
+def exporting(quantize: str | None = None) -> Iterator[None]:
     """Within it, bilinear layers make the operations that suit a file.
 
     A kernel that is formed at each call would be stored in its full size, as
@@ -36,6 +42,10 @@ def exporting() -> Iterator[None]:
     applied one after the other, wherever they are the smaller, as matrix products
     with a constant matrix on the right. `export_litert` does so by itself; around
     `model.export` it makes ONNX files and the like small.
+
+    Args:
+        quantize: the numbers of the file, as of `export_litert`. With `"int8"` the
+            operations are those that move integers quickly.
 
     Example:
 
@@ -45,8 +55,9 @@ def exporting() -> Iterator[None]:
     >>> y.shape == (2, 64)
     True
     """
-    token = _RUNTIME.set(EXPORTED)
+    tokens = _RUNTIME.set(EXPORTED), _QUANTIZE.set(quantize)
     try:
         yield
     finally:
-        _RUNTIME.reset(token)
+        for variable, token in zip((_RUNTIME, _QUANTIZE), tokens, strict=True):
+            variable.reset(token)

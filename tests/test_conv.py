@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_bilinear import BilinearConv1D, BilinearConv2D, BilinearConv3D
+from keras_bilinear import BilinearConv1D, BilinearConv2D, BilinearConv3D, exporting
 
 LAYERS = {1: BilinearConv1D, 2: BilinearConv2D, 3: BilinearConv3D}
 PATTERNS = ["channel", "spatial"]
@@ -93,6 +93,24 @@ def test_equals_the_stock_layer_with_the_expanded_kernel(dimensions, options, or
     assert_close(evaluate(layer, x), evaluate(stock_layer(layer), x))
 
 
+@pytest.mark.parametrize(("order", "pattern"), WAYS)
+@pytest.mark.parametrize(
+    ("dimensions", "options"),
+    [(n, options) for n in LAYERS for options in options_of_a_dimension(n)],
+    ids=str,
+)
+def test_a_file_computes_the_same(dimensions, options, order, pattern):
+    grouped = make(dimensions, (12, 12), **options, groups=2, pattern=pattern)
+    layer = make(dimensions, (6, 8), **options, rank=2, pattern=pattern)
+    for one, channels in ((grouped, 12), (layer, 6)):
+        one._kernel._exported_order = order
+        x = draw(2, *range(6, 6 + dimensions), channels)
+        expected = evaluate(stock_layer(one), x)
+        for quantize in (None, "int8"):
+            with exporting(quantize):
+                assert_close(one(x), expected)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -127,7 +145,10 @@ def test_equals_the_stock_layer_for_any_options(data):
         implementation=data.draw(st.sampled_from(IMPLEMENTATIONS)),
     )
     x = draw(2, *data.draw(each.map(lambda sizes: [size + 6 for size in sizes])), channels[0])
-    assert_close(layer(x), stock_layer(layer)(x))
+    expected = stock_layer(layer)(x)
+    assert_close(layer(x), expected)
+    with exporting(data.draw(st.sampled_from([None, "int8"]))):
+        assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

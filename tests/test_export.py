@@ -144,6 +144,17 @@ def test_convolutions_are_exported_as_their_factors(exported):
     assert 4 * model.count_params() < report.bytes < 4 * materialized.factorization.full_parameters
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("pattern", ["channel", "spatial"])
+@on_tensorflow
+def test_a_convolution_transposes_twice_in_a_file(exported, pattern, quantize):
+    layer = BilinearConv2D(64, 3, padding="same", rank=2, pattern=pattern)
+    model = keras.Sequential([keras.Input((12, 12, 32)), layer])
+    report = exported(model, quantize, representative_data=normal(8, 12, 12, 32))
+    assert report.ops["TRANSPOSE"] == 2
+    assert "GATHER" not in report.ops
+
+
 @on_tensorflow
 def test_a_convolution_over_three_axes_is_exported(exported):
     model = keras.Sequential([keras.Input((4, 5, 6, 4)), BilinearConv3D(8, 3, padding="same")])
