@@ -60,7 +60,7 @@ def _convert(model, file, arguments, examples, quantize, quantize_io):
 
     def serve(**tensors):
         inputs = keras.tree.pack_sequence_as(arguments, [tensors[one.name] for one in specs])
-        with exporting(quantize):
+        with exporting(integers=quantize == "int8"):
             outputs = model(*inputs, training=False)
         if isinstance(outputs, dict):
             return outputs

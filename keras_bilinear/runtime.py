@@ -9,7 +9,7 @@ from keras import backend
 
 EXPORTED = "exported"
 _RUNTIME = contextvars.ContextVar("runtime", default="")
-_QUANTIZE = contextvars.ContextVar("quantize", default=None)
+_INTEGERS = contextvars.ContextVar("integers", default=False)
 
 
 def runtime() -> str:
@@ -30,11 +30,11 @@ def on_gpu() -> bool:
 
 def holds_integers() -> bool:
     """Whether what the operations made now pass on is going to be int8, in a file."""
-    return _QUANTIZE.get() == "int8"
+    return _INTEGERS.get()
 
 
 @contextlib.contextmanager
-def exporting(quantize: str | None = None) -> Iterator[None]:
+def exporting(integers: bool = False) -> Iterator[None]:
     """Within it, bilinear layers make the operations that suit a file.
 
     A kernel that is formed at each call would be stored in its full size, as
@@ -44,8 +44,8 @@ def exporting(quantize: str | None = None) -> Iterator[None]:
     `model.export` it makes ONNX files and the like small.
 
     Args:
-        quantize: the numbers of the file, as of `export_litert`. With `"int8"` the
-            operations are those that move integers quickly.
+        integers: whether the file is going to pass on int8, not floats; then the
+            operations are those that move single bytes quickly.
 
     Example:
 
@@ -55,9 +55,9 @@ def exporting(quantize: str | None = None) -> Iterator[None]:
     >>> y.shape == (2, 64)
     True
     """
-    tokens = _RUNTIME.set(EXPORTED), _QUANTIZE.set(quantize)
+    tokens = _RUNTIME.set(EXPORTED), _INTEGERS.set(integers)
     try:
         yield
     finally:
-        for variable, token in zip((_RUNTIME, _QUANTIZE), tokens, strict=True):
+        for variable, token in zip((_RUNTIME, _INTEGERS), tokens, strict=True):
             variable.reset(token)
