@@ -125,8 +125,8 @@ def convolve(x, left, right, order, groups=1, **options):
     """Convolves by the Kronecker sum without forming it.
 
     Each factor is a convolution of its own share of the channels, with the other
-    share folded into the batch; no patches are extracted. A factor whose window
-    is 1 along each axis is a matrix product.
+    share folded into the batch or, in a file, into the positions; no patches are
+    extracted. A factor whose window is 1 along each axis is a matrix product.
 
     Args:
         x: `(n, *positions, groups, d1, d2)`.
@@ -208,20 +208,20 @@ def _on_axes(mine, strides, dilation_rate, padding):
 
 
 def _with_terms(name):
-    """The channels of a right factor together with the terms.
+    """The channels of a right factor together with the terms, in the order of their axes.
 
-    LiteRT moves runs of numbers most quickly where a run is one machine word: a single
-    float, or one integer of each term.
+    The transposes of a LiteRT file take the least time like this: those of floats with
+    the channels innermost, those of integers with the terms.
     """
     return (name, "rank") if holds_integers() else ("rank", name)
 
 
 def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
-    """Convolves the axes `inputs`, while those of `batch` are left as they are.
+    """Convolves the channels `inputs` to `outputs`, with the axes `batch` folded into the batch.
 
-    These are folded into the batch or, in a file, into the last axis of positions,
-    beside which they lie in memory: a window that is dilated by their size meets
-    only its own of them.
+    In a file all but the first of these are folded into the last axis of positions
+    instead, beside which they lie in memory: a window that is dilated by their number
+    meets the same one of them at each place.
     """
     n, *others = batch
     *first, last = axes
@@ -246,7 +246,7 @@ def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
 def _folds_beside(options, window, rank):
     """Whether a convolution leaves other channels beside the last axis of positions.
 
-    It saves a file transposes. But integers, of rank 1, move more quickly from the batch.
+    It saves a file transposes. But those that are left take longer for integers of rank 1.
     """
     if runtime() != EXPORTED or (holds_integers() and rank == 1):
         return False
