@@ -225,11 +225,12 @@ def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
     """
     n, *others = batch
     *first, last = axes
-    beside = _folds_beside(options, kernel.sizes[last], x.sizes["rank"])
+    window = kernel.sizes[last]
+    beside = _folds_beside([x.sizes[axis] for axis in axes], window, x.sizes["rank"], options)
     if beside:
         spread = math.prod(x.sizes[name] for name in others)
         *dilation, own = options["dilation_rate"]
-        if kernel.sizes[last] > 1:
+        if window > 1:
             options = {**options, "dilation_rate": (*dilation, own * spread)}
         batch, last = n, (last, *others)
     y = ops.conv(
@@ -239,23 +240,26 @@ def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
     )
     sizes = _without(x.sizes, axes)
     if beside:
-        sizes[axes[-1]] = ops.shape(y)[-2] // spread
+        sizes[axes[-1]] = y.shape[-2] // spread
     return _Named(y, (batch, *first, last, (*group, *outputs)), sizes)
 
 
-def _folds_beside(options, window, rank):
+def _folds_beside(positions, window, rank, options):
     """Whether a convolution leaves other channels beside the last axis of positions.
 
     It saves a file transposes. But those that are left take longer for integers of rank 1.
     """
     if runtime() != EXPORTED or (holds_integers() and rank == 1):
         return False
+    # Converters to other formats have trouble with sizes that are not known.
+    if len(positions) > 2 or not all(isinstance(size, int) for size in positions):
+        return False
     *_, stride = strides = options["strides"]
     if window == 1:
         return stride == 1
     # Dilation needs strides of 1, and padding that is the same on both sides.
     symmetric = options["padding"] == "valid" or window % 2
-    return symmetric and max(strides) == 1 and len(strides) < 3
+    return symmetric and max(strides) == 1
 
 
 def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):

@@ -331,6 +331,22 @@ def test_saved_models_and_onnx_files_hold_factors(tmp_path, layer, shape, export
     assert stored < 0.5 * 4 * full
 
 
+@pytest.mark.parametrize("pattern", ["channel", "spatial"])
+@on_tensorflow
+def test_onnx_files_take_images_of_any_size(tmp_path, pattern):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer = BilinearConv2D(10, 3, padding="same", rank=2, pattern=pattern)
+    model = keras.Sequential([keras.Input((None, None, 6), name="x"), layer])
+    images = normal(1, 7, 4, 6), normal(3, 5, 6, 6)
+    expected = [model(x) for x in images]
+    path = tmp_path / "model.onnx"
+    with exporting():
+        model.export(path, format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for x, y in zip(images, expected, strict=True):
+        np.testing.assert_allclose(session.run(None, {"x": x})[0], y, rtol=1e-4, atol=1e-5)
+
+
 def kernels(layer):
     return getattr(layer, "cell", layer)._kernels.values()
 
