@@ -251,7 +251,7 @@ def _folds_beside(positions, window, rank, options):
     """
     if runtime() != EXPORTED or (holds_integers() and rank == 1):
         return False
-    # Converters to other formats have trouble with sizes that are not known.
+    # ONNX files made of sizes that are not known do not run; three axes were not measured.
     if len(positions) > 2 or not all(isinstance(size, int) for size in positions):
         return False
     *_, stride = strides = options["strides"]

@@ -80,12 +80,15 @@ def options_of_a_dimension(dimensions):
         yield {"kernel_size": 1, "padding": padding, "strides": mixed}
 
 
-@pytest.mark.parametrize(("order", "pattern"), WAYS)
-@pytest.mark.parametrize(
+with_all_options = pytest.mark.parametrize(
     ("dimensions", "options"),
     [(n, options) for n in LAYERS for options in options_of_a_dimension(n)],
     ids=str,
 )
+
+
+@pytest.mark.parametrize(("order", "pattern"), WAYS)
+@with_all_options
 def test_equals_the_stock_layer_with_the_expanded_kernel(dimensions, options, order, pattern):
     layer = make(dimensions, (6, 8), **options, rank=2, pattern=pattern, activation="tanh")
     layer._kernel._order = order
@@ -94,11 +97,7 @@ def test_equals_the_stock_layer_with_the_expanded_kernel(dimensions, options, or
 
 
 @pytest.mark.parametrize(("order", "pattern"), WAYS)
-@pytest.mark.parametrize(
-    ("dimensions", "options"),
-    [(n, options) for n in LAYERS for options in options_of_a_dimension(n)],
-    ids=str,
-)
+@with_all_options
 def test_a_file_computes_the_same(dimensions, options, order, pattern):
     grouped = make(dimensions, (12, 12), **options, groups=2, pattern=pattern)
     layer = make(dimensions, (6, 8), **options, rank=2, pattern=pattern)
