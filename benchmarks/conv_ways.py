@@ -1,12 +1,13 @@
 """Times every way of a bilinear convolution, fits the cost model, and tests its choices.
 
-    KERAS_BACKEND=tensorflow python benchmarks/conv_ways.py [--nomeasure]
+    KERAS_BACKEND=jax python benchmarks/conv_ways.py [--nomeasure]
+    TF_ENABLE_ONEDNN_OPTS=1 KERAS_BACKEND=tensorflow python benchmarks/conv_ways.py
 
-Writes the times into `benchmarks/results/conv_ways_BACKEND.json` and what comes
-of them into `conv_ways_BACKEND.md`; with `--nomeasure` it takes the times that
-stand there. The coefficients that it prints are those of
-`keras_bilinear/cost.py`; they are fitted on one grid of cases and judged on
-another one.
+Writes the times into `benchmarks/results/conv_ways_LIBRARY.json` and what comes
+of them into `conv_ways_LIBRARY.md`, where the library is that of the backend's
+convolutions; with `--nomeasure` it takes the times that stand there. The
+coefficients that it prints are those of `keras_bilinear/cost.py`; they are fitted
+on one grid of cases and judged on another one.
 """
 
 import dataclasses
@@ -27,9 +28,16 @@ from keras_bilinear import benchmark, cost
 from keras_bilinear.benchmark_cases import ConvCase
 from keras_bilinear.benchmark_worker import Steps, median_seconds
 from keras_bilinear.files import staged
+from keras_bilinear.runtime import convolution_library
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the ways, not only fit the model anew")
 WAYS = (*cost.FACTORIZED, None)
+ENVIRONMENT = {
+    "tensorflow": "TF_ENABLE_ONEDNN_OPTS=0 KERAS_BACKEND=tensorflow",
+    "onednn": "TF_ENABLE_ONEDNN_OPTS=1 KERAS_BACKEND=tensorflow",
+    "jax": "KERAS_BACKEND=jax",
+    "torch": "KERAS_BACKEND=torch",
+}
 # The rates of a machine without delays: three passes of 1e11 MACs a second.
 LEAST = cost.Work(0.03, 0.001, 0.001, 0.001, 0.001, 0.001)
 
@@ -75,9 +83,9 @@ def measure(case):
     inputs = case.inputs()
     steps = []
     for order in WAYS:
-        layer = build(case)
-        layer._kernel._order = order
+        _, layer = case.layers()
         steps.append(Steps(layer, inputs, xla=keras.config.backend() == "jax"))
+        layer._kernel._order = order  # before its first call
     positions = math.prod(steps[0].layer.compute_output_shape(inputs.shape)[:-1])
     forward = median_seconds([s.forward for s in steps], rounds=4, burst=0.05)
     step = median_seconds([s.step for s in steps], rounds=4, burst=0.05)
@@ -145,8 +153,8 @@ def judge(cases, times, coefficients):
 
 def main(argv):
     del argv
-    backend = keras.config.backend()
-    path = tables.RESULTS / f"conv_ways_{backend}.json"
+    library = convolution_library()
+    path = tables.RESULTS / f"conv_ways_{library}.json"
     if MEASURE.value:
         measured = {
             "machine": benchmark.machine(),
@@ -156,12 +164,12 @@ def main(argv):
         with staged(tables.RESULTS) as folder:
             (folder / path.name).write_text(json.dumps(measured, indent=1) + "\n")
     measured = json.loads(path.read_text())
-    fitted, used = fit(measured["fit"]), cost.NANOSECONDS[backend]
+    fitted, used = fit(measured["fit"]), cost.NANOSECONDS[library]
     facts = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
     lines = [
-        f"# Ways of a bilinear convolution, {backend}",
+        f"# Ways of a bilinear convolution, {library}",
         "",
-        f"`KERAS_BACKEND={backend} python benchmarks/conv_ways.py`; {facts}.",
+        f"`{ENVIRONMENT[library]} python benchmarks/conv_ways.py`; {facts}.",
         "",
         "Nanoseconds for each output position, forward / training step (Adam), batch of 16, "
         "float32. `left` and `right`: the factor that is applied first. The choice is that of the "
@@ -191,7 +199,7 @@ def main(argv):
             )
     print("\n".join(line for line in lines if not line.startswith("|")))
     with staged(tables.RESULTS) as folder:
-        (folder / f"conv_ways_{backend}.md").write_text("\n".join(lines) + "\n")
+        (folder / f"conv_ways_{library}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

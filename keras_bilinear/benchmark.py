@@ -24,9 +24,9 @@ from keras_bilinear.errors import CommandError, require
 from keras_bilinear.files import check_writable, staged
 
 # Column: the Keras backend, whether it compiles with XLA, and more environment.
-# TensorFlow takes Intel's oneDNN library by itself on some CPUs only.
+# TensorFlow takes Intel's oneDNN library by itself on some CPUs; here only where it is named.
 COLUMNS = {
-    "tensorflow": ("tensorflow", False, {}),
+    "tensorflow": ("tensorflow", False, {"TF_ENABLE_ONEDNN_OPTS": "0"}),
     "onednn": ("tensorflow", False, {"TF_ENABLE_ONEDNN_OPTS": "1"}),
     "xla": ("tensorflow", True, {}),
     "jax": ("jax", True, {}),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from keras_bilinear.runtime import EXPORTED, on_gpu, runtime
+from keras_bilinear.runtime import EXPORTED, convolution_library, on_gpu, runtime
 
 FACTORIZED = ("left", "right")
 
@@ -32,20 +32,24 @@ class Work:
 
 # Nanoseconds for each number of `Work`, forward pass and training step
 # together, on one machine: only their ratios matter. Made by
-# `python benchmarks/conv_ways.py`; see benchmarks/results/conv_ways_BACKEND.md.
+# `python benchmarks/conv_ways.py`; see benchmarks/results/conv_ways_LIBRARY.md.
 # The one large convolution of the materialized way has rates of its own.
 NANOSECONDS = {
     "tensorflow": (
-        Work(0.0307, 2.13, 7.31, 0.001, 2.24, 662.0),
-        Work(0.0604, 0.677, 7.62, 0.0, 0.0, 0.0),
+        Work(0.03, 1.56, 4.49, 1.42, 1.59, 436.0),
+        Work(0.0471, 0.652, 3.8, 0.0, 0.0, 0.0),
+    ),
+    "onednn": (
+        Work(0.03, 0.399, 0.83, 0.136, 2.31, 74.8),
+        Work(0.0324, 0.001, 6.45, 0.0, 0.0, 0.0),
     ),
     "jax": (
-        Work(0.109, 0.655, 9.35, 1.55, 0.00101, 462.0),
-        Work(0.0563, 5.54, 0.001, 0.0, 0.0, 0.0),
+        Work(0.0513, 0.902, 7.01, 1.39, 0.001, 112.0),
+        Work(0.0341, 2.18, 0.001, 0.0, 0.0, 0.0),
     ),
     "torch": (
-        Work(0.03, 0.639, 2.62, 3.22, 12.3, 68.5),
-        Work(0.0729, 0.186, 16.5, 0.0, 0.0, 0.0),
+        Work(0.03, 0.393, 0.83, 2.16, 6.37, 0.001),
+        Work(0.043, 0.001, 7.61, 0.0, 0.0, 0.0),
     ),
 }
 
@@ -167,8 +171,8 @@ def work(plan, order, strides):
 
 
 def seconds(plan, order, strides, coefficients=None):
-    """Predicted time for each output position, in arbitrary units of this backend."""
-    factorized, materialized = coefficients or NANOSECONDS[runtime()]
+    """Predicted time for each output position, in arbitrary units of this library."""
+    factorized, materialized = coefficients or NANOSECONDS[convolution_library()]
     rates = materialized if order is None else factorized
     each = zip(
         dataclasses.astuple(work(plan, order, strides)), dataclasses.astuple(rates), strict=True

@@ -17,6 +17,21 @@ def runtime() -> str:
     return _RUNTIME.get() or backend.backend()
 
 
+def convolution_library() -> str:
+    """What computes convolutions on a CPU: the backend or `"onednn"` where TensorFlow has it do so.
+
+    TensorFlow takes Intel's oneDNN by itself on some CPUs only, and where
+    `TF_ENABLE_ONEDNN_OPTS=1` asks for it.
+    """
+    if backend.backend() != "tensorflow":
+        return backend.backend()
+    try:  # TensorFlow has no public name for this.
+        from tensorflow.python.util._pywrap_util_port import IsMklEnabled
+    except ImportError:
+        return "tensorflow"
+    return "onednn" if IsMklEnabled() else "tensorflow"
+
+
 def on_gpu() -> bool:
     """Whether operations made now are going to run on a GPU; those of a file are not."""
     if runtime() == EXPORTED:

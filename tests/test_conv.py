@@ -19,6 +19,9 @@ IMPLEMENTATIONS = ["factorized", "materialized"]
 WAYS = [("left", "channel"), ("right", "spatial")]
 if BACKEND == "tensorflow":
     WAYS += [("right", "channel"), ("left", "spatial")]
+# For strides up to 3: where padding "same" would have to crop two positions or more,
+# TensorFlow without oneDNN takes others than with it in three dimensions.
+SIZES = (7, 8, 10)
 # (input channels, filters): square, images, primes, classes, one of each.
 CHANNELS = [(16, 16), (3, 8), (7, 11), (12, 10), (1, 6), (6, 1), (1, 1)]
 
@@ -92,7 +95,7 @@ with_all_options = pytest.mark.parametrize(
 def test_equals_the_stock_layer_with_the_expanded_kernel(dimensions, options, order, pattern):
     layer = make(dimensions, (6, 8), **options, rank=2, pattern=pattern, activation="tanh")
     layer._kernel._order = order
-    x = draw(2, *range(6, 6 + dimensions), 6)
+    x = draw(2, *SIZES[:dimensions], 6)
     assert_close(evaluate(layer, x), evaluate(stock_layer(layer), x))
 
 
@@ -103,7 +106,7 @@ def test_a_file_computes_the_same(dimensions, options, order, pattern):
     layer = make(dimensions, (6, 8), **options, rank=2, pattern=pattern)
     for one, channels in ((grouped, 12), (layer, 6)):
         one._kernel._exported_order = order
-        x = draw(2, *range(6, 6 + dimensions), channels)
+        x = draw(2, *SIZES[:dimensions], channels)
         expected = evaluate(stock_layer(one), x)
         for integers in (False, True):
             with exporting(integers):
