@@ -24,7 +24,7 @@ from keras_bilinear.errors import CommandError, require
 from keras_bilinear.files import check_writable, staged
 
 # Column: the Keras backend, whether it compiles with XLA, and more environment.
-# TensorFlow takes Intel's oneDNN library by itself on some CPUs; here only where it is named.
+# TensorFlow takes Intel's oneDNN library by itself on some CPUs only; "tensorflow" is without it.
 COLUMNS = {
     "tensorflow": ("tensorflow", False, {"TF_ENABLE_ONEDNN_OPTS": "0"}),
     "onednn": ("tensorflow", False, {"TF_ENABLE_ONEDNN_OPTS": "1"}),
