@@ -32,12 +32,6 @@ from keras_bilinear.runtime import convolution_library
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the ways, not only fit the model anew")
 WAYS = (*cost.FACTORIZED, None)
-ENVIRONMENT = {
-    "tensorflow": "TF_ENABLE_ONEDNN_OPTS=0 KERAS_BACKEND=tensorflow",
-    "onednn": "TF_ENABLE_ONEDNN_OPTS=1 KERAS_BACKEND=tensorflow",
-    "jax": "KERAS_BACKEND=jax",
-    "torch": "KERAS_BACKEND=torch",
-}
 # The rates of a machine without delays: three passes of 1e11 MACs a second.
 LEAST = cost.Work(0.03, 0.001, 0.001, 0.001, 0.001, 0.001)
 
@@ -166,10 +160,14 @@ def main(argv):
     measured = json.loads(path.read_text())
     fitted, used = fit(measured["fit"]), cost.NANOSECONDS[library]
     facts = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
+    backend, _, environment = benchmark.COLUMNS[library]
+    environment = " ".join(
+        f"{name}={value}" for name, value in {**environment, "KERAS_BACKEND": backend}.items()
+    )
     lines = [
         f"# Ways of a bilinear convolution, {library}",
         "",
-        f"`{ENVIRONMENT[library]} python benchmarks/conv_ways.py`; {facts}.",
+        f"`{environment} python benchmarks/conv_ways.py`; {facts}.",
         "",
         "Nanoseconds for each output position, forward / training step (Adam), batch of 16, "
         "float32. `left` and `right`: the factor that is applied first. The choice is that of the "
