@@ -5,16 +5,17 @@ convolution have a window before the channels. Nothing here knows of layers,
 padding or dtypes.
 """
 
+import functools
 import math
+import operator
 
 from keras import ops
 
-from keras_bilinear.runtime import EXPORTED, holds_integers, runtime
+from keras_bilinear.runtime import EXPORTED, holds_integers, on_gpu, runtime
 
-# XLA likes one large matrix product and fuses the transposes around it; LiteRT
-# quantizes and runs best the products whose right operand is a constant matrix.
-# The others call one library kernel per op and like it batched.
-_FLAT_PRODUCTS = ("jax", EXPORTED)
+# On a CPU XLA is slow at one small product of matrices for each row, in its gradient.
+# Up to this rank a sum of outer products is as fast going forward and trains faster.
+_MOST_OUTER_PRODUCTS = 4
 
 
 def project(x, left, right, order):
@@ -85,7 +86,11 @@ def _multiply_each(matrix, x):
     m, p = matrix.shape
     if x.shape[2] == 1:  # the factors of a kernel of low rank: one plain product
         return ops.reshape(ops.matmul(ops.reshape(x, (-1, p)), ops.transpose(matrix)), (-1, m, 1))
-    if runtime() not in _FLAT_PRODUCTS:
+    # XLA likes one large matrix product and fuses the transposes around it, those of
+    # several rows; LiteRT quantizes and runs best the products whose right operand is a
+    # constant matrix. The others call one library kernel per op and like it batched.
+    batched = x.shape[0] == 1 if runtime() == "jax" else runtime() != EXPORTED
+    if batched:
         return ops.matmul(matrix, x)
     y = ops.matmul(ops.reshape(ops.transpose(x, (0, 2, 1)), (-1, p)), ops.transpose(matrix))
     return ops.transpose(ops.reshape(y, (-1, x.shape[2], m)), (0, 2, 1))
@@ -109,6 +114,9 @@ def rows(indices, left, right):
         left = ops.reshape(ops.transpose(left, (1, 2, 0)), (d1, u1 * rank))
         left = ops.reshape(ops.take(left, indices, axis=0), (-1, rank))
         return ops.reshape(ops.matmul(left, ops.reshape(right, (rank, u2))), (-1, u1 * u2))
+    if 1 < rank <= _MOST_OUTER_PRODUCTS and runtime() == "jax" and not on_gpu():
+        terms = zip(ops.split(left, rank), ops.split(right, rank), strict=True)
+        return functools.reduce(operator.add, (rows(indices, *term) for term in terms))
     quotient = ops.floor_divide(indices, d2)
     remainder = ops.subtract(indices, ops.multiply(quotient, d2))
     # Backends have their fastest gather, and its gradient, for matrices.

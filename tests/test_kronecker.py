@@ -16,7 +16,7 @@ ORDERS = ["left", "right"]
 @st.composite
 def cases(draw):
     """Factors, and a generator of whatever else the test needs."""
-    rank, d1, d2, u1, u2 = (draw(st.integers(1, n)) for n in (3, 5, 5, 5, 5))
+    rank, d1, d2, u1, u2 = (draw(st.integers(1, n)) for n in (6, 5, 5, 5, 5))
     random = np.random.default_rng(draw(st.integers(0, 99)))
     left = random.normal(size=(rank, d1, u1)).astype("float32")
     right = random.normal(size=(rank, d2, u2)).astype("float32")
