@@ -124,8 +124,9 @@ def rows(indices, left, right):
     right = ops.reshape(ops.transpose(right, (1, 0, 2)), (d2, rank * u2))
     left = ops.reshape(ops.take(left, quotient, axis=0), (-1, u1, rank))
     right = ops.reshape(ops.take(right, remainder, axis=0), (-1, rank, u2))
-    # LiteRT is slow at small products of matrices, of integers above all.
-    product = ops.multiply if rank == 1 and runtime() == EXPORTED else ops.matmul
+    # LiteRT and PyTorch are slow at an outer product by matrices, with integers above all.
+    outer = rank == 1 and runtime() in ("torch", EXPORTED)
+    product = ops.multiply if outer else ops.matmul
     return ops.reshape(product(left, right), (-1, u1 * u2))
 
 
