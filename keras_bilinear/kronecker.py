@@ -84,16 +84,18 @@ def _split(x, count, axis):
 def _multiply_each(matrix, x):
     """`matrix @ x[i]` for each of the matrices in `x`: `(m, p), (n, p, q) -> (n, m, q)`."""
     m, p = matrix.shape
-    if x.shape[2] == 1:  # the factors of a kernel of low rank: one plain product
+    n, _, q = x.shape
+    if q == 1:  # the factors of a kernel of low rank: one plain product
         return ops.reshape(ops.matmul(ops.reshape(x, (-1, p)), ops.transpose(matrix)), (-1, m, 1))
-    # XLA likes one large matrix product and fuses the transposes around it, those of
-    # several rows; LiteRT quantizes and runs best the products whose right operand is a
-    # constant matrix. The others call one library kernel per op and like it batched.
-    batched = x.shape[0] == 1 if runtime() == "jax" else runtime() != EXPORTED
-    if batched:
+    if n == 1 and runtime() in ("tensorflow", "jax"):  # another one; PyTorch sees that itself
+        return ops.reshape(ops.matmul(matrix, ops.reshape(x, (p, q))), (1, m, q))
+    # XLA likes one large matrix product and fuses the transposes around it; LiteRT
+    # quantizes and runs best the products whose right operand is a constant matrix.
+    # The others call one library kernel per op and like it batched.
+    if runtime() not in ("jax", EXPORTED):
         return ops.matmul(matrix, x)
     y = ops.matmul(ops.reshape(ops.transpose(x, (0, 2, 1)), (-1, p)), ops.transpose(matrix))
-    return ops.transpose(ops.reshape(y, (-1, x.shape[2], m)), (0, 2, 1))
+    return ops.transpose(ops.reshape(y, (-1, q, m)), (0, 2, 1))
 
 
 def rows(indices, left, right):
