@@ -1,3 +1,4 @@
+import operator
 from functools import partial
 
 import keras
@@ -65,7 +66,7 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
             bias = None if self.bias is None else ops.split(self.bias[1], 3)
 
             def candidate(r, state, recurrent):
-                return ops.multiply(r, recurrent)
+                return r * recurrent
 
         else:
             project = self._projection(kernel, mask, training, (0, 1))
@@ -73,18 +74,18 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
             bias = None
 
             def candidate(r, state, recurrent):
-                masked = ops.multiply(state, mask[2]) if mask is not None else state
-                return project_reset(ops.multiply(r, masked))[0]
+                masked = state * mask[2] if mask is not None else state
+                return project_reset(r * masked)[0]
 
         def step(x, states):
             (state,) = states
             recurrent = project(state)
             if bias is not None:
-                recurrent = list(map(ops.add, recurrent, bias))
-            z = self.recurrent_activation(ops.add(x[0], recurrent[0]))
-            r = self.recurrent_activation(ops.add(x[1], recurrent[1]))
-            new = self.activation(ops.add(x[2], candidate(r, state, recurrent[-1])))
-            output = ops.add(new, ops.multiply(z, ops.subtract(state, new)))
+                recurrent = list(map(operator.add, recurrent, bias))
+            z = self.recurrent_activation(x[0] + recurrent[0])
+            r = self.recurrent_activation(x[1] + recurrent[1])
+            new = self.activation(x[2] + candidate(r, state, recurrent[-1]))
+            output = new + z * (state - new)
             return output, [output]
 
         return step

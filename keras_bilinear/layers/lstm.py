@@ -1,3 +1,4 @@
+import operator
 from functools import partial
 
 import keras
@@ -46,12 +47,10 @@ class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
 
         def step(x, states):
             state, carry = states
-            i, f, c, o = map(ops.add, x, project(state))
-            carry = ops.add(
-                ops.multiply(self.recurrent_activation(f), carry),
-                ops.multiply(self.recurrent_activation(i), self.activation(c)),
-            )
-            output = ops.multiply(self.recurrent_activation(o), self.activation(carry))
+            i, f, c, o = map(operator.add, x, project(state))
+            carry = self.recurrent_activation(f) * carry
+            carry = carry + self.recurrent_activation(i) * self.activation(c)
+            output = self.recurrent_activation(o) * self.activation(carry)
             return output, [output, carry]
 
         return step
