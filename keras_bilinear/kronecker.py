@@ -87,7 +87,7 @@ def _multiply_each(matrix, x):
     n, _, q = x.shape
     if q == 1:  # the factors of a kernel of low rank: one plain product
         return ops.reshape(ops.matmul(ops.reshape(x, (-1, p)), ops.transpose(matrix)), (-1, m, 1))
-    if n == 1 and runtime() in ("tensorflow", "jax"):  # another one; PyTorch sees that itself
+    if n == 1 and runtime() in ("tensorflow", "jax"):  # likewise; PyTorch does so by itself
         return ops.reshape(ops.matmul(matrix, ops.reshape(x, (p, q))), (1, m, q))
     # XLA likes one large matrix product and fuses the transposes around it; LiteRT
     # quantizes and runs best the products whose right operand is a constant matrix.
@@ -126,7 +126,7 @@ def rows(indices, left, right):
     right = ops.reshape(ops.transpose(right, (1, 0, 2)), (d2, rank * u2))
     left = ops.reshape(ops.take(left, quotient, axis=0), (-1, u1, rank))
     right = ops.reshape(ops.take(right, remainder, axis=0), (-1, rank, u2))
-    # LiteRT and PyTorch are slow at an outer product by matrices, with integers above all.
+    # As a product of matrices PyTorch and LiteRT, with integers above all, are slow at it.
     outer = rank == 1 and runtime() in ("torch", EXPORTED)
     product = ops.multiply if outer else ops.matmul
     return ops.reshape(product(left, right), (-1, u1 * u2))
