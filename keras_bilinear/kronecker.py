@@ -126,7 +126,7 @@ def rows(indices, left, right):
     right = ops.reshape(ops.transpose(right, (1, 0, 2)), (d2, rank * u2))
     left = ops.reshape(ops.take(left, quotient, axis=0), (-1, u1, rank))
     right = ops.reshape(ops.take(right, remainder, axis=0), (-1, rank, u2))
-    # As a product of matrices PyTorch and LiteRT, with integers above all, are slow at it.
+    # PyTorch and LiteRT, with integers above all, are slow at matmul for an outer product.
     outer = rank == 1 and runtime() in ("torch", EXPORTED)
     product = ops.multiply if outer else ops.matmul
     return ops.reshape(product(left, right), (-1, u1 * u2))
