@@ -156,7 +156,9 @@ def cifar10(accuracy):
     each block, each at its own; then a part of them with more seeds, a larger scale, and a
     rewritten one; then those at their own rates for more epochs, with three seeds, and the
     bilinear ones of just less than 1% and 3%. The narrower ones are as small as the
-    largest two bilinear ones of these.
+    largest two bilinear ones of these. As nothing regularizes them, the larger ones for as
+    many epochs with dropout, in mixed precision; and one of two convolutions in a block
+    that is so much wider that it has as many multiplications as the bilinear one.
     """
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
     grid = itertools.product((1, 2), (1, 2, 4, 8), PATTERNS)
@@ -173,6 +175,13 @@ def cifar10(accuracy):
     _test(accuracy, (*tuned, *_grid(base, PATTERNS)))
     longer = (*tuned, one_percent, three_percent)
     _test(accuracy, [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in longer], seeds=3)
+    *_, base, bilinear, shallower = tuned
+    wider = dataclasses.replace(
+        shallower, network="shallower, wider full", hidden=(50, 100, 200, 1024)
+    )
+    regime = {"epochs": CIFAR10_LONG, "dropout": 0.25, "policy": "mixed_bfloat16"}
+    larger = (base, bilinear, shallower, wider)
+    _test(accuracy, [dataclasses.replace(one, **regime) for one in larger])
 
 
 def cifar10_resnet(accuracy):
@@ -363,7 +372,7 @@ def tabulate(rows, study):
     costs = read_costs(study)
     group = ("tuning", "dataset", "optimizer", "weight_decay", "dropout", "label_smoothing")
     group += ("recurrent", "network", "pattern", "kernels", "learning_rate", "epochs")
-    group += ("examples", "clipnorm")
+    group += ("examples", "clipnorm", "policy")
     groups, full_sizes = {}, {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in group), []).append(row)

@@ -48,6 +48,9 @@ class _Layers:
     def dense(self, units, **kwargs):
         return self("Dense", units, rank=self.ranks[-1], **kwargs)
 
+    def classes(self, dataset):
+        return self.dense(dataset.classes, dtype="float32")
+
     def recurrent(self, units, **kwargs):
         return self(self.run.recurrent, units, rank=self.ranks[-1], **kwargs)
 
@@ -74,7 +77,7 @@ def _recurrent(run, dataset, layers):
         *layers.dropout(),
         layers.recurrent(units, return_sequences=dataset.kind == "characters"),
         *layers.dropout(),
-        layers.dense(dataset.classes),
+        layers.classes(dataset),
     ):
         x = layer(x)
     return keras.Model(inputs, x)
@@ -85,19 +88,17 @@ def _vgg(run, dataset, layers):
     import keras
 
     *blocks, units = run.hidden
-    return keras.Sequential(
-        [
-            *_image(dataset),
-            *(
-                layers.conv(filters, strides=strides, activation="relu")
-                for filters in blocks
-                for strides in (*[1] * (run.depth - 1), 2)
-            ),
-            keras.layers.Flatten(),
-            layers.dense(units, activation="relu"),
-            layers.dense(dataset.classes),
-        ]
-    )
+    hidden = []
+    for filters in blocks:
+        for strides in (*[1] * (run.depth - 1), 2):
+            hidden.append(layers.conv(filters, strides=strides, activation="relu"))
+        hidden += layers.dropout()
+    hidden += [
+        keras.layers.Flatten(),
+        layers.dense(units, activation="relu"),
+        *layers.dropout(),
+    ]
+    return keras.Sequential([*_image(dataset), *hidden, layers.classes(dataset)])
 
 
 def _resnet(run, dataset, layers):
@@ -126,7 +127,7 @@ def _resnet(run, dataset, layers):
             shortcut = x if strides == 1 else conv(x, filters, size=1, strides=strides)
             x = relu(keras.layers.Add()([shortcut, y]))
     x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, layers.dense(dataset.classes)(x))
+    return keras.Model(inputs, layers.classes(dataset)(x))
 
 
 def _image(dataset):
@@ -155,4 +156,4 @@ def _mlp(run, dataset, layers):
     hidden = []
     for units in run.hidden:
         hidden += [layers.dense(units, activation="relu"), *layers.dropout()]
-    return keras.Sequential([inputs, *first, *hidden, layers.dense(dataset.classes)])
+    return keras.Sequential([inputs, *first, *hidden, layers.classes(dataset)])

@@ -51,7 +51,8 @@ def series(rows):
     """`{(recurrent, kind, pattern, training): [rows of a network, ...]}`, by lines.
 
     Of a network that was tested in several settings counts the one that is best on
-    held-out data. Numbers of epochs, and clipped gradients, are told apart.
+    held-out data. Numbers of epochs, clipped gradients, and trainings in mixed precision,
+    which have dropout, are told apart.
     """
     networks, held_out = {}, {}
     several = len({row["epochs"] for row in rows}) > 1
@@ -59,6 +60,7 @@ def series(rows):
         setting = tuple(row[name] for name in SETTING)
         epochs = f"{row['epochs']} epochs" if several else ""
         training = epochs or ("" if row["clipnorm"] == "None" else "clipped")
+        training = joined(training, "" if row["policy"] == "float32" else "dropout")
         key = row["recurrent"], row["network"], row["pattern"], training
         if row["tuning"] == "True":
             held_out.setdefault((key, setting), []).append(row)

@@ -39,6 +39,7 @@ class Run:
     `"frequent half"` the embedding has the first of these halves only. `architecture` is
     `"resnet20"`, or empty for the network that the data set has otherwise; `depth` is how
     many convolutions each of its blocks has, or residual blocks each of its stages.
+    `policy` is Keras' dtype policy; the layer of the classes is in float32.
 
     It trains on the first `examples`, or on all of them; gradients whose norm, over
     all variables, is above `clipnorm` are scaled down to it. With `tuning`, the last
@@ -66,6 +67,7 @@ class Run:
     architecture: str = ""
     budget: float | None = None
     depth: int = 3
+    policy: str = "float32"
 
     @property
     def key(self):
@@ -137,6 +139,7 @@ def train(run, dataset):
     from keras_bilinear.layers import projection
 
     keras.utils.set_random_seed(run.seed)
+    keras.config.set_dtype_policy(run.policy)
     model = build(run, dataset)
     if run.kernels in ("plain", "unbounded", "calm"):
         store(model, run.kernels)

@@ -37,9 +37,10 @@ data = load("imdb_reviews")
 epochs, batch_size = (1 if QUICK else 3), 128
 
 # %% [markdown]
-# ## Five networks
+# ## Four networks
 #
-# A review is a row of 200 numbers of words; 0 is padding, which the mask skips.
+# A review is a row of 200 numbers of words; 0 is padding, which the mask skips. The GRU gets a
+# table of words that share rows, the LSTM one with a single number for each word.
 
 
 # %%
@@ -54,11 +55,11 @@ def full(recurrent):
     )
 
 
-def bilinear(recurrent, rank, table=None):
+def bilinear(recurrent, rank, table):
     return keras.Sequential(
         [
             keras.Input((TOKENS,), dtype="int32"),
-            BilinearEmbedding(VOCABULARY, 128, mask_zero=True, **(table or {"rank": rank})),
+            BilinearEmbedding(VOCABULARY, 128, mask_zero=True, **table),
             recurrent(64, rank=rank),
             BilinearDense(2, rank=rank, dtype="float32"),
         ]
@@ -68,10 +69,9 @@ def bilinear(recurrent, rank, table=None):
 own_numbers = {"input_factors": (VOCABULARY, 1), "output_factors": (1, 128)}
 networks = {
     "GRU, full": full(keras.layers.GRU),
-    "GRU, bilinear": bilinear(BilinearGRU, rank=4),
-    "GRU, bilinear, a number for each word": bilinear(BilinearGRU, rank=8, table=own_numbers),
+    "GRU, bilinear, shared rows": bilinear(BilinearGRU, rank=4, table={"rank": 4}),
     "LSTM, full": full(keras.layers.LSTM),
-    "LSTM, bilinear": bilinear(BilinearLSTM, rank=4),
+    "LSTM, bilinear, a number for each word": bilinear(BilinearLSTM, rank=8, table=own_numbers),
 }
 for name, model in networks.items():
     print(f"{name}: {model.count_params():,} parameters")
