@@ -147,18 +147,26 @@ def model_batches(data, name: str = "calibration_data") -> Iterable | None:
     """Calibration data of a model, as batches that can be read again and again.
 
     Args:
-        data: an array, a dictionary of arrays, or an iterable of batches. In a
-            tuple of a batch only the first element, the inputs, counts. An
-            iterator, which can be read only once, is kept in memory.
+        data: an array, a dictionary of arrays, or an iterable of batches. Of a
+            tuple, be it a batch or all of the data, only the first element, the
+            inputs, counts. An iterator, which can be read only once, is kept in
+            memory.
         name: what errors call them.
 
     Raises:
         TypeError: if it is none of these.
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or if arrays of a dictionary have different lengths.
     """
     if data is None:
         return None
+    if isinstance(data, tuple):
+        data, *_ = data
     if isinstance(data, Mapping):
+        lengths = {key: len(values) for key, values in data.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"The arrays of `{name}` must have as many examples each. Received: {lengths}"
+            )
         parts = {key: list(batches(values, name)) for key, values in data.items()}
         data = [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
     data = batches(data, name)

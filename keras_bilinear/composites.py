@@ -49,6 +49,11 @@ class Rewritten:
         ]
         return {"owner": owner, "layers": layers}
 
+    def __reduce__(self):
+        # Python finds no class that is made here, but the original one.
+        unpickle, arguments = super().__reduce__()
+        return _unpickle, (type(self).original, unpickle.__name__, *arguments)
+
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> Self:
         owner = keras.saving.deserialize_keras_object(config["owner"], custom_objects)
@@ -57,6 +62,10 @@ class Rewritten:
             become(_at(owner, one["place"]), other)
         _mark(owner, [tuple(one["place"]) for one in config["layers"]])
         return owner
+
+
+def _unpickle(original, name, *arguments):
+    return getattr(original, name)(*arguments)
 
 
 def remember(sites: Iterable[Site]) -> None:

@@ -134,6 +134,11 @@ def _check(model, path, quantize, representative_data, unroll, quantize_io):
             "LiteRT has no integer loops: with `quantize='int8'` the recurrent layers of the "
             "model must be unrolled. Received: unroll=False"
         )
+    if any(layer.stateful for layer in all_layers(model) if isinstance(layer, keras.layers.RNN)):
+        raise ValueError(
+            "A LiteRT file keeps no states from call to call: make the recurrent layers without "
+            f"`stateful`. Received: model={model!r}"
+        )
     if quantize_io and quantize != "int8":
         raise ValueError(f"`quantize_io` needs `quantize='int8'`. Received: quantize={quantize!r}")
     if path.suffix != ".tflite":

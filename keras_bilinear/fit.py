@@ -52,6 +52,7 @@ class Moments:
             full_inputs: of the same shape, what the full one sees; their products
                 with the full kernel are the targets.
         """
+        inputs, full_inputs = _floats(inputs), _floats(full_inputs)
         targets = full_inputs @ self.kernel
         self._count += len(inputs)
         self._inputs += inputs.sum(0, dtype="float64")
@@ -85,6 +86,13 @@ class Moments:
             cross -= np.outer(inputs, targets)
             squares = np.maximum(squares - targets**2, 0)
         return gram, cross, squares
+
+
+def _floats(x):
+    """The same numbers, such that sums of their products do not overflow."""
+    if np.issubdtype(x.dtype, np.integer):
+        return x.astype("float32" if x.dtype.itemsize < 4 else "float64")
+    return x
 
 
 class Frequencies:

@@ -76,6 +76,22 @@ def own_variables(layer: keras.Layer) -> Iterator[keras.Variable]:
         yield from (*one._trainable_variables, *one._non_trainable_variables)
 
 
+@contextlib.contextmanager
+def states_kept(model: keras.Model) -> Iterator[None]:
+    """Keeps what layers remember from call to call, as stateful recurrent ones do."""
+    layers = all_layers(model)
+    states = [one for layer in layers for one in layer._non_trainable_variables]
+    recurrent = [one for one in layers if isinstance(one, keras.layers.RNN) and one.stateful]
+    states += keras.tree.flatten([layer.states for layer in recurrent if layer.built])
+    values = [keras.ops.convert_to_numpy(state).copy() for state in states]
+    try:
+        yield
+    finally:
+        for state, value in zip(states, values, strict=True):
+            if (keras.ops.convert_to_numpy(state) != value).any():
+                state.assign(value)
+
+
 # What ties a layer to the graphs and the layers that hold it.
 _PLACE = ("_inbound_nodes", "_outbound_nodes", "_path", "_parent_path", "_called")
 # Functions that Keras makes for each object.
@@ -121,6 +137,30 @@ def refresh(model: keras.Model) -> None:
     if keras.config.backend() == "torch":
         for layer in all_layers(model):
             layer._track_variables()
+
+
+def compile_alike(model: keras.Model, other: keras.Model) -> None:
+    """Compiles a model as another one is, with an optimizer and metrics of its own.
+
+    Not by the configuration, which knows only what is registered: losses and metrics
+    may be any functions.
+    """
+    if type(other).compile is not keras.Model.compile:  # it says itself how
+        model.compile_from_config(other.get_compile_config())
+        return
+    arguments = dict(other._compile_config.config)
+    optimizer = arguments.pop("optimizer")
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = keras.tree.map_structure(_own_metric, arguments[name])
+    model.compile(optimizer and _fresh(optimizer), **arguments)
+    if model.optimizer:
+        model.optimizer.build(model.trainable_variables)
+
+
+def _own_metric(metric):
+    if not isinstance(metric, keras.Metric):
+        return metric
+    return type(metric).from_config(metric.get_config())
 
 
 # Versions of Keras whose training loop and optimizers `BilinearRewrite` knows.

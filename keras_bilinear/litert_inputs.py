@@ -25,7 +25,8 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
         shapes: `input_shapes` of `export_litert`.
 
     Raises:
-        ValueError: if a size is not known, or `shapes` do not fit the model.
+        ValueError: if a size is not known, `shapes` do not fit the model, or an
+            input is one of strings.
     """
     if getattr(model, "inputs", None):
         tensors = model.inputs if isinstance(model, keras.Sequential) else [model.input]
@@ -54,6 +55,11 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
             raise ValueError(
                 f"LiteRT files have inputs of fixed sizes: `input_shapes` must say those of "
                 f"{one.name!r}. Received: shape={tuple(one.shape)}"
+            )
+        if one.dtype == "string":
+            raise ValueError(
+                "LiteRT files take numbers: give `export_litert` the part of the model behind "
+                f"its layer for texts. Received: strings as the input {one.name!r}"
             )
     return keras.tree.pack_sequence_as(arguments, specs)
 

@@ -7,11 +7,15 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_bilinear.keras_private import states_kept
+
 
 def record(
     model: keras.Model, layers: Mapping[Any, keras.Layer], inputs, note: Callable
 ) -> dict[Any, list]:
     """Runs a model on inputs and takes a note of each call of some of its layers.
+
+    The states of stateful layers are afterwards what they were.
 
     Args:
         model: the model.
@@ -27,7 +31,8 @@ def record(
     try:
         for key, layer in layers.items():
             layer.call = _noting(layer.call, notes[key], note)
-        model(keras.tree.map_structure(ops.convert_to_tensor, inputs), training=False)
+        with states_kept(model):
+            model(keras.tree.map_structure(ops.convert_to_tensor, inputs), training=False)
     finally:
         for layer in layers.values():
             vars(layer).pop("call", None)

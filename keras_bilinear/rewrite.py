@@ -12,7 +12,14 @@ import keras
 from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.composites import forget, remember
 from keras_bilinear.factors import check_positive_int
-from keras_bilinear.keras_private import all_layers, become, refresh, restore, snapshot
+from keras_bilinear.keras_private import (
+    all_layers,
+    become,
+    compile_alike,
+    refresh,
+    restore,
+    snapshot,
+)
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 from keras_bilinear.plan import RewritePlan
@@ -250,7 +257,7 @@ def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
 
 def _finish(copy, model):
     if model.compiled:
-        copy.compile_from_config(model.get_compile_config())
+        compile_alike(copy, model)
     return copy
 
 

@@ -1,5 +1,6 @@
 """What a model costs and how well it does; of two of them, side by side."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ from keras_bilinear.display import (
     count_text,
     right,
 )
+from keras_bilinear.keras_private import states_kept
 from keras_bilinear.macs import count_call, count_workspace
 from keras_bilinear.recording import record
 from keras_bilinear.sites import check_built, walk
@@ -296,13 +298,21 @@ def compare(full: keras.Model, small: keras.Model, data=None) -> Comparison:
 def _summaries(models, data):
     for model in models:
         check_built(model)
-    data = None if data is None else _examples(data)
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(states_kept(model))
+        return _measured(models, None if data is None else _examples(data))
+
+
+def _measured(models, data):
     seconds = [None] * len(models)
     example = _first(data) if data is not None else _zeros(models[0])
     if example is not None:
         seconds = median_seconds([compile_forward(model, example) for model in models])
-    for model, latency in zip(models, seconds, strict=True):
-        yield _summarize(model, data, example, latency)
+    return [
+        _summarize(model, data, example, latency)
+        for model, latency in zip(models, seconds, strict=True)
+    ]
 
 
 def _summarize(model, data, example, latency):
@@ -371,7 +381,8 @@ def _shapes(inputs, arguments, outputs):
 
 
 def _tensor_bytes(tensor):
-    return math.prod(tensor.shape) * _item_bytes(tensor) if hasattr(tensor, "shape") else 0
+    shape = getattr(tensor, "shape", (None,))
+    return 0 if None in shape else math.prod(shape) * _item_bytes(tensor)
 
 
 def _item_bytes(tensor):
@@ -389,7 +400,7 @@ def _zeros(model):
     if not hasattr(model, "inputs"):  # subclassed
         return None
     inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    if any(None in one.shape[1:] for one in model.inputs):
+    if any(None in one.shape[1:] or one.dtype == "string" for one in model.inputs):
         return None
     return keras.tree.map_structure(
         lambda one: np.zeros((one.shape[0] or 1, *one.shape[1:]), one.dtype), inputs
@@ -418,7 +429,13 @@ def _accuracy(model, data):
         inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if labels is None:
             return None
-        outputs = np.asarray(model.predict_on_batch(inputs))
+        outputs = model.predict_on_batch(inputs)
+        if keras.tree.is_nested(outputs):
+            raise ValueError(
+                "Accuracy is that of a model with one output: give `data` without labels. "
+                f"Received: model={model.name!r} with {len(outputs)} outputs"
+            )
+        outputs = np.asarray(outputs)
         labels = np.asarray(keras.ops.convert_to_numpy(labels))
         answers = outputs.argmax(-1) if outputs.shape[-1] > 1 else outputs[..., 0] > 0.5
         if labels.ndim == outputs.ndim and labels.shape[-1] == 1:

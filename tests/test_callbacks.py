@@ -437,6 +437,17 @@ def test_calibration_examples_are_spread_over_arrays():
     assert all((inputs["b"][0] == inputs["a"] + 1).all() for (inputs,) in batches)
 
 
+def test_calibration_takes_batches_of_an_infinite_data_set():
+    class Infinite(keras.utils.PyDataset):
+        num_batches = None
+
+        def __getitem__(self, index):
+            return X[:32], Y[:32]
+
+    batches = list(callbacks._training_batches(Infinite()))
+    assert sum(len(x) for x, _ in batches) == callbacks.EXAMPLES
+
+
 def test_data_that_are_read_once_need_calibration_data():
     model = mlp()
     model.compile("adam", "mse")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_bilinear import BilinearEmbedding, BilinearReversibleEmbedding
+from keras_bilinear import BilinearEmbedding, BilinearReversibleEmbedding, rewrite_model
 
 SHAPES = [(50, 10), (53, 11), (1, 10), (50, 1), (1, 1), (7, 64)]
 IMPLEMENTATIONS = ["factorized", "materialized"]
@@ -398,12 +398,32 @@ def test_refuses_factors_in_the_constructor(argument, value, rule):
         BilinearEmbedding(50, 10, **{argument: value})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bool"])
-def test_refuses_indices_that_are_no_integers(dtype):
-    layer = BilinearEmbedding(50, 10)
-    # Keras has cast floats to the compute dtype before they are seen.
-    seen = "bool" if dtype == "bool" else "float32"
-    message = f"`BilinearEmbedding` takes integer indices. Received: inputs.dtype={seen}"
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_takes_floats_as_indices_like_keras(policy):
+    layer = BilinearEmbedding(5000, 10, mask_zero=True, dtype=policy)
+    indices = np.array([[0, 1, 2049, 4999]])
+    expected = layer(indices)
+    actual = layer(indices.astype("float32"))
+    np.testing.assert_array_equal(*(ops.convert_to_numpy(y) for y in (actual, expected)))
+    mask = layer.compute_mask(ops.convert_to_tensor(indices.astype("float32")))
+    assert ops.convert_to_numpy(mask).tolist() == [[False, True, True, True]]
+
+
+def test_a_table_behind_floats_is_rewritten_saved_and_fitted(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Embedding(50, 10)])
+    x = np.random.default_rng(0).integers(0, 50, (30, 4))
+    for data in (None, x, x.astype("float32")):
+        rewrite_model(model, rank=2, calibration_data=data).save(tmp_path / "small.keras")
+        assert keras.models.load_model(tmp_path / "small.keras").predict(x, verbose=0).shape == (
+            *x.shape,
+            10,
+        )
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 2**24 + 1), ("bool", 50)])
+def test_refuses_indices_that_are_no_integers(dtype, rows):
+    layer = BilinearEmbedding(rows, 10)
+    message = f"takes integer indices.*Received: inputs.dtype={dtype}"
     with pytest.raises(ValueError, match=message):
         layer(ops.convert_to_tensor(np.ones((2, 3), dtype)))
     with pytest.raises(ValueError, match=message):
@@ -412,7 +432,7 @@ def test_refuses_indices_that_are_no_integers(dtype):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has tensors of strings")
 def test_refuses_strings():
-    with pytest.raises(ValueError, match=r"takes integer indices. Received: inputs.dtype=string"):
+    with pytest.raises(ValueError, match=r"takes integer indices.*Received: inputs.dtype=string"):
         BilinearEmbedding(50, 10)(ops.convert_to_tensor(np.array([["a", "b"]])))
 
 

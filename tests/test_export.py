@@ -424,3 +424,13 @@ def test_the_arena_is_what_lives_at_once(exported):
     model = keras.Model(inputs, layers.Dense(50)(hidden))
     report = exported(model)
     assert inspect_litert(report.path)["arena_bytes"] == report.arena_bytes == 4 * 400
+
+
+def test_states_and_texts_are_refused(refuses):
+    gru = layers.GRU(4, stateful=True)
+    model = keras.Sequential([keras.Input((5, 4), batch_size=1), gru])
+    refuses(ValueError, "keeps no states", model)
+    if keras.config.backend() == "tensorflow":
+        words = layers.TextVectorization(vocabulary=["good", "bad"], output_sequence_length=2)
+        model = keras.Sequential([keras.Input((1,), dtype="string"), words])
+        refuses(ValueError, "take numbers.*strings", model)

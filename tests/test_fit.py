@@ -398,12 +398,26 @@ def test_calibration_data_that_are_no_inputs_are_refused(data, error, text):
         keras_bilinear.BilinearDense.from_full(layer, calibration_data=data)
 
 
-@pytest.mark.parametrize("data", [np.array([[0, 12]]), np.array([[-1]]), np.ones((2, 3))])
+@pytest.mark.parametrize("data", [np.array([[0, 12]]), np.array([[-1]]), np.full((2, 3), 0.5)])
 def test_calibration_data_that_are_no_tokens_are_refused(data):
     layer = keras.layers.Embedding(12, 12)
     layer.build()
     with pytest.raises(ValueError, match="integers from 0 to 11"):
         keras_bilinear.BilinearEmbedding.from_full(layer, calibration_data=data)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64"])
+def test_calibration_with_integers_is_that_with_the_same_floats(dtype):
+    largest = 100 if dtype in ("uint8", "int8") else 30_000
+    x = np.random.default_rng(0).integers(0, largest, (500, 12))
+    layer = keras.layers.Dense(12)
+    layer.build((None, 12))
+    expected, actual = (
+        keras_bilinear.BilinearDense.from_full(layer, rank=2, calibration_data=x.astype(one))
+        for one in ("float64", dtype)
+    )
+    kernels = map(keras.ops.convert_to_numpy, (actual.kernel, expected.kernel))
+    np.testing.assert_allclose(*kernels, rtol=1e-4, atol=1e-5)
 
 
 def test_calibration_data_that_are_no_sequences_are_refused():

@@ -1,4 +1,5 @@
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from keras import layers, ops, tree
 
 import keras_bilinear
-from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model
+from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model, summarize
 from keras_bilinear.sites import walk
 
 BILINEAR = tuple(vars(keras_bilinear.layers).values())
@@ -118,6 +119,79 @@ def test_compile_state_carries_over():
     names = small.evaluate(x, np.zeros((40, 30)), return_dict=True, verbose=0)
     assert set(names) == {"loss", "mse"}
     assert not rewrite_model(model_kinds.sequential()[0], rank=1).compiled
+
+
+def unregistered(targets, outputs):
+    return ops.mean(ops.abs(targets - outputs))
+
+
+def test_losses_and_metrics_that_keras_cannot_save_carry_over():
+    model, x = model_kinds.sequential()
+    metrics = [unregistered, keras.metrics.MeanSquaredError(name="own")]
+    targets = np.zeros((40, 30))
+    for loss in (unregistered, keras.losses.Huber(0.3)):  # whose configuration has no delta
+        model.compile("adam", loss, metrics=metrics)
+        model.fit(x, targets, verbose=0)
+        expected = model.evaluate(x, targets, return_dict=True, verbose=0)
+        copy = expand_model(model)
+        assert copy.evaluate(x, targets, return_dict=True, verbose=0) == pytest.approx(expected)
+        copy.fit(x, targets, verbose=0)
+        assert float(metrics[1].result()) == pytest.approx(expected["own"])
+        assert rewrite_model(model, rank=1).compiled
+
+
+def test_stateful_layers_keep_their_states():
+    x = np.ones((2, 5, 16), "float32")
+    gru = layers.GRU(16, stateful=True)
+    model = keras.Sequential([keras.Input((5, 16), batch_size=2), gru, layers.Dense(16)])
+    model.predict(x, verbose=0)
+    (state,) = gru.states
+    before = ops.convert_to_numpy(state).copy()
+    small = rewrite_model(model, budget=0.5, calibration_data=[x, x])
+    summarize(model)
+    np.testing.assert_array_equal(ops.convert_to_numpy(state), before)
+    (state,) = small.layers[0].states
+    assert not ops.convert_to_numpy(state).any()
+
+
+def test_layers_with_a_constraint_are_left_alone():
+    dense = layers.Dense(16, kernel_constraint="non_neg", bias_constraint="non_neg", name="dense")
+    free = layers.Dense(16, bias_constraint="non_neg", name="free")
+    gru = layers.GRU(16, recurrent_constraint="unit_norm", name="gru")
+    model = keras.Sequential([keras.Input((5, 16)), dense, free, gru])
+    plan = plan_rewrite(model, rank=1)
+    assert plan["free"].rank == 1
+    for name in ("dense", "gru"):
+        assert plan[name].rank is None
+        assert plan[name].reason == "has a constraint, which factors do not keep"
+
+
+def test_owners_can_be_pickled():
+    x = np.random.default_rng(0).random((2, 5, 16)).astype("float32")
+    attention = layers.MultiHeadAttention(2, 8)
+    inputs = keras.Input((5, 16))
+    small = rewrite_model(keras.Model(inputs, attention(inputs, inputs)), rank=1)
+    loaded = pickle.loads(pickle.dumps(small))
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), small.predict(x, verbose=0), rtol=1e-6)
+    owner = pickle.loads(pickle.dumps(small.layers[-1]))
+    assert type(owner) is type(small.layers[-1])
+
+
+def test_of_a_tuple_the_inputs_count():
+    model, x = model_kinds.sequential()
+    expected, actual = (
+        [one.error for one in plan_rewrite(model, rank=1, calibration_data=data).values()]
+        for data in (x, (x, 1000 * x))
+    )
+    assert actual == expected
+
+
+def test_inputs_of_different_lengths_are_refused():
+    inputs = {name: keras.Input((8,), name=name) for name in "ab"}
+    model = keras.Model(inputs, [layers.Dense(8)(one) for one in inputs.values()])
+    data = {"a": np.ones((100, 8)), "b": np.ones((50, 8))}
+    with pytest.raises(ValueError, match=r"as many examples each. Received: .*100.*50"):
+        rewrite_model(model, rank=1, calibration_data=data)
 
 
 def test_flags_and_policies_carry_over():

@@ -5,7 +5,7 @@ import keras
 import model_kinds
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 from keras_bilinear import (
     BilinearConv2D,
@@ -149,6 +149,24 @@ def test_labels_that_do_not_fit_are_refused():
         summarize(identity_network(), (np.eye(64), np.arange(300)))
     with pytest.raises(ValueError, match="a label, an integer or a one-hot vector, for each"):
         summarize(identity_network(), (np.eye(64), np.ones((64, 3))))
+
+
+def test_labels_of_several_outputs_are_refused():
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, [layers.Dense(3)(inputs), layers.Dense(3)(inputs)])
+    with pytest.raises(ValueError, match=r"with one output.*Received: .* 2 outputs"):
+        summarize(model, (np.ones((4, 8)), np.zeros(4)))
+    assert summarize(model, np.ones((4, 8))).accuracy is None
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="others have no strings")
+def test_models_of_texts_are_summarized():
+    words = layers.TextVectorization(output_sequence_length=4, vocabulary=["good", "bad"])
+    last = layers.Embedding(4, 8), layers.GlobalAveragePooling1D(), layers.Dense(2)
+    model = keras.Sequential([keras.Input((1,), dtype="string"), words, *last])
+    texts = ops.convert_to_tensor([["good bad"], ["bad"]])
+    assert summarize(model).parameters == 50
+    assert summarize(model, [(texts, np.zeros(2))]).accuracy is not None
 
 
 def test_models_that_are_not_built_are_refused():

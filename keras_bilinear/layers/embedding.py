@@ -8,6 +8,9 @@ from keras_bilinear.factors import Factorization, check_positive_int
 from keras_bilinear.fit import Frequencies
 from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
 
+# float32 holds all integers up to this one.
+_EXACT = 2**24
+
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearEmbedding(BilinearLayer):
@@ -40,8 +43,9 @@ class BilinearEmbedding(BilinearLayer):
     Call arguments:
         inputs: integers of any dtype, `0 <= inputs < input_dim`; a negative
             index counts from the end, as in Keras. What an index outside the
-            vocabulary gives depends on the backend. With `reverse=True`,
-            floats.
+            vocabulary gives depends on the backend. Floats are taken as
+            integers, as in Keras, where float32 holds all of them. With
+            `reverse=True`, floats.
         reverse: whether to project from the embedding to the vocabulary
             instead, `inputs @ table^T`, with the same weights: the tied output
             logits of a language model, computed factorized.
@@ -54,9 +58,9 @@ class BilinearEmbedding(BilinearLayer):
 
     Raises:
         ValueError: if an argument is not valid, or if the inputs are no
-            integers. Begin a model with `keras.Input(shape, dtype="int32")`:
-            the default dtype of `keras.Input` is float32, which holds no
-            integers above 2^24.
+            integers, or floats and `input_dim` is above 2^24. Begin a model with
+            `keras.Input(shape, dtype="int32")`: the default dtype of
+            `keras.Input` is float32, which holds no integers above that.
 
     Example:
 
@@ -72,6 +76,7 @@ class BilinearEmbedding(BilinearLayer):
     """
 
     full_class = keras.layers.Embedding
+    reverse_dtype = None
     _full_kernels = (("embeddings", "_kernel"),)
 
     def __init__(
@@ -145,9 +150,15 @@ class BilinearEmbedding(BilinearLayer):
         """The table that the factors stand for, a new tensor of full size."""
         return self.kernel
 
+    @property
+    def input_dtype(self) -> str:
+        """The dtype that Keras casts float inputs to: in half precision few indices are exact."""
+        return self.variable_dtype
+
     def call(self, inputs, reverse: bool = False, training: bool | None = None):
         dtype = self._check_inputs(inputs, reverse)
         if reverse:
+            inputs = ops.cast(inputs, self.reverse_dtype or self.compute_dtype)
             return self._kernel.project(inputs, training, transposed=True)
         # Narrow integers do not hold the divisor, and few ops take unsigned ones.
         inputs = ops.cast(inputs, "int64" if dtype in ("int64", "uint64", "uint32") else "int32")
@@ -163,16 +174,18 @@ class BilinearEmbedding(BilinearLayer):
                 "With `reverse=True` the last dimension of the inputs must be "
                 f"output_dim={self.output_dim}. Received: inputs.shape={inputs.shape}"
             )
-        if not reverse and "int" not in dtype:
+        is_exact = "int" in dtype or ("float" in dtype and self.input_dim <= _EXACT)
+        if not reverse and not is_exact:
             raise ValueError(
-                f"`BilinearEmbedding` takes integer indices. Received: inputs.dtype={dtype}. "
+                "`BilinearEmbedding` takes integer indices; floats as well, up to "
+                f"input_dim={_EXACT}. Received: inputs.dtype={dtype}, input_dim={self.input_dim}. "
                 "If this comes from a model's input, begin the model with "
                 '`keras.Input(shape, dtype="int32")`.'
             )
         return dtype
 
     def compute_mask(self, inputs, mask=None):
-        if "int" not in keras.backend.standardize_dtype(inputs.dtype):
+        if are_states(inputs, self.output_dim):
             return mask
         return ops.not_equal(inputs, 0) if self.mask_zero else None
 
@@ -203,14 +216,23 @@ class BilinearEmbedding(BilinearLayer):
 
     @classmethod
     def _kernel_inputs(cls, layer, inputs, **options):
-        is_integer = np.issubdtype(inputs.dtype, np.integer)
-        if not is_integer or np.any((inputs < 0) | (inputs >= layer.input_dim)):
+        indices = inputs.astype("int64").ravel()
+        if np.any((indices != inputs.ravel()) | (indices < 0) | (indices >= layer.input_dim)):
             raise ValueError(
                 f"`calibration_data` must be inputs of the layer {layer.name!r}, integers from 0 "
                 f"to {layer.input_dim - 1}. Received: {inputs!r}"
             )
-        return {"embeddings": [inputs.ravel()]}
+        return {"embeddings": [indices]}
 
     @staticmethod
     def _moments(kernel):
         return Frequencies(kernel)
+
+
+def are_states(inputs, output_dim: int) -> bool:
+    """Whether inputs are hidden states, those of `reverse=True`, and not indices.
+
+    Indices can be floats as well: it is the last dimension that tells.
+    """
+    dtype = keras.backend.standardize_dtype(inputs.dtype)
+    return "float" in dtype and len(inputs.shape) > 1 and inputs.shape[-1] == output_dim

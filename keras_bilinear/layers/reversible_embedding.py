@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear.layers.embedding import BilinearEmbedding
+from keras_bilinear.layers.embedding import BilinearEmbedding, are_states
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
@@ -103,8 +103,6 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         self.logit_soft_cap = logit_soft_cap
 
     def call(self, inputs, reverse: bool = False, training: bool | None = None):
-        if reverse and self.reverse_dtype is not None:
-            inputs = ops.cast(inputs, self.reverse_dtype)
         outputs = super().call(inputs, reverse=reverse, training=training)
         if not reverse or self.logit_soft_cap is None:
             return outputs
@@ -112,8 +110,9 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         return ops.multiply(capped, self.logit_soft_cap)
 
     def compute_mask(self, inputs, mask=None):
-        is_index = "int" in keras.backend.standardize_dtype(inputs.dtype)
-        return super().compute_mask(inputs, mask) if is_index else None
+        if are_states(inputs, self.output_dim):
+            return None
+        return super().compute_mask(inputs, mask)
 
     def get_config(self) -> dict:
         return {
@@ -125,6 +124,6 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
 
     @classmethod
     def _kernel_inputs(cls, layer, inputs, **options):
-        if np.issubdtype(inputs.dtype, np.floating):  # in reverse: how often says the way there
+        if are_states(inputs, layer.output_dim):  # in reverse: how often says the way there
             inputs = np.empty(0, "int32")
         return super()._kernel_inputs(layer, inputs, **options)
