@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 
 import keras
+from absl import logging
 
 from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.composites import forget, remember
@@ -257,7 +258,16 @@ def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
 
 def _finish(copy, model):
     if model.compiled:
-        compile_alike(copy, model)
+        try:
+            compile_alike(copy, model)
+        except Exception as error:  # whatever classes of the user raise
+            logging.warning(
+                "The new model %r is not compiled, as the optimizer or a metric of the given one "
+                "cannot be made again: compile it. %s: %s",
+                copy.name,
+                type(error).__name__,
+                error,
+            )
     return copy
 
 

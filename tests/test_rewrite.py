@@ -140,6 +140,15 @@ def test_losses_and_metrics_that_keras_cannot_save_carry_over():
         assert rewrite_model(model, rank=1).compiled
 
 
+def test_what_cannot_be_compiled_alike_is_not_lost(caplog):
+    model, _ = model_kinds.sequential()
+    model.compile("adam", "mse", metrics=[keras.metrics.MeanMetricWrapper(unregistered)])
+    small = rewrite_model(model, rank=1)
+    assert not small.compiled
+    assert small.count_params() < model.count_params()
+    assert "is not compiled, as the optimizer or a metric" in caplog.text
+
+
 def test_stateful_layers_keep_their_states():
     x = np.ones((2, 5, 16), "float32")
     gru = layers.GRU(16, stateful=True)
