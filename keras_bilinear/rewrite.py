@@ -67,7 +67,9 @@ def rewrite_model(
 
     Returns:
         A new model with the same names, weights and losses, whose planned
-        layers are bilinear. Its optimizer starts anew.
+        layers are bilinear. Its optimizer starts anew. It is not compiled, and a
+        warning says so, where the optimizer or a metric cannot be made again from
+        its configuration.
 
     Raises:
         ValueError: if an argument is not valid, if the plan is not one of this

@@ -62,9 +62,9 @@ def plan_rewrite(
         max_error: instead, the largest predicted error of a layer; the plan is
             the smallest that keeps to it.
         calibration_data: inputs of the model, an array, a dictionary of arrays,
-            or an iterable of batches, such as a `tf.data.Dataset`. With them, the
-            errors are those of each layer's output on them; without, those of
-            its kernels.
+            or an iterable of batches, such as a `tf.data.Dataset`; of a tuple of
+            inputs and labels only the inputs count. With them, the errors are
+            those of each layer's output on them; without, those of its kernels.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where
             that saves anything.
         layers: paths of the layers that may be rewritten, `None` for all; or a
