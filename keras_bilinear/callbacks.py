@@ -487,8 +487,8 @@ def _training_batches(x):
     """Batches of training inputs, spread over the arrays, or the first of a data set."""
     leaves = keras.tree.flatten(x)
     if isinstance(x, keras.utils.PyDataset):
-        infinite = x.num_batches is None
-        indices = itertools.count() if infinite else range(x.num_batches)
+        count = x.num_batches
+        indices = itertools.count() if count is None else range(count)
         yield from _enough(x[index] for index in indices)
     elif all(hasattr(leaf, "shape") for leaf in leaves):
         step = max(1, len(leaves[0]) // EXAMPLES)

@@ -222,7 +222,12 @@ def test_mask_zero():
 def test_mask_survives_reverse():
     layer = BilinearEmbedding(50, 10, mask_zero=True)
     mask = ops.convert_to_tensor(np.array([[True, False]]))
-    assert layer.compute_mask(ops.convert_to_tensor(draw(1, 2, 10)), mask) is mask
+    states = ops.convert_to_tensor(draw(1, 2, 10))
+    layer(states, reverse=True)
+    assert layer.compute_mask(states, mask) is mask
+    layer(np.array([[3, 0]]))
+    after = layer.compute_mask(ops.convert_to_tensor(np.array([[3, 0]])), mask)
+    assert ops.convert_to_numpy(after).tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("shape", [(None,), (None, None), (None, 3, None)])
@@ -401,12 +406,15 @@ def test_refuses_factors_in_the_constructor(argument, value, rule):
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_takes_floats_as_indices_like_keras(policy):
     layer = BilinearEmbedding(5000, 10, mask_zero=True, dtype=policy)
-    indices = np.array([[0, 1, 2049, 4999]])
+    # As many as the width: a hidden state in reverse has that shape, but no mask.
+    indices = np.array([[0, 1, 2049, 4999, 5, 6, 7, 8, 9, 10]])
     expected = layer(indices)
-    actual = layer(indices.astype("float32"))
+    floats = ops.convert_to_tensor(indices.astype("float32"))
+    actual = layer(floats)
     np.testing.assert_array_equal(*(ops.convert_to_numpy(y) for y in (actual, expected)))
-    mask = layer.compute_mask(ops.convert_to_tensor(indices.astype("float32")))
-    assert ops.convert_to_numpy(mask).tolist() == [[False, True, True, True]]
+    assert ops.convert_to_numpy(layer.compute_mask(floats)).tolist() == [[False] + 9 * [True]]
+    layer(floats, reverse=True)
+    assert layer.compute_mask(floats) is None
 
 
 def test_a_table_behind_floats_is_rewritten_saved_and_fitted(tmp_path):

@@ -77,6 +77,8 @@ class BilinearEmbedding(BilinearLayer):
 
     full_class = keras.layers.Embedding
     reverse_dtype = None
+    # Whether the last call was one in reverse: Keras asks for its mask without saying so.
+    _reversed = False
     _full_kernels = (("embeddings", "_kernel"),)
 
     def __init__(
@@ -168,6 +170,7 @@ class BilinearEmbedding(BilinearLayer):
         return self._kernel.rows(inputs, training)
 
     def _check_inputs(self, inputs, reverse):
+        self._reversed = reverse
         dtype = keras.backend.standardize_dtype(inputs.dtype)
         if reverse and inputs.shape[-1] != self.output_dim:
             raise ValueError(
@@ -185,7 +188,7 @@ class BilinearEmbedding(BilinearLayer):
         return dtype
 
     def compute_mask(self, inputs, mask=None):
-        if are_states(inputs, self.output_dim):
+        if self._reversed:
             return mask
         return ops.not_equal(inputs, 0) if self.mask_zero else None
 
@@ -227,12 +230,3 @@ class BilinearEmbedding(BilinearLayer):
     @staticmethod
     def _moments(kernel):
         return Frequencies(kernel)
-
-
-def are_states(inputs, output_dim: int) -> bool:
-    """Whether inputs are hidden states, those of `reverse=True`, and not indices.
-
-    Indices can be floats as well: it is the last dimension that tells.
-    """
-    dtype = keras.backend.standardize_dtype(inputs.dtype)
-    return "float" in dtype and len(inputs.shape) > 1 and inputs.shape[-1] == output_dim

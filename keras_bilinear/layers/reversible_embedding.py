@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear.layers.embedding import BilinearEmbedding, are_states
+from keras_bilinear.layers.embedding import BilinearEmbedding
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
@@ -110,9 +110,7 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         return ops.multiply(capped, self.logit_soft_cap)
 
     def compute_mask(self, inputs, mask=None):
-        if are_states(inputs, self.output_dim):
-            return None
-        return super().compute_mask(inputs, mask)
+        return None if self._reversed else super().compute_mask(inputs, mask)
 
     def get_config(self) -> dict:
         return {
@@ -124,6 +122,7 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
 
     @classmethod
     def _kernel_inputs(cls, layer, inputs, **options):
-        if are_states(inputs, layer.output_dim):  # in reverse: how often says the way there
+        # In reverse; how often says the way there. Of float indices as many as that are lost.
+        if np.issubdtype(inputs.dtype, np.floating) and inputs.shape[-1] == layer.output_dim:
             inputs = np.empty(0, "int32")
         return super()._kernel_inputs(layer, inputs, **options)
