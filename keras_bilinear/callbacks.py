@@ -99,7 +99,8 @@ class BilinearRewrite(keras.callbacks.Callback):
 
     Raises:
         ValueError: if an argument is not valid; in `fit`, if the calibration data
-            are missing and the training data can be read only once.
+            are missing and the training data can be read only once, or if the
+            model has optimizers beside the one that it is compiled with.
         RuntimeError: if the version of Keras is not known to allow it; in `fit`,
             if a step fails.
 
@@ -135,7 +136,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         super().__init__()
         check_version()
         self.schedule = _schedule(at_epoch, budget, schedule)
-        self.calibration_data = model_batches(calibration_data)
+        self.calibration_data = calibration_data
         self.layers, self.low_rank = layers, low_rank
         if (monitor is None) != (max_drop is None):
             raise ValueError(
@@ -173,7 +174,8 @@ class BilinearRewrite(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None) -> None:
         del logs
-        check_optimizer(self.model.optimizer)
+        check_optimizer(self.model)
+        self.calibration_data = model_batches(self.calibration_data, self._target)
         if not self._steps:
             least = min(self.schedule.values())
             check_budget(self._target, least, self.layers, self.low_rank)

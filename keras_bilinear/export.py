@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
-from keras_bilinear.keras_private import all_layers
+from keras_bilinear.keras_private import all_layers, stateful_layers
 from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
 from keras_bilinear.litert_converter import convert
 from keras_bilinear.litert_inputs import input_specs, read_examples
@@ -134,7 +134,7 @@ def _check(model, path, quantize, representative_data, unroll, quantize_io):
             "LiteRT has no integer loops: with `quantize='int8'` the recurrent layers of the "
             "model must be unrolled. Received: unroll=False"
         )
-    if any(layer.stateful for layer in all_layers(model) if isinstance(layer, keras.layers.RNN)):
+    if stateful_layers(model):
         raise ValueError(
             "A LiteRT file keeps no states from call to call: make the recurrent layers without "
             f"`stateful`. Received: model={model!r}"

@@ -76,13 +76,17 @@ def own_variables(layer: keras.Layer) -> Iterator[keras.Variable]:
         yield from (*one._trainable_variables, *one._non_trainable_variables)
 
 
+def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
+    """The recurrent layers that remember their states from call to call."""
+    return [one for one in all_layers(model) if isinstance(one, keras.layers.RNN) and one.stateful]
+
+
 @contextlib.contextmanager
 def states_kept(model: keras.Model) -> Iterator[None]:
     """Keeps what layers remember from call to call, as stateful recurrent ones do."""
     layers = all_layers(model)
     states = [one for layer in layers for one in layer._non_trainable_variables]
-    recurrent = [one for one in layers if isinstance(one, keras.layers.RNN) and one.stateful]
-    states += keras.tree.flatten([layer.states for layer in recurrent if layer.built])
+    states += keras.tree.flatten([one.states for one in stateful_layers(model) if one.built])
     values = [keras.ops.convert_to_numpy(state).copy() for state in states]
     try:
         yield
@@ -225,13 +229,26 @@ def forget_best(callbacks: Iterable[keras.callbacks.Callback]) -> None:
             callback.best = None
 
 
-def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
-    """Checks that an optimizer can be made one of other variables.
+def check_optimizer(model: keras.Model) -> None:
+    """Checks that the optimizer of a model can be made one of other variables.
 
     Raises:
-        ValueError: if not.
+        ValueError: if not, or if the model has others beside it, as one with a
+            `train_step` of its own may.
     """
-    _fresh(_inner(optimizer))
+    _fresh(_inner(model.optimizer))
+    others = [
+        name
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer)
+        and _inner(value) is not _inner(model.optimizer)
+    ]
+    if others:
+        raise ValueError(
+            f"The model {model.name!r} has optimizers of its own beside the one that it is "
+            "compiled with, and BilinearRewrite could not give them the new variables. "
+            f"Received: {', '.join(map(repr, others))}"
+        )
 
 
 # They keep means of gradients and of their squares, and correct them by the iterations.

@@ -112,7 +112,7 @@ def read_examples(model: keras.Model, arguments: list, data) -> dict[str, np.nda
     if data is None:
         return _random_examples(model, specs)
     parts, count = [], 0
-    for batch in model_batches(data, "representative_data"):
+    for batch in model_batches(data, model, "representative_data"):
         inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
         if isinstance(inputs, Mapping) and {one.name for one in specs} <= inputs.keys():
             inputs = [inputs[one.name] for one in specs]

@@ -28,6 +28,7 @@ from keras_bilinear.search import plan_layer, plan_rewrite
 from keras_bilinear.sites import (
     Site,
     can_calibrate,
+    check_built,
     counterpart,
     is_leaf,
     reason_to_leave,
@@ -86,7 +87,8 @@ def rewrite_model(
     given = (budget, max_params, max_error, rank, layers, scale, low_rank)
     if plan is not None and given != (None, None, None, "auto", None, 1, True):
         raise ValueError("A plan and arguments for making one exclude each other.")
-    batches = model_batches(calibration_data)
+    check_built(model)
+    batches = model_batches(calibration_data, model)
     if plan is None:
         plan = plan_rewrite(
             model, budget, max_params, max_error, batches, rank, layers, scale, low_rank

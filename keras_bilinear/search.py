@@ -61,10 +61,11 @@ def plan_rewrite(
         max_params: instead, the number of parameters to keep.
         max_error: instead, the largest predicted error of a layer; the plan is
             the smallest that keeps to it.
-        calibration_data: inputs of the model, an array, a dictionary of arrays,
-            or an iterable of batches, such as a `tf.data.Dataset`; of a tuple of
-            inputs and labels only the inputs count. With them, the errors are
-            those of each layer's output on them; without, those of its kernels.
+        calibration_data: inputs of the model, an array, a dictionary of arrays, a
+            list with an array for each of several inputs, or an iterable of
+            batches, such as a `tf.data.Dataset`; of a tuple of inputs and labels
+            only the inputs count. With them, the errors are those of each layer's
+            output on them; without, those of its kernels.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where
             that saves anything.
         layers: paths of the layers that may be rewritten, `None` for all; or a
@@ -304,7 +305,7 @@ def predict_errors(model, plan, candidates, calibration_data):
     candidates = {path: _by_factors(pairs) for path, pairs in candidates.items() if pairs}
     for path, choices in candidates.items():
         _note_errors(plan[path], choices, functools.partial(_kernel_errors, sites[path]))
-    batches = model_batches(calibration_data)
+    batches = model_batches(calibration_data, model)
     if batches is None:
         return
     layers = {path: sites[path] for path in candidates if can_calibrate(sites[path])}

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import rich.table
 
-from keras_bilinear.calibration import batches, model_batches
+from keras_bilinear.calibration import batch_size, batches, model_batches
 from keras_bilinear.display import (
     BILINEAR_COLOR,
     FAINT,
@@ -301,12 +301,12 @@ def _summaries(models, data):
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(states_kept(model))
-        return _measured(models, None if data is None else _examples(data))
+        return _measured(models, None if data is None else _examples(models[0], data))
 
 
 def _measured(models, data):
     seconds = [None] * len(models)
-    example = _first(data) if data is not None else _zeros(models[0])
+    example = _first(models[0], data) if data is not None else _zeros(models[0])
     if example is not None:
         seconds = median_seconds([compile_forward(model, example) for model in models])
     return [
@@ -407,20 +407,25 @@ def _zeros(model):
     )
 
 
-def _examples(data) -> Iterable:
+def _examples(model, data) -> Iterable:
     """Batches of inputs, or of inputs and labels."""
     if not isinstance(data, tuple):
-        return model_batches(data)
+        return model_batches(data, model)
     inputs, labels = data
-    inputs, labels = [*model_batches(inputs)], [*batches(np.asarray(labels))]
+    inputs = [
+        keras.utils.unpack_x_y_sample_weight(batch)[0] for batch in model_batches(inputs, model)
+    ]
+    labels = [*batches(np.asarray(labels), size=batch_size(model))]
     if len(inputs) != len(labels):
         raise ValueError("`data` must have as many labels as examples.")
     return [*zip(inputs, labels, strict=True)]
 
 
-def _first(data):
+def _first(model, data):
+    """An example, or as many as the states of the model are for."""
     inputs, *_ = keras.utils.unpack_x_y_sample_weight(next(iter(data)))
-    return keras.tree.map_structure(lambda x: keras.ops.convert_to_numpy(x)[:1], inputs)
+    least = slice(batch_size(model, 1))
+    return keras.tree.map_structure(lambda x: keras.ops.convert_to_numpy(x)[least], inputs)
 
 
 def _accuracy(model, data):

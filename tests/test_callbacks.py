@@ -448,6 +448,22 @@ def test_calibration_takes_batches_of_an_infinite_data_set():
     assert sum(len(x) for x, _ in batches) == callbacks.EXAMPLES
 
 
+def test_optimizers_beside_the_compiled_one_are_refused():
+    class Two(keras.Sequential):
+        def compile(self, second, **arguments):
+            super().compile(**arguments)
+            self.second = second
+
+    model = Two([keras.Input((32,)), *mlp().layers])
+    first = keras.optimizers.Adam()
+    model.compile(first, optimizer=first, loss="mse")
+    fit(model, BilinearRewrite(1, 0.5), epochs=2)
+    assert bilinear(model)
+    model.compile(keras.optimizers.Adam(), optimizer="adam", loss="mse")
+    with pytest.raises(ValueError, match=r"optimizers of its own .* Received: 'second'"):
+        fit(model, BilinearRewrite(1, 0.2), epochs=2)
+
+
 def test_data_that_are_read_once_need_calibration_data():
     model = mlp()
     model.compile("adam", "mse")

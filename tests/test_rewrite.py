@@ -163,6 +163,31 @@ def test_stateful_layers_keep_their_states():
     assert not ops.convert_to_numpy(state).any()
 
 
+def test_arrays_come_in_batches_of_a_fixed_size():
+    model = keras.Sequential([keras.Input((5, 16), batch_size=4), layers.GRU(16, stateful=True)])
+    x = np.random.default_rng(0).random((40, 5, 16)).astype("float32")
+    batches = np.split(x, 10)
+    for function in (plan_rewrite, rewrite_model):
+        outcomes = [function(model, rank=1, calibration_data=data) for data in (x, batches)]
+        if function is plan_rewrite:
+            assert outcomes[0].to_json() == outcomes[1].to_json()
+    assert summarize(model, x).latency_ms > 0
+
+
+def test_a_list_of_arrays_is_for_a_model_of_several_inputs():
+    model, x = model_kinds.two_inputs()
+    model = keras.Model([*model.input.values()], model.output)
+    x = [*x.values()]
+    both = [[part[:16] for part in x], [part[16:] for part in x]]
+    errors = [
+        [layer.error for layer in plan_rewrite(model, rank=1, calibration_data=data).values()]
+        for data in (x, (x, "labels"), [(one,) for one in both])
+    ]
+    assert errors[0] == errors[1]
+    np.testing.assert_allclose(errors[0], errors[2], rtol=1e-4)
+    assert summarize(model, x).latency_ms > 0
+
+
 def test_layers_with_a_constraint_are_left_alone():
     dense = layers.Dense(16, kernel_constraint="non_neg", bias_constraint="non_neg", name="dense")
     free = layers.Dense(16, bias_constraint="non_neg", name="free")

@@ -153,7 +153,7 @@ def read_data(model: keras.Model, bar: rich.progress.Progress, flag: str = "cali
         reason = str(error).strip().splitlines()[0]
         raise CommandError(f"{name!r} has no inputs of the model: {reason}") from error
     data = keras.tree.map_structure(lambda values: values[: FLAGS.examples], data)
-    return _Passes([*model_batches(data)], bar, flag.replace("_", " "))
+    return _Passes([*model_batches(data, model)], bar, flag.replace("_", " "))
 
 
 class _Passes:
