@@ -43,6 +43,17 @@ def on_gpu() -> bool:
     return keras.distribution.list_devices()[0].startswith("gpu")
 
 
+def differentiable() -> bool:
+    """Whether a gradient may be taken of the operations made now; not in a file or a `no_grad`."""
+    if runtime() == EXPORTED:
+        return False
+    if backend.backend() == "torch":
+        import torch
+
+        return torch.is_grad_enabled()
+    return True
+
+
 def holds_integers() -> bool:
     """Whether what the operations made now pass on is going to be int8, in a file."""
     return _INTEGERS.get()

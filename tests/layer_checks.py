@@ -14,6 +14,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from backend_gradient import layer_gradients
 from keras import ops
 
 BACKEND = keras.backend.backend()
@@ -350,6 +351,17 @@ class LayerChecks:
             outputs = [to_numpy(layer(x, training=training)) for training in (None, True, False)]
             np.testing.assert_array_equal(outputs[0], outputs[1])
             np.testing.assert_array_equal(outputs[0], outputs[2])
+
+    def test_training_flag_changes_no_gradient(self, spec):
+        layer, x = spec.make(rank=4), spec.inputs[-1]
+        weights = np.ones(layer(x).shape)
+        expected, *others = (
+            layer_gradients(layer, x, weights, **arguments)
+            for arguments in ({}, {"training": True}, {"training": False})
+        )
+        for gradients in others:
+            for gradient, value in zip(gradients, expected, strict=True):
+                np.testing.assert_allclose(gradient, value, rtol=1e-5, atol=1e-6)
 
     def test_same_seed_same_values(self, spec):
         values = []

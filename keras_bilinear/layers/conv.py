@@ -209,6 +209,7 @@ class BilinearConv(BilinearLayer):
         return ones, self.kernel_size
 
     def call(self, inputs, training: bool | None = None):
+        del training  # changes nothing
         x, padding = inputs, self.padding
         channels_last = self.data_format == "channels_last"
         if padding == "causal":
@@ -217,7 +218,6 @@ class BilinearConv(BilinearLayer):
             x, padding = ops.pad(x, ((0, 0), *both)), "valid"
         x = self._kernel.convolve(
             x,
-            training,
             data_format=self.data_format,
             strides=self.strides,
             padding=padding,

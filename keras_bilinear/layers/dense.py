@@ -139,8 +139,9 @@ class BilinearDense(BilinearLayer):
         self.built = True
 
     def call(self, inputs, training: bool | None = None):
+        del training  # changes nothing
         inputs = ops.convert_to_tensor(inputs, sparse=False)
-        x = self._kernel.project(inputs, training)
+        x = self._kernel.project(inputs)
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:

@@ -219,8 +219,9 @@ class BilinearEinsumDense(BilinearLayer):
         )
 
     def call(self, inputs, training: bool | None = None):
+        del training  # changes nothing
         x, kept = self._axes.as_rows(inputs)
-        x = self._kernel.project(x, training)
+        x = self._kernel.project(x)
         x = self._axes.from_rows(x, kept, self._kernel_shape)
         if self.bias is not None:
             x = ops.add(x, self.bias)

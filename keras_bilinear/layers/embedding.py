@@ -158,16 +158,17 @@ class BilinearEmbedding(BilinearLayer):
         return self.variable_dtype
 
     def call(self, inputs, reverse: bool = False, training: bool | None = None):
+        del training  # changes nothing
         dtype = self._check_inputs(inputs, reverse)
         if reverse:
             inputs = ops.cast(inputs, self.reverse_dtype or self.compute_dtype)
-            return self._kernel.project(inputs, training, transposed=True)
+            return self._kernel.project(inputs, transposed=True)
         # Narrow integers do not hold the divisor, and few ops take unsigned ones.
         inputs = ops.cast(inputs, "int64" if dtype in ("int64", "uint64", "uint32") else "int32")
         if self._factorization.padded_input_dim != self.input_dim:
             # Without padding, a negative index counts from the end by itself.
             inputs = ops.where(inputs < 0, inputs + self.input_dim, inputs)
-        return self._kernel.rows(inputs, training)
+        return self._kernel.rows(inputs)
 
     def _check_inputs(self, inputs, reverse):
         self._reversed = reverse
@@ -198,6 +199,7 @@ class BilinearEmbedding(BilinearLayer):
     def compute_output_spec(
         self, inputs, reverse: bool = False, training: bool | None = None
     ) -> keras.KerasTensor:
+        del training
         self._check_inputs(inputs, reverse)
         if reverse:
             shape = (*inputs.shape[:-1], self.input_dim)

@@ -59,18 +59,18 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
         reset = cell.recurrent_activation(ops.add(reset, bias))
         return [*rows[:2], states * ops.convert_to_numpy(reset)]
 
-    def make_step(self, mask, training=None):
+    def make_step(self, mask):
         kernel = self._recurrent_kernel
         if self.reset_after:
-            project = self._projection(kernel, mask, training)
+            project = self._projection(kernel, mask)
             bias = None if self.bias is None else ops.split(self.bias[1], 3)
 
             def candidate(r, state, recurrent):
                 return r * recurrent
 
         else:
-            project = self._projection(kernel, mask, training, (0, 1))
-            project_reset = self._projection(kernel, None, training, (2,))
+            project = self._projection(kernel, mask, (0, 1))
+            project_reset = self._projection(kernel, None, (2,))
             bias = None
 
             def candidate(r, state, recurrent):

@@ -42,8 +42,8 @@ class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
 
         return initialize
 
-    def make_step(self, mask, training=None):
-        project = self._projection(self._recurrent_kernel, mask, training)
+    def make_step(self, mask):
+        project = self._projection(self._recurrent_kernel, mask)
 
         def step(x, states):
             state, carry = states

@@ -16,7 +16,7 @@ from keras_bilinear.decompose import nearest_kronecker_sum
 from keras_bilinear.factors import Factorization, check_factors, check_positive_int
 from keras_bilinear.fit import Moments, fit_kronecker_sum
 from keras_bilinear.initializers import FactorInitializers, split_into_gates
-from keras_bilinear.runtime import EXPORTED, exporting, runtime
+from keras_bilinear.runtime import EXPORTED, differentiable, exporting, runtime
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
 SHARED = ("rank", "input_factors", "output_factors", "implementation")
@@ -31,8 +31,9 @@ class KroneckerKernel:
     The gain (see `keras_bilinear.initializers`) serves the optimizers whose
     steps do not depend on the size of the gradient. It would enter the steps of
     those that do (SGD) squared, and they would diverge. So the gradients of the
-    stored factors are divided by the gain: SGD moves the kernel as if there
-    were none, and Adam and its kin do not see the difference.
+    stored factors are divided by the gain, whether the layer is called for
+    training or not: SGD moves the kernel as if there were none, and Adam and its
+    kin do not see the difference.
 
     Args:
         layer: the layer that owns the variables.
@@ -95,10 +96,10 @@ class KroneckerKernel:
             **shared,
         )
 
-    def factors(self, training=None):
+    def factors(self):
         """`(left, right)` tensors whose Kronecker sum is the (padded) kernel, gain included."""
         left, right = ops.convert_to_tensor(self.left), ops.convert_to_tensor(self.right)
-        if training is not False:
+        if differentiable():
             left = _scale_gradient(left, 1 / self.gain)
             right = _scale_gradient(right, 1 / self.gain)
         # The smaller factor takes the gain.
@@ -116,9 +117,9 @@ class KroneckerKernel:
         """Whether the full kernel is formed at each call."""
         return self.order is None
 
-    def materialize(self, training=None):
+    def materialize(self):
         """The kernel, of `factorization.full_shape`."""
-        return self.full(*self.factors(training))
+        return self.full(*self.factors())
 
     def full(self, left, right):
         """What two factors stand for, of any rank and without gain."""
@@ -129,18 +130,18 @@ class KroneckerKernel:
         kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
         return ops.reshape(kernel, plan.full_shape)
 
-    def project(self, x, training=None, transposed=False):
+    def project(self, x, transposed=False):
         """`x @ W`, or `x @ W^T`, over the last axis of an `x` of any rank.
 
         For pointwise kernels.
         """
         factorization = self.factorization
         if self.materialized:
-            kernel = self.materialize(training)
+            kernel = self.materialize()
             return ops.matmul(x, ops.transpose(kernel) if transposed else kernel)
         left, right = (
             ops.reshape(factor, (factorization.rank, *factor.shape[-2:]))
-            for factor in self.factors(training)
+            for factor in self.factors()
         )
         if transposed:
             factorization = factorization.transposed
@@ -165,18 +166,17 @@ class KroneckerKernel:
 
         return project_padded
 
-    def convolve(self, x, training=None, data_format="channels_last", **options):
+    def convolve(self, x, data_format="channels_last", **options):
         """The convolution of `x` with the kernel.
 
         Args:
             x: `(n, *positions, groups * input_dim)`, or with the channels first.
-            training: see `factors`.
             data_format: `"channels_last"` or `"channels_first"`.
             **options: `strides`, `padding` and `dilation_rate` of `keras.ops.conv`.
         """
         plan = self.factorization
         if self.materialized:
-            kernel = self.materialize(training)
+            kernel = self.materialize()
             return ops.conv(x, kernel, data_format=data_format, **options)
         channels_first = data_format == "channels_first"
         axes = range(1, 1 + len(plan.window))
@@ -184,12 +184,12 @@ class KroneckerKernel:
             x = ops.transpose(x, (0, *(axis + 1 for axis in axes), 1))
         if plan.pointwise:
             steps = (slice(None, None, step) for step in options["strides"])
-            y = self.project(x[(slice(None), *steps)], training)
+            y = self.project(x[(slice(None), *steps)])
         else:
-            y = self._convolve_groups(x, training, **options)
+            y = self._convolve_groups(x, **options)
         return ops.transpose(y, (0, len(y.shape) - 1, *axes)) if channels_first else y
 
-    def _convolve_groups(self, x, training, **options):
+    def _convolve_groups(self, x, **options):
         plan = self.factorization
         leading = ops.shape(x)[:-1]
         padding = plan.padded_input_dim - plan.input_dim
@@ -197,7 +197,7 @@ class KroneckerKernel:
             x = ops.reshape(x, (*leading, plan.groups, plan.input_dim))
             x = ops.pad(x, ((0, 0),) * (len(leading) + 1) + ((0, padding),))
         x = ops.reshape(x, (*leading, plan.groups, *plan.input_factors))
-        left, right = self.factors(training)
+        left, right = self.factors()
         y = kronecker.convolve(x, left, right, self.order, plan.groups, **options)
         leading = ops.shape(y)[:-3]
         if plan.padded_output_dim != plan.output_dim:
@@ -205,11 +205,11 @@ class KroneckerKernel:
             y = y[..., : plan.output_dim]
         return ops.reshape(y, (*leading, plan.groups * plan.output_dim))
 
-    def rows(self, indices, training=None):
+    def rows(self, indices):
         """Rows of the kernel: `indices.shape + (output_dim,)`."""
         if self.materialized:
-            return ops.take(self.materialize(training), indices, axis=0)
-        rows = kronecker.rows(indices, *self.factors(training))
+            return ops.take(self.materialize(), indices, axis=0)
+        rows = kronecker.rows(indices, *self.factors())
         return _restore(rows, _known_shape(indices), self.factorization)
 
     def assign(self, kernel):

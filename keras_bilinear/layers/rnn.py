@@ -32,9 +32,9 @@ RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
 class GateKernel(KroneckerKernel):
     """The kernels of a cell's gates, side by side as in the stock cell, each a Kronecker sum."""
 
-    def materialize(self, training=None, gates=None):
+    def materialize(self, gates=None):
         """The kernel of all gates, or of some, of `(input_dim, gates * units)`."""
-        return self.full(*self.factors(training), gates)
+        return self.full(*self.factors(), gates)
 
     def full(self, left, right, gates=None):
         plan = self.factorization
@@ -48,7 +48,7 @@ class GateKernel(KroneckerKernel):
             return left, right
         return left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
 
-    def projection(self, training=None, gates=None):
+    def projection(self, gates=None):
         """A function that multiplies an `x` of any rank by the kernels of all gates, or of some.
 
         It returns one tensor for each gate. What depends on the factors alone
@@ -57,9 +57,9 @@ class GateKernel(KroneckerKernel):
         plan = self.factorization
         gates = gates or range(plan.gates)
         if self.materialized:
-            kernel = self.materialize(training, gates)
+            kernel = self.materialize(gates)
             return lambda x: _split(ops.matmul(x, kernel), len(gates))
-        left, right = self._pick(*self.factors(training), gates)
+        left, right = self._pick(*self.factors(), gates)
         return self._with_padding(kronecker.projection(left, right, self.order), plan)
 
     def assign(self, kernel):
@@ -87,9 +87,9 @@ class BilinearCell(BilinearLayer):
     stock cell. Here each of them has factors of its own.
 
     Subclasses also inherit from the stock cell, which checks and keeps its own
-    arguments. They say `gates`, how many there are, and `make_step(mask,
-    training)`, what a loop repeats: a function `(x, states) -> (output, states)`
-    of what an `input_projection` returns, where `mask` is the dropout mask of the state.
+    arguments. They say `gates`, how many there are, and `make_step(mask)`, what a
+    loop repeats: a function `(x, states) -> (output, states)` of what an
+    `input_projection` returns, where `mask` is the dropout mask of the state.
 
     Args:
         *args: arguments of the stock cell.
@@ -197,19 +197,18 @@ class BilinearCell(BilinearLayer):
         self._built_kernel()
         return self._recurrent_kernel.materialize()
 
-    def input_projection(self, mask, training=None):
+    def input_projection(self, mask):
         """The part of a step that knows no state, for any number of steps at once.
 
         Args:
             mask: dropout mask of `(batch, width)`, a list of them, one for each
                 gate, or `None`.
-            training: whether gradients are wanted.
 
         Returns:
             A function of inputs, `(..., batch, width)`, to a list, one for each
             gate, of `(..., batch, units)`.
         """
-        project = self._projection(self._kernel, mask, training)
+        project = self._projection(self._kernel, mask)
         if self.bias is None:
             return project
         biases = _split(self._input_bias(), self.gates)
@@ -225,16 +224,16 @@ class BilinearCell(BilinearLayer):
     def _input_bias(self):
         return ops.convert_to_tensor(self.bias)
 
-    def _projection(self, kernel, mask, training, gates=None):
+    def _projection(self, kernel, mask, gates=None):
         if isinstance(mask, list):
             gates = gates or range(self.gates)
-            projections = [kernel.projection(training, (gate,)) for gate in gates]
+            projections = [kernel.projection((gate,)) for gate in gates]
             return lambda x: [
                 part
                 for gate, project in zip(gates, projections, strict=True)
                 for part in project(ops.multiply(x, mask[gate]))
             ]
-        project = kernel.projection(training, gates)
+        project = kernel.projection(gates)
         return project if mask is None else lambda x: project(ops.multiply(x, mask))
 
     def dropout_masks(self, inputs, state, training):
@@ -250,8 +249,8 @@ class BilinearCell(BilinearLayer):
         nested = tree.is_nested(states)
         states = list(states) if nested else [states]
         mask, recurrent_mask = self.dropout_masks(inputs, states[0], training)
-        x = self.input_projection(mask, training)(inputs)
-        output, states = self.make_step(recurrent_mask, training)(x, states)
+        x = self.input_projection(mask)(inputs)
+        output, states = self.make_step(recurrent_mask)(x, states)
         return output, (states if nested else states[0])
 
     @classmethod
@@ -362,8 +361,8 @@ class BilinearRNN(keras.layers.RNN):
             sequences[:, 0, :], initial_state[0], training
         )
         x = _swap(sequences)
-        project = self.cell.input_projection(dropped, training)
-        step = self.cell.make_step(recurrent_dropped, training)
+        project = self.cell.input_projection(dropped)
+        step = self.cell.make_step(recurrent_dropped)
         if self.cell.projects_in_steps(sequences.shape[0]):
             step = _after(project, step)
         else:

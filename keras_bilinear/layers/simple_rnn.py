@@ -32,8 +32,8 @@ class BilinearSimpleRNNCell(BilinearCell, keras.layers.SimpleRNNCell):
             return None, None
         return self.get_dropout_mask(inputs), self.get_recurrent_dropout_mask(state)
 
-    def make_step(self, mask, training=None):
-        project = self._projection(self._recurrent_kernel, mask, training)
+    def make_step(self, mask):
+        project = self._projection(self._recurrent_kernel, mask)
 
         def step(x, states):
             ((x,), (recurrent,)) = x, project(states[0])
