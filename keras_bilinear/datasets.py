@@ -9,7 +9,7 @@ import tempfile
 import keras
 import numpy as np
 
-from keras_bilinear.errors import CommandError, require
+from keras_bilinear.errors import CommandError, reason, require
 
 VOCABULARY = 20_000
 TOKENS = 200
@@ -169,4 +169,4 @@ def _token_ids(train, test):
 
 
 def _first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return f"{type(error).__name__}: {reason(error)}"

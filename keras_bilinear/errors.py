@@ -1,10 +1,19 @@
 """What a command says when it cannot go on."""
 
 import importlib.util
+import re
 
 
 class CommandError(Exception):
     """A mistake of the user or of the machine, said in one line; the command exits with 2."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line, without what Keras puts before it."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if not line.startswith("Exception encountered when calling")]
+    return (own or lines or [type(error).__name__])[0]
 
 
 def require(*modules: str) -> None:

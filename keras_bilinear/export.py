@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from keras_bilinear.keras_private import all_layers, stateful_layers
 from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
-from keras_bilinear.litert_converter import convert
+from keras_bilinear.litert_converter import convert, named_outputs
 from keras_bilinear.litert_inputs import input_specs, read_examples
 from keras_bilinear.rewrite import copy_model
 from keras_bilinear.runtime import on_gpu
@@ -146,6 +145,8 @@ def _check(model, path, quantize, representative_data, unroll, quantize_io):
     for module, package in (("tensorflow", "tensorflow"), ("ai_edge_litert", "ai-edge-litert")):
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"The export to LiteRT needs {package}: run `pip install {package}`")
+    if path.is_dir():
+        raise OSError(f"cannot write {str(path)!r}: it is a folder")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise OSError(f"cannot write into {str(path.parent)!r}: it is no writable folder")
 
@@ -155,25 +156,22 @@ def _recurrent(model):
 
 
 def _expected(model, arguments, examples):
-    """For each output of the model its values, runs first."""
+    """For each output of the model, by its name in the file, its values, runs first."""
     runs = []
     for values in zip(*examples.values(), strict=True):
         inputs = keras.tree.pack_sequence_as(
             arguments, list(map(keras.ops.convert_to_tensor, values))
         )
-        outputs = keras.tree.flatten(model(*inputs, training=False))
-        runs.append([keras.ops.convert_to_numpy(one) for one in outputs])
-    return [np.stack(values) for values in zip(*runs, strict=True)]
+        outputs = named_outputs(model(*inputs, training=False))
+        runs.append({name: keras.ops.convert_to_numpy(one) for name, one in outputs.items()})
+    return {name: np.stack([run[name] for run in runs]) for name in runs[0]}
 
 
 def _difference(outputs, expected):
     """Root mean square difference of all outputs, relative to the root mean square."""
-    # They are numbered, or have the names of a dictionary, in its sorted order.
-    numbered = all(re.fullmatch(r"output_\d+", name) for name in outputs)
-    names = sorted(outputs, key=lambda name: int(name.split("_")[1]) if numbered else name)
     pairs = [
         (outputs[name].astype("float64"), values.astype("float64"))
-        for name, values in zip(names, expected, strict=True)
+        for name, values in expected.items()
     ]
     squares = sum(np.square(one - other).sum() for one, other in pairs)
     size = sum(np.square(other).sum() for _, other in pairs)

@@ -107,7 +107,8 @@ def run_litert(
     """
     with tempfile.TemporaryDirectory() as folder:
         given, found = pathlib.Path(folder, "inputs.npz"), pathlib.Path(folder, "outputs.npz")
-        np.savez(given, **inputs)
+        # Any name, `file` as well, can be that of an input.
+        np.savez(given, **{f"input:{name}": values for name, values in inputs.items()})
         command = [sys.executable, str(_RUNNER), *map(str, (path, given, found, threads, seconds))]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:

@@ -61,10 +61,7 @@ def _convert(model, file, arguments, examples, quantize, quantize_io):
     def serve(**tensors):
         inputs = keras.tree.pack_sequence_as(arguments, [tensors[one.name] for one in specs])
         with exporting(integers=quantize == "int8"):
-            outputs = model(*inputs, training=False)
-        if isinstance(outputs, dict):
-            return outputs
-        return {f"output_{i}": one for i, one in enumerate(keras.tree.flatten(outputs))}
+            return named_outputs(model(*inputs, training=False))
 
     module = tf.Module()
     module.model, module.all_variables = model, [variable.value for variable in model.variables]
@@ -98,6 +95,13 @@ def _convert(model, file, arguments, examples, quantize, quantize_io):
         ) from error
 
 
+def named_outputs(outputs) -> dict:
+    """The outputs of a model by the names that they have in a file."""
+    if isinstance(outputs, dict) and not any(map(keras.tree.is_nested, outputs.values())):
+        return outputs
+    return {f"output_{i}": one for i, one in enumerate(keras.tree.flatten(outputs))}
+
+
 def _runs(examples) -> Iterator[dict]:
     for values in zip(*examples.values(), strict=True):
         yield dict(zip(examples, values, strict=True))
@@ -105,8 +109,11 @@ def _runs(examples) -> Iterator[dict]:
 
 def _reason(model, message):
     """The first error in what the converter says, with the layer that it is about."""
-    errors = [line for line in message.strip().splitlines() if "error: " in line]
-    line = (errors or message.strip().splitlines() or ["unknown error"])[0]
+    lines = message.strip().splitlines()
+    errors = [line for line in lines if "error: " in line]
+    # What an error of Python says stands at the end of its traceback.
+    errors = errors or re.findall(r"^ *\w+Error: (.*)$", message, re.MULTILINE)[-1:]
+    line = (errors or lines or ["unknown error"])[0]
     reason = line.rsplit("): ", 1)[-1].rsplit("error: ", 1)[-1]
     place = re.search(r'"([^"]+)@__inference', line)
     if not place:
@@ -124,7 +131,7 @@ def _reason(model, message):
 def _convert_in_subprocess(model, file, arguments, examples, options):
     source, inputs = file.with_suffix(".keras"), file.with_suffix(".npz")
     model.save(source)
-    np.savez(inputs, **examples)
+    np.savez(inputs, **{f"input:{name}": values for name, values in examples.items()})
     specs = keras.tree.flatten(arguments)
     order = {
         "shapes": [one.shape for one in specs],
@@ -151,7 +158,7 @@ def _main(source, file, inputs, order):
             importlib.import_module(module)
     model = keras.models.load_model(source, compile=False, safe_mode=False)
     with np.load(inputs) as arrays:
-        examples = dict(arrays)
+        examples = {name.removeprefix("input:"): values for name, values in arrays.items()}
     arguments = input_specs(model, order["shapes"])
     _convert(model, pathlib.Path(file), arguments, examples, **order["options"])
 

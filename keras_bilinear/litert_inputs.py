@@ -44,10 +44,11 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
         arguments = keras.tree.map_shape_structure(
             lambda shape: _spec("", (1, *shape[1:]), "float32"), known
         )
-    specs = [
-        _spec(_UNNAMED.sub(f"input_{number}", one.name), one.shape, one.dtype)
-        for number, one in enumerate(keras.tree.flatten(arguments), 1)
-    ]
+    specs = keras.tree.flatten(arguments)
+    names = _unique(
+        _UNNAMED.sub(f"input_{number}", one.name) for number, one in enumerate(specs, 1)
+    )
+    specs = [_spec(name, one.shape, one.dtype) for name, one in zip(names, specs, strict=True)]
     if shapes is not None:
         specs = [_spec(one.name, _given_shape(one, specs, shapes), one.dtype) for one in specs]
     for one in specs:
@@ -65,7 +66,19 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
 
 
 def _spec(name, shape, dtype):
-    return keras.layers.InputSpec(shape=shape, dtype=dtype, name=re.sub(r"\W", "_", name))
+    name = re.sub(r"[^0-9A-Za-z_]", "_", name)
+    return keras.layers.InputSpec(shape=shape, dtype=dtype, name=name)
+
+
+def _unique(names):
+    """Names in which one that comes up again has a number, as has one that TensorFlow reserves."""
+    taken = ["self"]
+    for name in names:
+        count = 1
+        while (other := f"{name}_{count}" if count > 1 else name) in taken:
+            count += 1
+        taken.append(other)
+    return taken[1:]
 
 
 def _given_shape(spec, specs, shapes):

@@ -2,8 +2,8 @@
 
     python litert_runner.py FILE INPUTS.npz OUTPUTS.npz THREADS SECONDS
 
-`INPUTS.npz` has for each input an array `NAME` of some runs, the first axis. To
-`OUTPUTS.npz` go the outputs of each run as `output:NAME`, and what was found of
+`INPUTS.npz` has for each input an array `input:NAME` of some runs, the first axis.
+To `OUTPUTS.npz` go the outputs of each run as `output:NAME`, and what was found of
 the file: `latency` (median seconds), `memory` (bytes of the process at its peak)
 and `memory_before` (before it had read the file); zero where the system does not
 tell. It is a script of its own, as a package that is imported would count.
@@ -63,7 +63,7 @@ def main(file, inputs, outputs, threads, seconds):
     sources, targets = signature.get_input_details(), signature.get_output_details()
     del signature  # the interpreter does not run beside it
     with np.load(inputs) as arrays:
-        arrays = {name: stored(arrays[name], one) for name, one in sources.items()}
+        arrays = {name: stored(arrays[f"input:{name}"], one) for name, one in sources.items()}
     runs = {name: [] for name in targets}
     for values in zip(*arrays.values(), strict=True):
         for name, value in zip(arrays, values, strict=True):

@@ -332,6 +332,11 @@ def _check_plan(model, plan):
                 f"The plan is not one of the model {model.name!r}, which has no {layer.type} "
                 f"{path!r}."
             )
+        if layer.full_parameters != (found[path].count_params() if found[path].built else 0):
+            raise ValueError(
+                f"The plan is not one of the model {model.name!r}, whose layer {path!r} has "
+                f"{found[path].count_params():,} parameters, and not {layer.full_parameters:,}."
+            )
         if layer.rank is not None and not counterpart(found[path]):
             raise ValueError(f"The layer {path!r} cannot be rewritten: {layer.reason}.")
         if layer.scaled and layer.factorizations and layer.rank is None:

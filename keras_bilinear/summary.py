@@ -225,10 +225,12 @@ def summarize(model: keras.Model, data=None) -> Summary:
         model: a built model.
         data: examples, to give the accuracy: a tuple of inputs and labels, as
             arrays, or an iterable of batches of both, such as a
-            `tf.data.Dataset`. Labels are integers or one-hot vectors. Inputs
-            alone, an array or a dictionary of arrays, give no accuracy, but an
-            example for a model whose inputs are not known otherwise: one that
-            is subclassed, or has sizes that are not fixed. `None` takes zeros.
+            `tf.data.Dataset`. Labels are integers or one-hot vectors; a single
+            output answers 1 above 0.5 or, where the model is compiled with a loss
+            of logits, above 0. Inputs alone, an array or a dictionary of arrays,
+            give no accuracy, but an example for a model whose inputs are not known
+            otherwise: one that is subclassed, or has sizes that are not fixed.
+            `None` takes zeros.
 
     Returns:
         A `Summary`: a table when it is printed, or shown in a notebook.
@@ -430,6 +432,7 @@ def _first(model, data):
 
 def _accuracy(model, data):
     right = total = 0
+    threshold = 0.0 if getattr(getattr(model, "loss", None), "from_logits", False) else 0.5
     for batch in data or ():
         inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if labels is None:
@@ -442,7 +445,7 @@ def _accuracy(model, data):
             )
         outputs = np.asarray(outputs)
         labels = np.asarray(keras.ops.convert_to_numpy(labels))
-        answers = outputs.argmax(-1) if outputs.shape[-1] > 1 else outputs[..., 0] > 0.5
+        answers = outputs.argmax(-1) if outputs.shape[-1] > 1 else outputs[..., 0] > threshold
         if labels.ndim == outputs.ndim and labels.shape[-1] == 1:
             labels = labels[..., 0]
         elif labels.shape == outputs.shape:

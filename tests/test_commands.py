@@ -177,7 +177,9 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):
         (["plan", "{}/full.keras", "--calibration={}/full.keras.npy"], "cannot read"),
         (["plan", "{}/full.keras", "--calibration={}/text.npy"], "cannot read"),
         (["plan", "{}/full.keras", "--calibration={}/wide.npy"], "has no inputs of the model"),
+        (["plan", "{}/full.keras", "--calibration={}/wide.npy"], "incompatible with"),
         (["plan", "{}/full.keras", "--calibration={}/empty.npy"], "has no examples"),
+        (["plan", "{}/full.keras", "--calibration={}/named.npy"], "has no inputs of the model"),
         (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/text.npy"], "cannot read"),
         (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/none.json"], "cannot read"),
         (
@@ -190,10 +192,19 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):
 def test_mistakes_are_said_in_one_line(arguments, text, fails, saved):
     (saved / "text.npy").write_text("hello")
     np.save(saved / "wide.npy", np.ones((4, 25), "float32"))
+    np.savez(saved / "named.npz", a=np.ones((4, 24), "float32"), b=np.ones((4, 24), "float32"))
+    (saved / "named.npz").rename(saved / "named.npy")
     np.save(saved / "empty.npy", np.ones((0, 24), "float32"))
     other = plan_rewrite(model_kinds.convolutional()[0], rank=1)
     (saved / "plan.json").write_text(other.to_json())
     assert text in fails(*(argument.replace("{}", str(saved)) for argument in arguments))
+
+
+def test_arrays_of_different_lengths_are_said_in_one_line(fails, tmp_path):
+    model_kinds.two_inputs()[0].save(tmp_path / "full.keras")
+    np.savez(tmp_path / "x.npz", a=np.ones((5, 24), "float32"), b=np.ones((4, 24), "float32"))
+    text = fails("plan", tmp_path / "full.keras", f"--calibration={tmp_path / 'x.npz'}")
+    assert "must have as many examples each" in text
 
 
 def test_plans_are_json(run, saved):

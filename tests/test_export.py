@@ -242,6 +242,29 @@ def test_an_unknown_number_of_steps_can_be_given(exported, refuses):
     refuses(ValueError, r"`input_shapes` must say those of .*None", model)
 
 
+@on_tensorflow
+def test_any_names_of_inputs_and_outputs_are_exported(exported):
+    names = ("file", "self", "a-b", "a_b", "größe x")
+    inputs = [keras.Input((8,), name=name) for name in names]
+    hidden = layers.concatenate(inputs)
+    # In a dictionary, output 10 comes before output 2.
+    outputs = {
+        f"output_{i}": BilinearDense(4, bias_initializer=keras.initializers.Constant(i))(hidden)
+        for i in range(1, 12)
+    }
+    assert exported(keras.Model(inputs, outputs)).difference < 1e-5
+    outputs = {"größe x-1": outputs["output_1"], "a": outputs["output_2"]}
+    assert exported(keras.Model(inputs, outputs)).difference < 1e-5
+    nested = {"pair": [*outputs.values()], "one": outputs["a"]}
+    assert exported(keras.Model(inputs, nested)).difference < 1e-5
+
+
+@on_tensorflow
+def test_loops_of_an_unknown_number_of_steps_are_not_unrolled(refuses):
+    model = recurrent(layers.LSTM(8), steps=None)
+    refuses(ValueError, "Cannot unroll a RNN", model, input_shapes=(2, 5, 16), unroll=True)
+
+
 @pytest.mark.parametrize("kind", ["two_inputs", "attention", "subclassed"])
 def test_rewritten_models_of_other_kinds_are_exported(exported, kind):
     model, inputs = getattr(model_kinds, kind)()
@@ -400,6 +423,14 @@ def test_an_unbuilt_model_and_a_missing_folder_are_refused(refuses):
     refuses(ValueError, "must be a built Keras model", keras.Sequential([BilinearDense(8)]))
     model = keras.Sequential([keras.Input((4,)), BilinearDense(8)])
     refuses(OSError, "no writable folder", model, name="missing/model.tflite")
+
+
+@on_tensorflow
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "model.tflite").mkdir()
+    model = keras.Sequential([keras.Input((4,)), BilinearDense(8)])
+    with pytest.raises(OSError, match="it is a folder"):
+        export_litert(model, tmp_path / "model.tflite")
 
 
 @on_tensorflow

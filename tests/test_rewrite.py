@@ -349,6 +349,11 @@ def test_a_plan_of_another_model_is_refused():
     plan = plan_rewrite(model_kinds.convolutional()[0], rank=1)
     with pytest.raises(ValueError, match="not one of the model"):
         rewrite_model(model, plan)
+    wider = keras.Sequential([keras.Input((24,)), layers.Dense(40, name="hidden")])
+    narrow = keras.Sequential([keras.Input((24,)), layers.Dense(20, name="hidden")])
+    plan = plan_rewrite(narrow, rank=1)
+    with pytest.raises(ValueError, match="'hidden' has 1,000 parameters, and not 500"):
+        rewrite_model(wider, plan)
 
 
 def test_a_plan_and_a_limit_exclude_each_other():

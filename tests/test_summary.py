@@ -142,6 +142,8 @@ def test_one_output_is_a_probability():
     x = np.array([[0.2], [0.7], [0.9], [0.1]], "float32")
     for y in (np.array([0, 1, 0, 0]), np.array([[0], [1], [0], [0]])):
         assert summarize(model, (x, y)).accuracy == 0.75
+    model.compile("sgd", keras.losses.BinaryCrossentropy(from_logits=True))
+    assert summarize(model, (x - 0.5, y)).accuracy == 0.75
 
 
 def test_labels_that_do_not_fit_are_refused():

@@ -9,7 +9,7 @@ from absl import flags
 
 from keras_bilinear import datasets
 from keras_bilinear.commands import saved
-from keras_bilinear.errors import CommandError
+from keras_bilinear.errors import CommandError, reason
 from keras_bilinear.files import staged
 from keras_bilinear.summary import compare, summarize
 
@@ -48,8 +48,7 @@ def main(argv: list[str]) -> None:
         try:
             costs = (summarize if len(models) == 1 else compare)(*models, data)
         except Exception as error:  # whatever a model says of inputs that are not its own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CommandError(f"cannot run the model: {reason}") from error
+            raise CommandError(f"cannot run the model: {reason(error)}") from error
     print(costs, end="")
     if output and output.suffix == ".json":
         saved.write(costs.to_json() + "\n", output)

@@ -13,7 +13,7 @@ from absl import flags
 
 from keras_bilinear import datasets, search
 from keras_bilinear.calibration import model_batches
-from keras_bilinear.errors import CommandError
+from keras_bilinear.errors import CommandError, reason
 from keras_bilinear.files import check_writable, staged
 
 FLAGS = flags.FLAGS
@@ -110,10 +110,10 @@ def load(path: pathlib.Path) -> keras.Model:
     try:
         return keras.models.load_model(path, compile=False, safe_mode=not FLAGS.unsafe)
     except Exception as error:  # Keras, its backends and what they call raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = reason(error)
         if "safe_mode" in str(error) or "unsafe" in str(error):
-            reason = "it has code in it, which is loaded with --unsafe only"
-        raise CommandError(f"cannot load {str(path)!r}: {reason}") from error
+            why = "it has code in it, which is loaded with --unsafe only"
+        raise CommandError(f"cannot load {str(path)!r}: {why}") from error
 
 
 def save(model: keras.Model, path: pathlib.Path) -> None:
@@ -150,10 +150,11 @@ def read_data(model: keras.Model, bar: rich.progress.Progress, flag: str = "cali
         inputs = keras.tree.map_structure(lambda values: values[:1], data)
         keras.ops.convert_to_numpy(keras.tree.flatten(model(inputs))[0])
     except Exception as error:  # whatever a model says of inputs that are not its own
-        reason = str(error).strip().splitlines()[0]
-        raise CommandError(f"{name!r} has no inputs of the model: {reason}") from error
+        raise CommandError(f"{name!r} has no inputs of the model: {reason(error)}") from error
     data = keras.tree.map_structure(lambda values: values[: FLAGS.examples], data)
-    return _Passes([*model_batches(data, model)], bar, flag.replace("_", " "))
+    with command_errors(ValueError):
+        data = [*model_batches(data, model, name)]
+    return _Passes(data, bar, flag.replace("_", " "))
 
 
 class _Passes:
@@ -178,7 +179,7 @@ def _read(name):
         return datasets.load(name, FLAGS.data_dir).x_train
     try:
         data = np.load(path)
-        return data if path.suffix == ".npy" else dict(data)
+        return dict(data) if hasattr(data, "files") else data  # whatever the file is called
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise CommandError(f"cannot read {name!r}: {error}") from error
 
