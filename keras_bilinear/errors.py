@@ -8,7 +8,7 @@ class CommandError(Exception):
     """A mistake of the user or of the machine, said in one line; the command exits with 2."""
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException | str) -> str:
     """What an error says, in one line, without what Keras puts before it."""
     text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
     lines = [line.strip() for line in text.splitlines() if line.strip()]

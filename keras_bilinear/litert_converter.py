@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from keras_bilinear.centering import centre_tables
+from keras_bilinear.errors import reason
 from keras_bilinear.keras_private import all_layers
 from keras_bilinear.litert_inputs import input_specs
 from keras_bilinear.runtime import exporting
@@ -110,22 +111,21 @@ def _runs(examples) -> Iterator[dict]:
 def _reason(model, message):
     """The first error in what the converter says, with the layer that it is about."""
     lines = message.strip().splitlines()
-    errors = [line for line in lines if "error: " in line]
-    # What an error of Python says stands at the end of its traceback.
-    errors = errors or re.findall(r"^ *\w+Error: (.*)$", message, re.MULTILINE)[-1:]
-    line = (errors or lines or ["unknown error"])[0]
-    reason = line.rsplit("): ", 1)[-1].rsplit("error: ", 1)[-1]
+    if message.lstrip().startswith("in user code:"):  # a traceback, and then what it is about
+        return reason(message.rsplit("Error: ", 1)[-1])
+    line = ([line for line in lines if "error: " in line] or lines or ["unknown error"])[0]
+    said = line.rsplit("): ", 1)[-1].rsplit("error: ", 1)[-1]
     place = re.search(r'"([^"]+)@__inference', line)
     if not place:
-        return reason
+        return said
     names = {layer.name: layer for layer in all_layers(model) if layer is not model}
     # TensorFlow numbers the scopes that it enters again.
     parts = [re.sub(r"_\d+$", "", part) for part in place[1].split("/")]
     parts = [*itertools.chain(*zip(place[1].split("/"), parts, strict=True))]
     found = [names[part] for part in parts if part in names]
     if not found:
-        return reason
-    return f"layer {found[-1].name!r} ({type(found[-1]).__name__}): {reason}"
+        return said
+    return f"layer {found[-1].name!r} ({type(found[-1]).__name__}): {said}"
 
 
 def _convert_in_subprocess(model, file, arguments, examples, options):
