@@ -8,7 +8,7 @@ import pytest
 from backend_gradient import BACKEND, evaluate, largest_tensor, layer_gradients, weighted_output
 from hypothesis import given
 from hypothesis import strategies as st
-from keras import ops
+from keras import ops, tree
 
 from keras_bilinear import (
     BilinearGRU,
@@ -112,6 +112,32 @@ def test_equals_the_stock_layer_with_the_expanded_kernels(kind, options):
     mask = ops.convert_to_tensor(MASK)
     for arguments in ({}, {"mask": mask, "training": True}):
         assert_same(run(layer, **arguments), run(stock, **arguments))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has sizes that are not known")
+@pytest.mark.parametrize("in_steps", [False, True])
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_steps(kind, batch, in_steps, monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(cost, "pays_in_steps", lambda *arguments: in_steps)
+    options = OPTIONS["backwards" if in_steps else "sequences"]
+    layer = make(kind, implementation="factorized", **options)
+    x = tf.constant(X[:2], "float32")  # fewer examples than steps
+
+    def outputs_and_gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = tree.flatten(layer(x))
+        return [*outputs, tape.gradient(outputs, x)]
+
+    traced = tf.function(outputs_and_gradient).get_concrete_function(
+        tf.TensorSpec((batch, None, X.shape[-1]))
+    )
+    assert_same(
+        *([one.numpy() for one in function(x)] for function in (traced, outputs_and_gradient))
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -374,7 +374,8 @@ class BilinearRNN(keras.layers.RNN):
             go_backwards=self.go_backwards,
             mask=mask if mask is None else _swap(mask),
             unroll=self.unroll,
-            input_length=sequences.shape[1],
+            # In a list, as Keras takes a tensor for lengths to mask by.
+            input_length=sequences.shape[1] or [ops.shape(sequences)[1]],
             time_major=True,
             zero_output_for_mask=self.zero_output_for_mask,
             return_all_outputs=self.return_sequences,
