@@ -30,13 +30,19 @@ def record(
     notes = {key: [] for key in layers}
     try:
         for key, layer in layers.items():
-            layer.call = _noting(layer.call, notes[key], note)
+            name = _call_name(layer)
+            setattr(layer, name, _noting(getattr(layer, name), notes[key], note))
         with states_kept(model):
             model(keras.tree.map_structure(ops.convert_to_tensor, inputs), training=False)
     finally:
         for layer in layers.values():
-            vars(layer).pop("call", None)
+            vars(layer).pop(_call_name(layer), None)
     return notes
+
+
+def _call_name(layer):
+    """The method that Keras calls."""
+    return "call" if layer.dtype_policy.quantization_mode is None else "quantized_call"
 
 
 def _noting(call, notes, note):

@@ -35,7 +35,7 @@ from keras_bilinear.sites import (
     tied_variables,
     walk,
 )
-from keras_bilinear.widen import hidden_layers, widen
+from keras_bilinear.widen import give_weights, hidden_layers, widen
 
 # The layers are fitted in at most so many groups, for each of which the
 # calibration data run through both models.
@@ -194,7 +194,7 @@ class Rewriter:
             copy = copy_model(layer)
         else:
             copy = keras.layers.deserialize(keras.layers.serialize(layer))
-            copy.set_weights(layer.get_weights())
+            give_weights(copy, layer.get_weights())
         if is_leaf(copy):
             pairs = [(Site(layer.name, layer, ()), Site(layer.name, copy, ()))]
         else:

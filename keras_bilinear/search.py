@@ -51,7 +51,7 @@ def plan_rewrite(
     Each layer gets either near-square factors or those with which its kernel is
     one of low rank: two plain layers, one after the other. These and the ranks are
     the ones with the smallest sum of squared predicted errors among all that keep
-    the model within the budget: a knapsack, solved exactly. Grouped convolutions
+    the model within the budget: a knapsack, solved by HiGHS. Grouped convolutions
     and layers with a `scale` keep near-square factors.
 
     Args:

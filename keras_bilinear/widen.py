@@ -180,10 +180,17 @@ def widen(
             producer = producers[narrow.name]
             factors = _cell(model.get_layer(producer)).output_factors
             _, scale = scales[producer]
-            layer.set_weights([_copies(v, factors, scale) for v in narrow.get_weights()])
+            give_weights(layer, [_copies(v, factors, scale) for v in narrow.get_weights()])
         else:
-            layer.set_weights(narrow.get_weights())
+            give_weights(layer, narrow.get_weights())
     return wide
+
+
+def give_weights(layer: keras.Layer, weights: list) -> None:
+    """Sets all weights of a layer, and what one that was adapted to data makes of them."""
+    layer.set_weights(weights)
+    if hasattr(layer, "finalize_state"):
+        layer.finalize_state()
 
 
 def _wide_arguments(config, input_scale, output_scale):

@@ -200,6 +200,24 @@ def test_mistakes_are_said_in_one_line(arguments, text, fails, saved):
     assert text in fails(*(argument.replace("{}", str(saved)) for argument in arguments))
 
 
+def test_what_was_compiled_stays_so(run, tmp_path):
+    @keras.saving.register_keras_serializable("test")
+    def loss(y, predictions):
+        return keras.ops.mean((y - predictions) ** 2)
+
+    model = model_kinds.sequential()[0]
+    full, small, again = (tmp_path / f"{name}.keras" for name in ("full", "small", "again"))
+    for compiled in ("mse", loss):
+        model.compile("adam", compiled)
+        model.save(full)
+        if compiled is loss:
+            del keras.saving.get_custom_objects()["test>loss"]
+        run("rewrite", full, small, "--rank=1", "--overwrite")
+        run("expand", small, again, "--overwrite")
+        for file in (small, again):
+            assert keras.models.load_model(file).compiled == (compiled == "mse")
+
+
 def test_arrays_of_different_lengths_are_said_in_one_line(fails, tmp_path):
     model_kinds.two_inputs()[0].save(tmp_path / "full.keras")
     np.savez(tmp_path / "x.npz", a=np.ones((5, 24), "float32"), b=np.ones((4, 24), "float32"))

@@ -237,6 +237,9 @@ def test_masks_states_and_directions_of_recurrent_layers_are_exported(exported):
 
 @on_tensorflow
 def test_an_unknown_number_of_steps_can_be_given(exported, refuses):
+    assert (
+        exported(recurrent(BilinearLSTM(8), steps=None), input_shapes=(1, 5, 16)).difference < 1e-5
+    )
     model = recurrent(layers.LSTM(8), steps=None)
     assert exported(model, input_shapes=(2, 5, 16)).difference < 1e-5
     refuses(ValueError, r"`input_shapes` must say those of .*None", model)

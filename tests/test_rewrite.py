@@ -344,6 +344,18 @@ def test_a_model_that_cannot_be_copied_is_refused():
         rewrite_model(model, rank=1)
 
 
+def test_what_a_layer_was_adapted_to_is_kept():
+    x = 20 + 5 * np.random.default_rng(0).normal(size=(50, 24)).astype("float32")
+    normalization = layers.Normalization()
+    normalization.adapt(x)
+    hidden = layers.Dense(24, "relu", name="hidden")
+    model = keras.Sequential([keras.Input((24,)), normalization, hidden, layers.Dense(4)])
+    same = keras.models.clone_model(model, clone_function=Rewriter(1000))
+    assert_same(outputs(same, x), outputs(model, x))
+    wide = rewrite_model(model, rank=4, scale=2, layers={"hidden": 4})
+    assert_same(outputs(wide.layers[0], x), outputs(normalization, x))
+
+
 def test_a_plan_of_another_model_is_refused():
     model, _ = model_kinds.sequential()
     plan = plan_rewrite(model_kinds.convolutional()[0], rank=1)

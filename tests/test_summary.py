@@ -137,6 +137,14 @@ def test_accuracy_is_the_share_of_right_answers(one_hot):
     assert summarize(model, [(x[:25], y[:25]), (x[25:], y[25:])]).accuracy == 0.8
 
 
+def test_quantized_layers_count():
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(64), layers.Dense(32)])
+    full = summarize(model)
+    model.quantize("int8")
+    assert summarize(model).macs == full.macs == 64 * 96
+    assert summarize(model).peak_activation_bytes == full.peak_activation_bytes
+
+
 def test_one_output_is_a_probability():
     model = keras.Sequential([keras.Input((1,)), layers.Flatten()])
     x = np.array([[0.2], [0.7], [0.9], [0.1]], "float32")

@@ -95,7 +95,7 @@ def check_output(path: pathlib.Path, *suffixes: str) -> None:
 
 
 def load(path: pathlib.Path) -> keras.Model:
-    """Loads a model.
+    """Loads a model, compiled as it was where what that needs is at hand.
 
     Raises:
         CommandError: if the file is missing, is no whole `.keras` file, or holds
@@ -108,7 +108,10 @@ def load(path: pathlib.Path) -> keras.Model:
     if not zipfile.is_zipfile(path):
         raise CommandError(f"{str(path)!r} is no .keras file, or only a part of one")
     try:
-        return keras.models.load_model(path, compile=False, safe_mode=not FLAGS.unsafe)
+        try:
+            return keras.models.load_model(path, safe_mode=not FLAGS.unsafe)
+        except Exception:  # of a loss or a metric, perhaps
+            return keras.models.load_model(path, compile=False, safe_mode=not FLAGS.unsafe)
     except Exception as error:  # Keras, its backends and what they call raise anything
         why = reason(error)
         if "safe_mode" in str(error) or "unsafe" in str(error):
