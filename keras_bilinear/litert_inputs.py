@@ -1,5 +1,6 @@
 """The inputs that a LiteRT file has, and examples of them."""
 
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 
@@ -45,7 +46,7 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
             lambda shape: _spec("", (1, *shape[1:]), "float32"), known
         )
     specs = keras.tree.flatten(arguments)
-    names = _unique(
+    names = _argument_names(
         _UNNAMED.sub(f"input_{number}", one.name) for number, one in enumerate(specs, 1)
     )
     specs = [_spec(name, one.shape, one.dtype) for name, one in zip(names, specs, strict=True)]
@@ -66,19 +67,22 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
 
 
 def _spec(name, shape, dtype):
-    name = re.sub(r"[^0-9A-Za-z_]", "_", name)
     return keras.layers.InputSpec(shape=shape, dtype=dtype, name=name)
 
 
-def _unique(names):
-    """Names in which one that comes up again has a number, as has one that TensorFlow reserves."""
-    taken = ["self"]
+def _argument_names(names):
+    """Names that arguments of a function can have, each another; as they are where that goes."""
+    found = []
     for name in names:
-        count = 1
-        while (other := f"{name}_{count}" if count > 1 else name) in taken:
+        name = re.sub(r"[^0-9A-Za-z_]", "_", name)
+        if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
+            name = f"input_{name}"
+        count, again = 1, name
+        while again in found:
             count += 1
-        taken.append(other)
-    return taken[1:]
+            again = f"{name}_{count}"
+        found.append(again)
+    return found
 
 
 def _given_shape(spec, specs, shapes):

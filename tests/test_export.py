@@ -247,7 +247,7 @@ def test_an_unknown_number_of_steps_can_be_given(exported, refuses):
 
 @on_tensorflow
 def test_any_names_of_inputs_and_outputs_are_exported(exported):
-    names = ("file", "self", "a-b", "a_b", "größe x")
+    names = ("file", "self", "a-b", "a_b", "größe x", "1st", "class")
     inputs = [keras.Input((8,), name=name) for name in names]
     hidden = layers.concatenate(inputs)
     # In a dictionary, output 10 comes before output 2.
