@@ -9,7 +9,7 @@ import keras
 
 from keras_bilinear import layers
 from keras_bilinear.keras_private import own_variables, sublayers
-from keras_bilinear.layers.projection import BilinearLayer, has_kernel_constraint
+from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 
 # The bilinear class for each stock class.
@@ -20,6 +20,8 @@ _COUNTERPARTS = {
 }
 # Wider layers are not fitted to their inputs.
 MOST_INPUTS = 16_384
+# Kernels of stock layers, as the arguments for their constraints call them.
+_KERNELS = ("kernel", "recurrent", "embeddings")
 # Layers that read or write the kernel of a layer they hold.
 _MEDDLERS = (keras.layers.SpectralNormalization,)
 _DEPTHWISE = (
@@ -142,7 +144,7 @@ def reason_to_leave(site: Site, tied: set) -> str:
         return "shares a variable with another layer"
     if layer.dtype_policy.quantization_mode is not None:
         return "quantized"
-    if has_kernel_constraint(layer):
+    if any(getattr(layer, f"{name}_constraint", None) for name in _KERNELS):
         return "has a constraint, which factors do not keep"
     if getattr(layer, "lora_enabled", False):
         return "has LoRA enabled"

@@ -398,13 +398,13 @@ class BilinearLayer(keras.layers.Layer):
                 arrays, each of which is read once.
 
         Returns:
-            A built layer with the same name and options.
+            A built layer with the same name and options; a constraint of the
+            kernel becomes one of each factor.
 
         Raises:
             TypeError: if `layer` is not of the stock class, or `calibration_data`
                 neither an array nor iterable.
-            ValueError: if `layer` is not built, is quantized, has a constraint of
-                a kernel, which its factors would not keep, or holds NaN or
+            ValueError: if `layer` is not built, is quantized or holds NaN or
                 infinite weights; if there are no calibration data, or they are
                 not finite or no inputs of the layer; or if another argument is
                 not valid.
@@ -510,7 +510,7 @@ def check_full(cls, layer):
 
     Raises:
         TypeError: if it is not of exactly the stock class that `cls` stands for.
-        ValueError: if it is not built or quantized, or has a constraint of a kernel.
+        ValueError: if it is not built or quantized.
     """
     if type(layer) is not cls.full_class:
         raise TypeError(
@@ -527,18 +527,6 @@ def check_full(cls, layer):
             f"`{cls.__name__}.from_full` takes a layer that is not quantized. "
             f"Received: layer={layer!r} with dtype policy {layer.dtype_policy.name!r}"
         )
-
-    if has_kernel_constraint(layer):
-        raise ValueError(
-            f"`{cls.__name__}.from_full` takes a layer whose kernels have no constraint, as the "
-            f"factors do not keep what holds for their product. Received: layer={layer!r}"
-        )
-
-
-def has_kernel_constraint(layer: keras.Layer) -> bool:
-    """Whether a stock layer has a constraint of a kernel."""
-    kernels = ("kernel", "recurrent", "embeddings")  # as the arguments call them
-    return any(getattr(layer, f"{name}_constraint", None) for name in kernels)
 
 
 def _finite_weights(cls, layer):
