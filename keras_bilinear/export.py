@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import numbers
 import os
 import pathlib
 import tempfile
@@ -88,7 +89,7 @@ def export_litert(
     (2, True)
     """
     path = pathlib.Path(path)
-    _check(model, path, quantize, representative_data, unroll, quantize_io)
+    _check(model, path, quantize, representative_data, unroll, quantize_io, tolerance)
     inputs = input_specs(model, input_shapes)
     if unroll is None:
         unroll = quantize == "int8"
@@ -119,7 +120,7 @@ def export_litert(
     return report
 
 
-def _check(model, path, quantize, representative_data, unroll, quantize_io):
+def _check(model, path, quantize, representative_data, unroll, quantize_io, tolerance):
     check_built(model)
     if quantize not in TOLERANCES:
         raise ValueError(
@@ -140,6 +141,11 @@ def _check(model, path, quantize, representative_data, unroll, quantize_io):
         )
     if quantize_io and quantize != "int8":
         raise ValueError(f"`quantize_io` needs `quantize='int8'`. Received: quantize={quantize!r}")
+    if tolerance is not None and (not isinstance(tolerance, numbers.Real) or not tolerance >= 0):
+        raise ValueError(
+            "`tolerance` must be `None` or a number that is not negative. "
+            f"Received: tolerance={tolerance!r}"
+        )
     if path.suffix != ".tflite":
         raise ValueError(f"`path` must end with .tflite. Received: path={str(path)!r}")
     for module, package in (("tensorflow", "tensorflow"), ("ai_edge_litert", "ai-edge-litert")):

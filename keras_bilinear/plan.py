@@ -108,6 +108,8 @@ class LayerPlan:
         )
 
     def __setattr__(self, name, value):
+        if name != "factors" and name not in self.__dataclass_fields__:
+            raise AttributeError(f"A plan of a layer has no {name!r}")
         if name == "rank" and value is not None:
             value = check_positive_int("rank", value)
             if not self.factorizations:

@@ -339,6 +339,12 @@ def _check_plan(model, plan):
             )
         if layer.rank is not None and not counterpart(found[path]):
             raise ValueError(f"The layer {path!r} cannot be rewritten: {layer.reason}.")
+        most = max((kernel.sufficient_rank for kernel in layer.factorizations), default=0)
+        if layer.rank is not None and layer.rank > most and not layer.scaled:
+            raise ValueError(
+                f"The rank of the layer {path!r} must be at most {most}, at which its kernels are "
+                f"stored exactly. Received: rank={layer.rank}"
+            )
         if layer.scaled and layer.factorizations and layer.rank is None:
             raise ValueError(
                 f"The layer {path!r} has a scale, or one before it has: it needs a rank. "

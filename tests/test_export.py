@@ -411,6 +411,8 @@ def test_a_file_that_differs_too_much_is_not_kept(refuses):
         ({"input_shapes": [(1, 6, 16)] * 2}, "a shape for each of the 1 inputs"),
         ({"input_shapes": {"y": (1, 6, 16)}}, "by the names of inputs"),
         ({"name": "model.bin"}, r"must end with \.tflite"),
+        ({"tolerance": float("nan")}, "not negative. Received: tolerance=nan"),
+        ({"tolerance": "1%"}, "`tolerance` must be"),
     ],
 )
 def test_arguments_that_are_not_valid_are_refused_before_work_starts(

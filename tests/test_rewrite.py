@@ -366,6 +366,9 @@ def test_a_plan_of_another_model_is_refused():
     plan = plan_rewrite(narrow, rank=1)
     with pytest.raises(ValueError, match="'hidden' has 1,000 parameters, and not 500"):
         rewrite_model(wider, plan)
+    plan["hidden"].rank = 10_000
+    with pytest.raises(ValueError, match=r"must be at most 16, .* Received: rank=10000"):
+        rewrite_model(narrow, plan)
 
 
 def test_a_plan_and_a_limit_exclude_each_other():

@@ -255,6 +255,8 @@ def test_plans_are_edited_and_kept_as_json(tmp_path):
     assert keras_bilinear.rewrite_model(model, again).count_params() == size
     assert again[path].errors == plan[path].errors
     assert again[path].factors == plan[path].factors
+    with pytest.raises(AttributeError, match="has no 'ranks'"):
+        plan[path].ranks = 3
 
 
 def test_factors_are_edited():
