@@ -2,9 +2,9 @@
 
     python benchmarks/models.py
 
-Each model of `keras.applications` (random weights, 224x224 images), and each
-Transformer of KerasHub (`pip install keras-hub`) goes through `rewrite_model` at a
-tenth of its parameters, a prediction, a training step, saving, loading in a
+Each model of `keras.applications` (random weights, 224x224 images) goes through
+`rewrite_model` at a tenth of its parameters, and each Transformer of KerasHub
+(`pip install keras-hub`) at a quarter; then a prediction, a training step, saving, loading in a
 fresh process, and `expand_model`, in a process of its own for each backend. The
 table has the largest differences of outputs, relative to their deviation.
 Rows that are in `benchmarks/results/models.json` already are not done again.

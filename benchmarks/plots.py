@@ -27,15 +27,15 @@ from matplotlib import ticker
 
 from keras_bilinear.files import staged
 
-# Which trainings of a study the picture of all studies has, where there are several.
+# The trainings of each study that the picture of all studies has.
 STUDIES = {
-    "fashion_mnist": "",
-    "cifar10": "20 epochs",
-    "cifar10_resnet": "",
-    "imdb_reviews": "5 epochs",
-    "spoken_digit": "clipped",
-    "spoken_digit_conv": "",
-    "tiny_shakespeare": "clipped",
+    "fashion_mnist": ("",),
+    "cifar10": ("20 epochs", "20 epochs, dropout"),
+    "cifar10_resnet": ("",),
+    "imdb_reviews": ("5 epochs",),
+    "spoken_digit": ("clipped",),
+    "spoken_digit_conv": ("",),
+    "tiny_shakespeare": ("clipped",),
 }
 LARGEST_SHARE = 0.1  # In that picture.
 SETTING = ("optimizer", "learning_rate", "weight_decay", "dropout", "label_smoothing")
@@ -96,7 +96,8 @@ def draw(lines, title):
     firsts = [rows[0] for line in lines.values() for rows in line]
     columns = [name for name in AXES if any(name in first for first in firsts)]
     kinds = dict.fromkeys(joined(*key[1:]) for key in lines)
-    colors = dict(zip(kinds, itertools.cycle(matplotlib.color_sequences["tab20"])))
+    palette = [*matplotlib.color_sequences["tab20"], *matplotlib.color_sequences["tab20b"]]
+    colors = dict(zip(kinds, itertools.cycle(palette)))
     layers = dict.fromkeys(key[0] for key in lines)
     # A legend of so many lines fits.
     size = 5 * len(columns), max(4 * len(layers), 0.22 * len(kinds))
@@ -148,7 +149,7 @@ def draw_all(lines):
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axis.axhline(0, color="black", linewidth=1)
     colors = iter(matplotlib.color_sequences["tab10"])
-    for study, training in STUDIES.items():
+    for study, training in [(name, one) for name, trained in STUDIES.items() for one in trained]:
         of_training = {key: line for key, line in lines[study].items() if key[-1] == training}
         for recurrent in dict.fromkeys(key[0] for key in of_training):
             line = of_training[recurrent, "full", "", training]

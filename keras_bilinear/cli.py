@@ -69,7 +69,10 @@ def run(arguments: Sequence[str]) -> None:
     module.define_flags()
     if {"-h", "--help"} & set(rest):
         print(f"usage: keras-bilinear {command} [--flag=value ...]\n\n{module.__doc__}")
-        print(flags.FLAGS.module_help(module.__name__))
+        # Those of saved models are defined in a module that the commands share.
+        for name in flags.FLAGS.flags_by_module_dict():
+            if name.startswith("keras_bilinear."):
+                print(flags.FLAGS.module_help(name))
         return
     try:
         positional = flags.FLAGS([command, *rest])

@@ -16,12 +16,17 @@ def reason(error: BaseException | str) -> str:
     return (own or lines or [type(error).__name__])[0]
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "demo") -> None:
     """Checks that optional packages are installed, before any work is done.
+
+    Args:
+        modules: their modules.
+        extra: the extra of this package that brings them.
 
     Raises:
         CommandError: if one of the modules cannot be found.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(f'needs {", ".join(missing)}: run `pip install "keras-bilinear[demo]"`')
+        command = f'pip install "keras-bilinear[{extra}]"'
+        raise CommandError(f"needs {', '.join(missing)}: run `{command}`")

@@ -79,6 +79,7 @@ def export_litert(
             part of the model, or if the file's outputs differ too much.
         ImportError: if TensorFlow or `ai-edge-litert` is missing.
         OSError: if the file cannot be written.
+        RuntimeError: if LiteRT cannot run the file.
 
     Example:
 

@@ -25,10 +25,23 @@ def test_help_lists_the_commands(run, flag):
     assert all(command in output for command in cli.COMMANDS)
 
 
-def test_help_of_a_command_lists_its_flags(run):
-    status, output, error = run("demo", "--help")
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("demo", ("--output_dir", "--rank", "--[no]mixed_precision")),
+        ("inspect", ("--dataset", "--[no]overwrite", "--[no]unsafe")),
+        ("plan", ("--output", "--budget", "--calibration", "--examples", "--[no]overwrite")),
+        ("rewrite", ("--plan", "--budget", "--[no]low_rank", "--data_dir", "--[no]unsafe")),
+        ("expand", ("--[no]overwrite", "--[no]unsafe")),
+        ("export", ("--quantize", "--representative_data", "--examples", "--[no]overwrite")),
+        ("benchmark", ("--suite", "--backend")),
+    ],
+)
+def test_help_of_a_command_lists_its_flags(run, command, expected):
+    status, output, error = run(command, "--help")
     assert (status, error) == (0, "")
-    assert all(flag in output for flag in ("--output_dir", "--rank", "--[no]mixed_precision"))
+    assert all(f"  {flag}" in output for flag in expected)
+    assert "absl" not in output
 
 
 def test_every_command_is_a_module():
@@ -134,6 +147,12 @@ def test_a_missing_package_is_named(fails, tmp_path, monkeypatch, module, datase
     monkeypatch.setitem(sys.modules, module, None)
     line = fails("demo", f"--output_dir={tmp_path}/out", f"--dataset={dataset}")
     assert f'needs {module}: run `pip install "keras-bilinear[demo]"`' in line
+
+
+def test_the_extra_that_brings_a_missing_package_is_named(fails, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
+    line = fails("export", f"{tmp_path}/model.keras", f"{tmp_path}/model.tflite")
+    assert 'run `pip install "keras-bilinear[litert]"`' in line
 
 
 def test_require_accepts_what_is_installed():

@@ -62,8 +62,8 @@ for name, model in networks.items():
     print(f"{name}: {model.count_params():,} parameters")
 
 # %% [markdown]
-# `compare` shows where the parameters were: most in the dense layer behind the convolutions, which
-# the factors make the smallest part of the network, and then in the last block.
+# `compare` shows where the parameters were: 2.1 of 2.6 million in the dense layer behind the
+# convolutions, of which the factors leave 13 thousand, and most of the others in the last block.
 
 # %%
 compare(networks["full"], networks["bilinear, rank 4"])

@@ -16,8 +16,7 @@
 # how well a bilinear one of each rank stands for it, and shares out the budget such that the sum
 # of the squared errors is least. With inputs of the model at hand it also *fits* the layers to
 # them, one after the other: each answers to what it gets from the rewritten layers before it as
-# the full model would. That is the difference between a network that still works and one that has
-# to be trained again.
+# the full model would. How much that brings depends on the network: the last plot shows it.
 #
 # Put your own model and data in the place of the ones below; nothing else changes.
 

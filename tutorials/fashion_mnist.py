@@ -55,26 +55,27 @@ def network(width, dense=keras.layers.Dense, **options):
 
 
 networks = {
-    "full": network(1024),
-    "bilinear, rank 10": network(1024, BilinearDense, rank=10),
-    "narrower full": network(51),
+    "full": (network(1024), 0.001),
+    "bilinear, rank 10": (network(1024, BilinearDense, rank=10), 0.001),
+    "narrower full": (network(51), 0.004),
 }
-for name, model in networks.items():
+for name, (model, _) in networks.items():
     print(f"{name}: {model.count_params():,} parameters")
 
 # %% [markdown]
 # ## Training
 #
-# All three get the same optimizer and the same learning rate. That works because the factors start
-# such that the kernel they stand for has the variance of a full one, and because their gradients
-# are scaled such that this kernel moves as fast as a full one would.
+# The bilinear network gets the optimizer and the learning rate of the full one. That works because
+# the factors start such that the kernel they stand for has the variance of a full one, and because
+# their gradients are scaled such that this kernel moves as fast as a full one would. The narrower
+# one gets the rate that was best for it on held-out images.
 
 
 # %%
-def train(model):
+def train(model, learning_rate):
     steps = epochs * -(-len(data.x_train) // batch_size)
     model.compile(
-        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)),
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -88,10 +89,10 @@ def train(model):
 
 
 results = {}
-for name, model in networks.items():
+for name, (model, learning_rate) in networks.items():
     print(name)
     keras.utils.set_random_seed(0)
-    results[name] = model, train(model)
+    results[name] = model, train(model, learning_rate)
 
 # %% [markdown]
 # ## What came out

@@ -13,7 +13,7 @@
 # # IMDB reviews: bilinear embedding, GRU and LSTM
 #
 # In a network that reads text the embedding table is the largest part: 20,000 words of 128 numbers
-# are 2.5 million parameters. `BilinearEmbedding` stores two small tables instead. A word takes a
+# are 2.6 million parameters. `BilinearEmbedding` stores two small tables instead. A word takes a
 # row from each, and its vector is the outer product of both (a sum of `rank` such products). Rows
 # are shared, but no two words share both. Or, with factors of other shapes, one table has a number
 # of its own for each word, and the other a row that all words share.

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     """
     source, output = saved.arguments(argv, "MODEL.keras", "MODEL.tflite")
     saved.check_output(output, ".tflite")
-    require("ai_edge_litert", "tensorflow")
+    require("ai_edge_litert", "tensorflow", extra="litert")
     shapes = _input_shapes(FLAGS.input_shape)
     with saved.progress(f"exporting {source}") as bar:
         model = saved.load(source)

@@ -317,12 +317,16 @@ class BilinearLayer(keras.layers.Layer):
 
     @property
     def left_kernel(self) -> keras.Variable:
-        """The stored left factor, a variable of shape `(rank, d1, u1)`."""
+        """The stored left factor, a variable of shape `(rank, *left_window, d1, u1)`.
+
+        The kernel has a constant gain besides the factors, such that these train at the full
+        layer's learning rate: `kernel` includes it.
+        """
         return self._built_kernel().left
 
     @property
     def right_kernel(self) -> keras.Variable:
-        """The stored right factor, a variable of shape `(rank, d2, u2)`."""
+        """The stored right factor, a variable of shape `(rank, *right_window, d2, u2)`."""
         return self._built_kernel().right
 
     @property
