@@ -191,6 +191,10 @@ class BilinearRewrite(keras.callbacks.Callback):
         due = [at for at in self.schedule if last.epoch < at <= epoch]
         if not due or last.stopped:
             return
+        for callback in fit_arguments(self.model).get("callbacks", []):
+            if isinstance(callback, keras.callbacks.SwapEMAWeights):
+                # Takes the averages out of the model, which else it does after this callback.
+                callback.on_epoch_begin(epoch)
         if self._has_dropped(epoch):
             self._stop(epoch)
         else:

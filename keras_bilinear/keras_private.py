@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import keras
+import numpy as np
 from keras.src import backend
 from keras.src.layers.core.einsum_dense import _analyze_einsum_string
 from keras.src.models.functional import Functional
@@ -139,7 +140,10 @@ def is_functional(layer: keras.Layer) -> bool:
 def refresh(model: keras.Model) -> None:
     """Makes a model notice that layers in it have become others."""
     if keras.config.backend() == "torch":
-        for layer in all_layers(model):
+        layers = all_layers(model)
+        # A Sequential model holds the graph of its layers, and that holds their variables.
+        graphs = [one._functional for one in layers if isinstance(one, keras.Sequential)]
+        for layer in (*layers, *filter(None, graphs)):
             layer._track_variables()
 
 
@@ -266,10 +270,16 @@ def moments(optimizer: keras.optimizers.Optimizer) -> dict:
         return {}
     slots = zip(inner._trainable_variables, inner._momentums, inner._velocities, strict=True)
     return {
-        id(variable): tuple(map(keras.ops.convert_to_numpy, pair))
+        id(variable): tuple(map(_to_numpy, pair))
         for variable, *pair in slots
         if all(slot is not None for slot in pair)
     }
+
+
+def _to_numpy(variable):
+    array = keras.ops.convert_to_numpy(variable)
+    # NumPy computes little with half precision, and nothing with bfloat16.
+    return array.astype(np.promote_types(array.dtype, "float32"))
 
 
 def move_optimizer(
@@ -322,6 +332,8 @@ def move_optimizer(
         )
     # What was set after it was made, such as `exclude_from_weight_decay`, stays.
     attributes = {**vars(old), **vars(new)}
+    # By ids of variables, which new ones may get.
+    attributes.pop("_exclude_from_weight_decay_cache", None)
     vars(old).clear()
     vars(old).update(attributes)
     if old is not optimizer:

@@ -51,8 +51,9 @@ def projection(left, right, order):
         A function from `(..., d1 * d2)` to a list, one for each gate, of
         `(n, u1 * u2)`. What it needs of the factors alone is computed already.
     """
-    gates, rank, d1, u1 = left.shape
-    d2, u2 = right.shape[2:]
+    # Numbers, where those that PyTorch traces are tensors.
+    gates, rank, d1, u1 = map(int, left.shape)
+    d2, u2 = map(int, right.shape[2:])
     if order == "left":
         left = ops.reshape(ops.transpose(left, (0, 3, 1, 2)), (gates * u1 * rank, d1))
         right = _unstack(ops.reshape(right, (gates, rank * d2, u2)))
@@ -244,11 +245,10 @@ def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
         if window > 1:
             options = {**options, "dilation_rate": (*dilation, own * spread)}
         batch, last = n, (last, *others)
-    y = ops.conv(
-        x.merge(batch, *first, last, (*group, *inputs)),
-        kernel.merge(*axes, inputs, (*group, *outputs)),
-        **options,
-    )
+    merged = x.merge(batch, *first, last, (*group, *inputs))
+    kernel = kernel.merge(*axes, inputs, (*group, *outputs))
+    # On PyTorch, Keras' products of float64 are float32.
+    y = ops.conv(merged, ops.cast(kernel, merged.dtype), **options)
     sizes = _without(x.sizes, axes)
     if beside:
         sizes[axes[-1]] = y.shape[-2] // spread

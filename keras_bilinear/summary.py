@@ -437,6 +437,8 @@ def _accuracy(model, data):
         inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if labels is None:
             return None
+        # Batches may be of another library than the backend.
+        inputs = keras.tree.map_structure(keras.ops.convert_to_tensor, inputs)
         outputs = model.predict_on_batch(inputs)
         if keras.tree.is_nested(outputs):
             raise ValueError(

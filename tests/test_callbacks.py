@@ -176,6 +176,18 @@ def test_an_average_of_a_factor_starts_with_the_factor():
         np.testing.assert_allclose(value, ops.convert_to_numpy(variables[path]), rtol=1e-6)
 
 
+def test_averages_that_are_swapped_after_it_are_not_mixed_with_weights():
+    losses = []
+    for order in (1, -1):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        model.compile(keras.optimizers.Adam(1e-2, use_ema=True), "mse")
+        callback = BilinearRewrite(2, 0.9, calibration_data=X, layers=["hidden_48"])
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        losses.append(fit(model, *[callback, swap][::order])["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -197,6 +209,19 @@ def test_ways_to_run(options):
     assert model.count_params() == history["parameters"][-1] <= 0.5 * history["parameters"][0]
     assert set(history) == {"loss", "mae", "val_loss", "val_mae", "parameters"}
     assert history["val_loss"][-1] == pytest.approx(np.mean((predict(model) - Y) ** 2), rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_weights_of_half_precision_are_rewritten(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = mlp()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3), "mse", jit_compile=False)
+    history = fit(model, BilinearRewrite(2, 0.5))
+    assert {variable.dtype for variable in model.weights} == {policy}
+    assert np.isfinite(history["loss"]).all()
 
 
 def test_mixed_precision_goes_on():

@@ -153,6 +153,18 @@ def test_equals_the_stock_layer_for_any_options(data):
         assert_close(layer(x), expected)
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has no float64 here")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_computes_in_float64(pattern, implementation):
+    options = {"pattern": pattern, "implementation": implementation, "dtype": "float64"}
+    layer = make(2, (12, 18), 3, rank=2, **options)
+    x = draw(2, 6, 5, 12).astype("float64")
+    outputs = layer(x)
+    assert keras.backend.standardize_dtype(outputs.dtype) == "float64"
+    assert_close(outputs, stock_layer(layer)(x))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("groups", [2, 3, 6])

@@ -357,6 +357,42 @@ def test_saved_models_and_onnx_files_hold_factors(tmp_path, layer, shape, export
     assert stored < 0.5 * 4 * full
 
 
+@pytest.mark.parametrize("bilinear", [BilinearSimpleRNN, BilinearGRU, BilinearLSTM])
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="TensorFlow's are above, and JAX writes no ONNX"
+)
+def test_onnx_files_of_recurrent_layers_on_pytorch(tmp_path, bilinear):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    both = layers.Bidirectional(bilinear(8, rank=2, return_sequences=True))
+    model = keras.Sequential([keras.Input((5, 6), name="x"), both, bilinear(8)])
+    x = normal(3, 5, 6)
+    expected = ops.convert_to_numpy(model(x))
+    path = tmp_path / "model.onnx"
+    with exporting():
+        model.export(path, format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax", reason="other backends have no symbols for sizes"
+)
+def test_recurrent_layers_are_exported_by_jax_for_any_batch():
+    import jax
+
+    model = keras.Sequential([keras.Input((5, 6)), BilinearLSTM(8)])
+    states = [
+        [variable.value for variable in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    ]
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 5, 6"), "float32")
+    call = jax.jit(lambda x: model.stateless_call(*states, x)[0])
+    x = normal(3, 5, 6)
+    outputs = jax.export.export(call)(shape).call(x)
+    np.testing.assert_allclose(outputs, model(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("pattern", ["channel", "spatial"])
 @on_tensorflow
 def test_onnx_files_take_images_of_any_size(tmp_path, pattern):

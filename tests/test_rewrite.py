@@ -121,6 +121,17 @@ def test_compile_state_carries_over():
     assert not rewrite_model(model_kinds.sequential()[0], rank=1).compiled
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="the parameters of PyTorch")
+def test_pytorch_sees_the_factors_only():
+    model, _ = model_kinds.sequential()
+    small = rewrite_model(model, rank=1)
+    full = expand_model(small)
+    for one in (small, full):
+        assert sum(parameter.numel() for parameter in one.parameters()) == one.count_params()
+    full.load_state_dict(model.state_dict(), strict=False)
+    rewrite_model(model, rank=1).load_state_dict(small.state_dict())
+
+
 def unregistered(targets, outputs):
     return ops.mean(ops.abs(targets - outputs))
 

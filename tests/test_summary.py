@@ -137,6 +137,14 @@ def test_accuracy_is_the_share_of_right_answers(one_hot):
     assert summarize(model, [(x[:25], y[:25]), (x[25:], y[25:])]).accuracy == 0.8
 
 
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="JAX takes no tensors of others")
+def test_data_may_be_of_another_library():
+    torch = pytest.importorskip("torch")
+    examples = torch.utils.data.TensorDataset(torch.eye(64), torch.arange(64))
+    data = torch.utils.data.DataLoader(examples, batch_size=32)
+    assert summarize(identity_network(), data).accuracy == 1.0
+
+
 def test_quantized_layers_count():
     model = keras.Sequential([keras.Input((64,)), layers.Dense(64), layers.Dense(32)])
     full = summarize(model)

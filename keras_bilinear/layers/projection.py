@@ -176,8 +176,9 @@ class KroneckerKernel:
         """
         plan = self.factorization
         if self.materialized:
-            kernel = self.materialize()
+            kernel = ops.cast(self.materialize(), x.dtype)
             return ops.conv(x, kernel, data_format=data_format, **options)
+        dtype = x.dtype
         channels_first = data_format == "channels_first"
         axes = range(1, 1 + len(plan.window))
         if channels_first:
@@ -187,6 +188,7 @@ class KroneckerKernel:
             y = self.project(x[(slice(None), *steps)])
         else:
             y = self._convolve_groups(x, **options)
+        y = ops.cast(y, dtype)
         return ops.transpose(y, (0, len(y.shape) - 1, *axes)) if channels_first else y
 
     def _convolve_groups(self, x, **options):

@@ -363,7 +363,11 @@ class BilinearRNN(keras.layers.RNN):
         x = _swap(sequences)
         project = self.cell.input_projection(dropped)
         step = self.cell.make_step(recurrent_dropped)
-        if self.cell.projects_in_steps(sequences.shape[0]):
+        size, steps, _ = sequences.shape
+        if keras.config.backend() == "torch":
+            steps = int(steps)  # where it is traced, a tensor, which Keras takes for lengths
+        # While a model is exported, a free size may be a symbol.
+        if self.cell.projects_in_steps(size if isinstance(size, int) else None):
             step = _after(project, step)
         else:
             x = project(x)
@@ -375,7 +379,7 @@ class BilinearRNN(keras.layers.RNN):
             mask=mask if mask is None else _swap(mask),
             unroll=self.unroll,
             # In a list, as Keras takes a tensor for lengths to mask by.
-            input_length=sequences.shape[1] or [ops.shape(sequences)[1]],
+            input_length=steps or [ops.shape(sequences)[1]],
             time_major=True,
             zero_output_for_mask=self.zero_output_for_mask,
             return_all_outputs=self.return_sequences,
