@@ -1,4 +1,6 @@
+import collections
 import os
+import zlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The suite compiles thousands of small functions and runs each of them once.
@@ -25,6 +27,32 @@ for profile, max_examples in {"suite": 20, "quick": 5}.items():
     )
 # JAX compiles anew for each shape that is drawn.
 hypothesis.settings.load_profile("quick" if keras.backend.backend() == "jax" else "suite")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        metavar="K/N",
+        help="run part K of N of each test's cases: a part has at least one of every test, "
+        "the parts together have them all",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.part:
+        return
+    part, parts = map(int, config.option.part.split("/"))
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    dealt = set()
+    for group in cases.values():
+        # Shuffled first: in their own order a part could get one value of a parameter that takes N.
+        group.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        hands = min(parts, len(group))
+        dealt.update(group[part % hands :: hands])
+    config.hook.pytest_deselected(items=[item for item in items if item not in dealt])
+    items[:] = [item for item in items if item in dealt]
 
 
 def pytest_configure(config):

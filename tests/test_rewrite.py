@@ -176,8 +176,8 @@ def test_stateful_layers_keep_their_states():
 
 def test_arrays_come_in_batches_of_a_fixed_size():
     model = keras.Sequential([keras.Input((5, 16), batch_size=4), layers.GRU(16, stateful=True)])
-    x = np.random.default_rng(0).random((40, 5, 16)).astype("float32")
-    batches = np.split(x, 10)
+    x = np.random.default_rng(0).random((12, 5, 16)).astype("float32")
+    batches = np.split(x, 3)
     for function in (plan_rewrite, rewrite_model):
         outcomes = [function(model, rank=1, calibration_data=data) for data in (x, batches)]
         if function is plan_rewrite:
