@@ -25,7 +25,7 @@ class Calibration:
         self._class = bilinear_class
         self.has_bias = bilinear_class._has_bias(layer)
         self.moments = {
-            name: [bilinear_class._moments(part) for part in parts]
+            name: [bilinear_class._moments(name, part) for part in parts]
             for name, parts in bilinear_class._kernel_parts(layer).items()
         }
 
@@ -219,5 +219,5 @@ def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch) -> dic
 
 def _inputs_and_options(inputs, arguments, outputs):
     del outputs
-    names = ("mask", "initial_state")
+    names = ("mask", "initial_state", "reverse")
     return inputs, {name: arguments[name] for name in names if arguments.get(name) is not None}

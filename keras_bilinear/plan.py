@@ -51,7 +51,8 @@ class LayerPlan:
         """`(input_factors, output_factors)` of its kernel; `None` if it cannot be rewritten.
 
         It can be set. A recurrent kernel has the output factors on both sides, see
-        `keras_bilinear.factors.recurrent_input_factors`.
+        `keras_bilinear.factors.recurrent_input_factors`; a reverse projection of an
+        embedding has them the other way round.
         """
         if not self.factorizations:
             return None
@@ -90,13 +91,16 @@ class LayerPlan:
             raise ValueError(f"`factors` must be two pairs. Received: factors={factors!r}")
         return [
             dataclasses.replace(kernel, input_factors=inputs, output_factors=outputs),
-            # A recurrent kernel gets the layer's own outputs.
             *(
+                # A recurrent kernel gets the layer's own outputs.
                 dataclasses.replace(
                     one,
                     input_factors=recurrent_input_factors(one.output_dim, outputs),
                     output_factors=outputs,
                 )
+                if one.gates
+                # And a projection back to the vocabulary gives it its inputs.
+                else dataclasses.replace(one, input_factors=outputs, output_factors=inputs)
                 for one in others
             ),
         ]

@@ -135,8 +135,6 @@ def reason_to_leave(site: Site, tied: set) -> str:
         return "no projection in it that a bilinear layer stands for"
     if not layer.built:
         return "not built: call the model on data first"
-    if not getattr(layer, "tie_weights", True):
-        return "has another table for the reverse projection"
     for owner, _ in site.owners:
         if isinstance(owner, _MEDDLERS):
             return f"{type(owner).__name__} works on its kernel"

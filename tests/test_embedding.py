@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_bilinear import BilinearEmbedding, BilinearReversibleEmbedding, rewrite_model
+from keras_bilinear import (
+    BilinearEmbedding,
+    BilinearReversibleEmbedding,
+    plan_rewrite,
+    rewrite_model,
+)
+from keras_bilinear.calibration import Calibration, collect
 
 SHAPES = [(50, 10), (53, 11), (1, 10), (50, 1), (1, 1), (7, 64)]
 IMPLEMENTATIONS = ["factorized", "materialized"]
@@ -161,7 +167,12 @@ def test_tied_forward_and_reverse(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"logit_soft_cap": 0.5}, {"reverse_dtype": "float32", "dtype": "mixed_bfloat16"}],
+    [
+        {},
+        {"logit_soft_cap": 0.5, "tie_weights": False},
+        {"reverse_dtype": "float32", "dtype": "mixed_bfloat16"},
+        {"reverse_dtype": "float32", "dtype": "mixed_bfloat16", "tie_weights": False},
+    ],
 )
 def test_reversible_embedding_is_that_of_keras(options):
     layer = BilinearReversibleEmbedding(50, 16, rank=2, embeddings_initializer="normal", **options)
@@ -176,9 +187,46 @@ def test_reversible_embedding_is_that_of_keras(options):
         np.testing.assert_allclose(*values, rtol=1e-5, atol=0.05 if "dtype" in options else 1e-5)
 
 
-def test_a_second_table_is_refused():
-    with pytest.raises(ValueError, match="must be True; take a `BilinearDense` for a reverse"):
-        BilinearReversibleEmbedding(50, 16, tie_weights=False)
+def untied(**arguments):
+    layer = keras.layers.ReversibleEmbedding(50, 16, False, "normal", **arguments)
+    layer.build()
+    return layer
+
+
+@pytest.mark.parametrize("factors", [((8, 7), (4, 4)), ((50, 1), (1, 16))])
+def test_both_tables_are_fitted_to_what_they_see(factors):
+    full = untied()
+    indices = np.minimum(np.random.default_rng(0).geometric(0.3, 2000), 49)
+    hidden = draw(2000, 16) * np.geomspace(1, 0.01, 16, dtype="float32")
+    fit = functools.partial(BilinearReversibleEmbedding.from_full, full, 3, *factors)
+    fitted, nearest = fit(calibration_data=[indices, hidden]), fit()
+
+    def errors(layer):
+        pairs = ([one(indices), one(hidden, reverse=True)] for one in (layer, full))
+        return [
+            float(ops.mean(ops.square(ops.subtract(actual, expected))))
+            for actual, expected in zip(*pairs, strict=True)
+        ]
+
+    assert np.all(np.array(errors(fitted)) < 0.8 * np.array(errors(nearest)))
+    assert_close(nearest.expand()(hidden, reverse=True), nearest(hidden, reverse=True))
+
+
+def test_the_call_says_which_way_an_embedding_goes():
+    inputs = keras.Input((16,))  # as wide as the table, and of floats
+    layer = untied(name="embedding")
+    hidden = keras.layers.Dense(16, activation="tanh")(layer(inputs))
+    model = keras.Model(inputs, layer(hidden, reverse=True))
+    x = draw_indices(50, 20, 16).astype("float32")
+    calibration = Calibration(BilinearReversibleEmbedding, layer)
+    for one, options in collect(model, {"": layer}, x)[""]:
+        calibration.add(one, **options)
+    counts = {name: parts[0].count for name, parts in calibration.moments.items()}
+    assert counts == {"embeddings": 320, "reverse_embeddings": 320}
+    plan = plan_rewrite(model, 0.5, layers={"embedding": 2}, calibration_data=x)
+    plan["embedding"].factors = (50, 1), (1, 16)
+    small = rewrite_model(model, plan=plan, calibration_data=x)
+    assert plan["embedding"].parameters == small.get_layer("embedding").count_params() == 264
 
 
 def test_tied_gradient_is_the_sum_of_both_uses():

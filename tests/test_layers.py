@@ -120,7 +120,7 @@ SPECS = {
             **SHARED,
             "input_dim": 50,
             "output_dim": 10,
-            "tie_weights": True,
+            "tie_weights": False,
             "embeddings_initializer": keras.initializers.RandomNormal(seed=3),
             "embeddings_regularizer": keras.regularizers.L2(0.1),
             "embeddings_constraint": keras.constraints.MaxNorm(2.0),
@@ -133,7 +133,6 @@ SPECS = {
         inputs=tuple(
             random.integers(50, size=shape).astype("int32") for shape in ((4,), (4, 6), (2, 3, 5))
         ),
-        at_default=("tie_weights",),
     ),
     "conv1d": conv_spec(BilinearConv1D, 1),
     "conv2d": conv_spec(BilinearConv2D, 2),

@@ -142,10 +142,14 @@ class BilinearEmbedding(BilinearLayer):
             self.embeddings_initializer,
             regularizer=self.embeddings_regularizer,
             constraint=self.embeddings_constraint,
-            # A row needs a fraction of the work of the table at any rank.
-            implementation="factorized" if self.implementation == "auto" else self.implementation,
+            implementation=self._kernel_implementation,
         )
         self.built = True
+
+    @property
+    def _kernel_implementation(self):
+        # A row needs a fraction of the work of the table at any rank.
+        return "factorized" if self.implementation == "auto" else self.implementation
 
     @property
     def embeddings(self):
@@ -162,13 +166,16 @@ class BilinearEmbedding(BilinearLayer):
         dtype = self._check_inputs(inputs, reverse)
         if reverse:
             inputs = ops.cast(inputs, self.reverse_dtype or self.compute_dtype)
-            return self._kernel.project(inputs, transposed=True)
+            return self._project_back(inputs)
         # Narrow integers do not hold the divisor, and few ops take unsigned ones.
         inputs = ops.cast(inputs, "int64" if dtype in ("int64", "uint64", "uint32") else "int32")
         if self._factorization.padded_input_dim != self.input_dim:
             # Without padding, a negative index counts from the end by itself.
             inputs = ops.where(inputs < 0, inputs + self.input_dim, inputs)
         return self._kernel.rows(inputs)
+
+    def _project_back(self, hidden):
+        return self._kernel.project(hidden, transposed=True)
 
     def _check_inputs(self, inputs, reverse):
         self._reversed = reverse
@@ -230,5 +237,5 @@ class BilinearEmbedding(BilinearLayer):
         return {"embeddings": [indices]}
 
     @staticmethod
-    def _moments(kernel):
+    def _moments(name, kernel):
         return Frequencies(kernel)

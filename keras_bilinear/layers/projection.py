@@ -282,9 +282,10 @@ class BilinearLayer(keras.layers.Layer):
     """Base of the bilinear layers: the arguments they share and the way from and to full ones.
 
     Subclasses set `full_class`, the stock Keras layer they stand for, and
-    `_full_kernels`, pairs of the name of a kernel there and of their attribute
-    that stands for it, a `KroneckerKernel` that `build` makes. `_own_arguments`
-    are those of the constructor that the stock layer does not have.
+    `_full_kernels`, pairs of the name of a kernel there, if it has that, and of
+    their attribute that stands for it, a `KroneckerKernel` that `build` makes, or
+    `None`. `_own_arguments` are those of the constructor that the stock layer does
+    not have.
 
     Those that can be fitted to calibration data have a class method
     `_kernel_inputs(layer, inputs, **options)`. For each kernel of the full layer,
@@ -456,7 +457,8 @@ class BilinearLayer(keras.layers.Layer):
     @property
     def _kernels(self):
         """The `KroneckerKernel` for each kernel of the full layer, by that one's name."""
-        return {name: getattr(self, attribute) for name, attribute in self._full_kernels}
+        kernels = {name: getattr(self, attribute) for name, attribute in self._full_kernels}
+        return {name: kernel for name, kernel in kernels.items() if kernel is not None}
 
     @classmethod
     def _kernel_parts(cls, layer):
@@ -466,6 +468,7 @@ class BilinearLayer(keras.layers.Layer):
         return {
             name: np.split(weights[name].reshape(-1, weights[name].shape[-1]), count, axis=1)
             for name, _ in cls._full_kernels
+            if name in weights
         }
 
     def _add_to_bias(self, bias, missing, index):
@@ -489,8 +492,8 @@ class BilinearLayer(keras.layers.Layer):
         return 1
 
     @staticmethod
-    def _moments(kernel):
-        """An empty sum over examples for one part of a kernel."""
+    def _moments(name, kernel):
+        """An empty sum over examples for one part of the kernel of that name."""
         return Moments(kernel)
 
     def expand(self) -> keras.layers.Layer:

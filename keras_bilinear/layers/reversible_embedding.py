@@ -4,7 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bilinear.fit import Frequencies, Moments
 from keras_bilinear.layers.embedding import BilinearEmbedding
+from keras_bilinear.layers.projection import KroneckerKernel
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
@@ -12,14 +14,16 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
     """A `BilinearEmbedding` with the arguments of `keras.layers.ReversibleEmbedding`.
 
     Language models begin and end with it: `layer(tokens)` embeds, and
-    `layer(hidden, reverse=True)` projects back to the vocabulary with the same
-    weights.
+    `layer(hidden, reverse=True)` projects back to the vocabulary, with the same
+    weights or with others. With others, `from_full` takes calibration data for
+    both: arrays of tokens and arrays of hidden states.
 
     Args:
         input_dim: positive integer, size of the vocabulary.
         output_dim: positive integer, width of the embedding.
-        tie_weights: must be `True`. For a reverse projection with weights of
-            its own take a `BilinearDense`.
+        tie_weights: whether the reverse projection has the weights of the
+            embedding. If not, it has factors of its own, of the same rank and
+            with the input and output factors the other way round.
         embeddings_initializer: as of `BilinearEmbedding`.
         embeddings_regularizer: as of `BilinearEmbedding`.
         embeddings_constraint: as of `BilinearEmbedding`.
@@ -61,6 +65,7 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
     """
 
     full_class = keras.layers.ReversibleEmbedding
+    _full_kernels = (("embeddings", "_kernel"), ("reverse_embeddings", "_reverse_kernel"))
 
     def __init__(
         self,
@@ -79,12 +84,6 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         implementation: str = "auto",
         **kwargs,
     ):
-        if tie_weights is not True:
-            raise ValueError(
-                "`tie_weights` of `BilinearReversibleEmbedding` must be True; take a "
-                "`BilinearDense` for a reverse projection with weights of its own. "
-                f"Received: tie_weights={tie_weights!r}"
-            )
         super().__init__(
             input_dim,
             output_dim,
@@ -98,9 +97,30 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
             implementation=implementation,
             **kwargs,
         )
-        self.tie_weights = True
+        self.tie_weights = tie_weights
         self.reverse_dtype = reverse_dtype
         self.logit_soft_cap = logit_soft_cap
+        self._reverse_kernel = None
+
+    def build(self, input_shape: tuple | None = None):
+        if self.built:
+            return
+        super().build(input_shape)
+        if not self.tie_weights:
+            # Neither regularized nor constrained, as in Keras.
+            self._reverse_kernel = KroneckerKernel(
+                self,
+                self._factorization.transposed,
+                self.embeddings_initializer,
+                implementation=self._kernel_implementation,
+                name="reverse_embeddings",
+            )
+
+    @property
+    def reverse_embeddings(self):
+        """The kernel of the reverse projection, `(output_dim, input_dim)`, a new tensor."""
+        table = self._built_kernel().materialize()
+        return ops.transpose(table) if self.tie_weights else self._reverse_kernel.materialize()
 
     def call(self, inputs, reverse: bool = False, training: bool | None = None):
         outputs = super().call(inputs, reverse=reverse, training=training)
@@ -120,9 +140,25 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
             "logit_soft_cap": self.logit_soft_cap,
         }
 
+    def _project_back(self, hidden):
+        if self.tie_weights:
+            return super()._project_back(hidden)
+        return self._reverse_kernel.project(hidden)
+
     @classmethod
-    def _kernel_inputs(cls, layer, inputs, **options):
-        # In reverse; how often says the way there. Of float indices as many as that are lost.
-        if np.issubdtype(inputs.dtype, np.floating) and inputs.shape[-1] == layer.output_dim:
-            inputs = np.empty(0, "int32")
-        return super()._kernel_inputs(layer, inputs, **options)
+    def _kernel_inputs(cls, layer, inputs, reverse=None, **options):
+        if reverse is None:  # inputs without a call
+            floats = np.issubdtype(inputs.dtype, np.floating)
+            reverse = floats and inputs.shape[-1] == layer.output_dim
+        indices, hidden = np.empty(0, "int32"), np.empty((0, layer.output_dim), "float32")
+        if reverse:
+            hidden = inputs.reshape(-1, layer.output_dim)
+        else:
+            indices = inputs
+        # The table of tied weights is fitted to how often each of its rows is looked up.
+        rows = super()._kernel_inputs(layer, indices, **options)
+        return rows if layer.tie_weights else {**rows, "reverse_embeddings": [hidden]}
+
+    @staticmethod
+    def _moments(name, kernel):
+        return Moments(kernel) if name == "reverse_embeddings" else Frequencies(kernel)

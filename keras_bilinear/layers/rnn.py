@@ -478,8 +478,8 @@ class BilinearRNN(keras.layers.RNN):
         return layer.cell.bias is not None
 
     @classmethod
-    def _moments(cls, kernel):
-        return cls.cell_class._moments(kernel)
+    def _moments(cls, name, kernel):
+        return cls.cell_class._moments(name, kernel)
 
     def expand(self) -> keras.layers.Layer:
         """Makes the stock Keras layer that computes the same.
