@@ -219,5 +219,7 @@ def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch) -> dic
 
 def _inputs_and_options(inputs, arguments, outputs):
     del outputs
-    names = ("mask", "initial_state", "reverse")
-    return inputs, {name: arguments[name] for name in names if arguments.get(name) is not None}
+    names = ("mask", "initial_state")
+    options = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    # Of an embedding, which Keras calls with keywords only, but for the inputs.
+    return inputs, {**options, "reverse": arguments.get("reverse", False)}

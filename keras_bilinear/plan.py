@@ -99,7 +99,7 @@ class LayerPlan:
                     output_factors=outputs,
                 )
                 if one.gates
-                # And a projection back to the vocabulary gives it its inputs.
+                # A projection back to the vocabulary has them the other way round.
                 else dataclasses.replace(one, input_factors=outputs, output_factors=inputs)
                 for one in others
             ),

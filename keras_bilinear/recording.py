@@ -1,7 +1,6 @@
 """What the layers of a model are called with."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ def record(
         model: the model.
         layers: layers of the model, by any key.
         inputs: inputs of the model, as arrays.
-        note: what to keep of a call, from its inputs, its arguments as a
+        note: what to keep of a call, from its inputs, its other arguments as a
             dictionary, and its outputs.
 
     Returns:
@@ -47,15 +46,11 @@ def _call_name(layer):
 
 
 def _noting(call, notes, note):
-    signature = inspect.signature(call)
-
     @functools.wraps(call)
     def noting(*args, **kwargs):
         outputs = call(*args, **kwargs)
         inputs, *_ = args or kwargs.values()
-        arguments = signature.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        notes.append(note(inputs, arguments.arguments, outputs))
+        notes.append(note(inputs, kwargs, outputs))
         return outputs
 
     return noting

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config, items):
         cases[item.nodeid.partition("[")[0]].append(item)
     dealt = set()
     for group in cases.values():
-        # Shuffled first: in their own order a part could get one value of a parameter that takes N.
+        # Shuffled, as in their own order every Nth case may have the same value of a parameter.
         group.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
         hands = min(parts, len(group))
         dealt.update(group[part % hands :: hands])
