@@ -155,8 +155,8 @@ def cifar10(accuracy):
     narrower full networks, and the full one of a convolution less in each block, each at
     its own; then a larger scale, and a rewritten one; then those at their own rates for
     more epochs, and the bilinear ones of just less than 1% and 3%. The narrower ones are
-    as small as the largest two bilinear ones of these. As nothing regularizes them, the
-    larger ones for as many epochs with dropout, in mixed precision; and one of two
+    as small as the largest two bilinear ones of these. As nothing regularizes them, one of
+    each kind for as many epochs with dropout, in mixed precision; and one of two
     convolutions in a block that is so much wider that it has as many multiplications as
     the bilinear one.
     """
@@ -175,13 +175,13 @@ def cifar10(accuracy):
     _test(accuracy, (*tuned, *_grid(base, PATTERNS)))
     longer = (*tuned, one_percent, three_percent)
     _test(accuracy, [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in longer], seeds=3)
-    *_, base, bilinear, shallower = tuned
+    narrower, _, base, bilinear, shallower = tuned
     wider = dataclasses.replace(
         shallower, network="shallower, wider full", hidden=(50, 100, 200, 1024)
     )
     regime = {"epochs": CIFAR10_LONG, "dropout": 0.25, "policy": "mixed_bfloat16"}
-    larger = (base, bilinear, shallower, wider)
-    _test(accuracy, [dataclasses.replace(one, **regime) for one in larger])
+    each = (base, bilinear, shallower, wider, narrower)
+    _test(accuracy, [dataclasses.replace(one, **regime) for one in each])
 
 
 def cifar10_resnet(accuracy):
