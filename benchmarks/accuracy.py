@@ -180,8 +180,8 @@ def cifar10(accuracy):
         shallower, network="shallower, wider full", hidden=(50, 100, 200, 1024)
     )
     regime = {"epochs": CIFAR10_LONG, "dropout": 0.25, "policy": "mixed_bfloat16"}
-    each = (base, bilinear, shallower, wider, narrower)
-    _test(accuracy, [dataclasses.replace(one, **regime) for one in each])
+    kinds = (base, bilinear, shallower, wider, narrower)
+    _test(accuracy, [dataclasses.replace(one, **regime) for one in kinds])
 
 
 def cifar10_resnet(accuracy):
