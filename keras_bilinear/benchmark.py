@@ -20,8 +20,9 @@ import rich.table
 from absl import flags
 
 from keras_bilinear.benchmark_cases import CASES
-from keras_bilinear.errors import CommandError, require
+from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
+from keras_bilinear.messages import require
 
 # Column: the Keras backend, whether it compiles with XLA, and more environment.
 # TensorFlow takes Intel's oneDNN library by itself on some CPUs only; "tensorflow" is without it.
@@ -203,10 +204,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise CommandError(f"benchmark takes flags only, not {argv[1]!r}")
     suites, columns = flags.FLAGS.suite, flags.FLAGS.backend
-    require(*{COLUMNS[column][0] for column in columns})
     output = pathlib.Path(flags.FLAGS.output) if flags.FLAGS.output else None
-    if output:
-        check_writable(output.parent)
+    with command_errors(ImportError, OSError):
+        require(*{COLUMNS[column][0] for column in columns})
+        if output:
+            check_writable(output.parent)
     console = rich.console.Console()
     records = {}
     for column in columns:
@@ -227,6 +229,6 @@ def _write(output, suites, records):
     arguments += [f"--backend={column}" for column in records]
     command = " ".join(["keras-bilinear benchmark", *arguments])
     results = {"command": command, **machine(), "records": records}
-    with staged(output.parent) as folder:
+    with command_errors(OSError), staged(output.parent) as folder:
         (folder / f"{output.name}.json").write_text(json.dumps(results, indent=1) + "\n")
         (folder / f"{output.name}.md").write_text(_markdown(records, command))

@@ -20,7 +20,7 @@ from absl import logging
 from keras_bilinear import second_moments
 from keras_bilinear.calibration import model_batches
 from keras_bilinear.composites import remember
-from keras_bilinear.files import staged
+from keras_bilinear.files import check_writable, staged
 from keras_bilinear.keras_private import (
     BACKUPS,
     all_layers,
@@ -155,7 +155,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         _check_choice("on_error", on_error, ("raise", "continue"))
         self.monitor, self.mode, self.max_drop = monitor, mode, max_drop
         self.on_drop, self.on_error, self.verbose = on_drop, on_error, verbose
-        self.backup_dir = None if backup_dir is None else pathlib.Path(backup_dir)
+        self.backup_dir = None if backup_dir is None else _writable(backup_dir)
         self._temporary = None
         self._forget(None)
 
@@ -487,6 +487,19 @@ def _schedule(at_epoch, budget, schedule):
 def _check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
+
+
+def _writable(backup_dir):
+    """The folder as a path; a wrong one would else be noticed after an epoch of training."""
+    folder = pathlib.Path(backup_dir)
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise ValueError(
+            "`backup_dir` must be a folder that can be written, or that can be made. "
+            f"Received: backup_dir={backup_dir!r}"
+        ) from error
+    return folder
 
 
 def _training_batches(x):

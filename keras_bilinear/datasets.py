@@ -9,7 +9,7 @@ import tempfile
 import keras
 import numpy as np
 
-from keras_bilinear.errors import CommandError, reason, require
+from keras_bilinear.messages import reason, require
 
 VOCABULARY = 20_000
 TOKENS = 200
@@ -57,9 +57,9 @@ def load(name: str, data_dir: str | None = None, examples: int | None = None) ->
         examples: read only so many, the first, of both splits; `None` reads all.
 
     Raises:
-        CommandError: if the package that has the data is not installed; if the
-            name is not known; if the data cannot be downloaded; or if it is
-            not for image or text classification.
+        ImportError: if the package that has the data is not installed.
+        ValueError: if the name is not known; if the data cannot be downloaded; or
+            if it is not for image or text classification.
     """
     if name == "digits":
         return _load_digits().head(examples)
@@ -88,18 +88,18 @@ def _load_tfds(name, data_dir, examples):
     except tfds.core.DatasetNotFoundError as error:
         known = ["digits", *tfds.list_builders(with_community_datasets=False)]
         close = ", ".join(difflib.get_close_matches(name, known)) or "digits, mnist, imdb_reviews"
-        raise CommandError(f"unknown data set {name!r}; did you mean {close}?") from error
+        raise ValueError(f"unknown data set {name!r}; did you mean {close}?") from error
     except Exception as error:  # a malformed name, version or configuration
-        raise CommandError(f"no data set {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"no data set {name!r}: {_first_line(error)}") from error
     kind, label = _kind(builder)
     _prepare(builder, name)
     if "train" not in builder.info.splits:
-        raise CommandError(f"data set {name!r} has no train split")
+        raise ValueError(f"data set {name!r} has no train split")
     train, test = _splits(builder.info.splits)
     x_train, y_train = _read(builder, train, kind, examples)
     x_test, y_test = _read(builder, test, kind, examples)
     if min(y_train.min(), y_test.min()) < 0:
-        raise CommandError(f"data set {name!r} keeps labels of its {train} or {test} split secret")
+        raise ValueError(f"data set {name!r} keeps labels of its {train} or {test} split secret")
     if kind == "text":
         x_train, x_test = _token_ids(x_train, x_test)
     return Dataset(name, kind, label.num_classes, x_train, y_train, x_test, y_test)
@@ -115,7 +115,7 @@ def _kind(builder):
         for kind, feature in (("image", tfds.features.Image), ("text", tfds.features.Text)):
             if isinstance(features[0], feature):
                 return kind, features[1]
-    raise CommandError(f"data set {builder.name!r} is not for image or text classification")
+    raise ValueError(f"data set {builder.name!r} is not for image or text classification")
 
 
 def _prepare(builder, name):
@@ -131,7 +131,7 @@ def _prepare(builder, name):
         with tempfile.TemporaryDirectory() as archives, contextlib.redirect_stdout(None):
             builder.download_and_prepare(download_dir=archives)
     except Exception as error:  # whatever a server, a disk or one of many builders comes up with
-        raise CommandError(
+        raise ValueError(
             f"cannot download data set {name!r} into {builder.data_dir} (--data_dir); is "
             f"there a network? {_first_line(error)}"
         ) from error

@@ -21,11 +21,12 @@ from absl import flags
 
 from keras_bilinear import datasets
 from keras_bilinear.demo_results import DemoResults, Result
-from keras_bilinear.errors import CommandError, require
+from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.export import export_litert
 from keras_bilinear.factors import choose_factors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.layers import BilinearDense, BilinearEmbedding
+from keras_bilinear.messages import require
 from keras_bilinear.summary import count_macs
 
 FLAGS = flags.FLAGS
@@ -83,10 +84,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise CommandError(f"demo takes flags only, not {argv[1]!r}")
     output_dir = pathlib.Path(FLAGS.output_dir)
-    require("ai_edge_litert", "matplotlib", "tensorflow")
-    check_writable(output_dir)
+    with command_errors(ImportError, OSError):
+        require("ai_edge_litert", "matplotlib", "tensorflow")
+        check_writable(output_dir)
     console = rich.console.Console(stderr=True)
-    with console.status(f"Loading {FLAGS.dataset}"):
+    status = console.status(f"Loading {FLAGS.dataset}")
+    with status, command_errors(ImportError, ValueError):
         dataset = datasets.load(FLAGS.dataset, FLAGS.data_dir)
     epochs = FLAGS.epochs or (40 if dataset.name == "digits" else 5)
     if FLAGS.quick:
@@ -134,7 +137,7 @@ def main(argv: list[str]) -> None:
         },
         **results,
     )
-    with staged(output_dir) as folder:
+    with command_errors(OSError), staged(output_dir) as folder:
         outcome.write_json(folder / "results.json")
         outcome.write_plot(folder / "results.png")
     rich.console.Console().print(outcome.table(), f"Files are in {output_dir}.")
@@ -247,7 +250,7 @@ def write(model: keras.Model, dataset: datasets.Dataset, output_dir: pathlib.Pat
     Returns:
         The size of the `.keras` file and the `LiteRTReport`.
     """
-    with staged(output_dir) as folder, _quiet():
+    with command_errors(OSError), staged(output_dir) as folder, _quiet():
         keras_file, litert_file = folder / f"{name}.keras", folder / f"{name}.tflite"
         model.save(keras_file)
         litert = export_litert(model, litert_file, representative_data=dataset.x_test)

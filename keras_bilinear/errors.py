@@ -1,32 +1,17 @@
-"""What a command says when it cannot go on."""
+"""The errors of the command line, which the library itself does not know."""
 
-import importlib.util
-import re
+import contextlib
+from collections.abc import Iterator
 
 
 class CommandError(Exception):
     """A mistake of the user or of the machine, said in one line; the command exits with 2."""
 
 
-def reason(error: BaseException | str) -> str:
-    """What an error says, in one line, without what Keras puts before it."""
-    text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if not line.startswith("Exception encountered when calling")]
-    return (own or lines or [type(error).__name__])[0]
-
-
-def require(*modules: str, extra: str = "demo") -> None:
-    """Checks that optional packages are installed, before any work is done.
-
-    Args:
-        modules: their modules.
-        extra: the extra of this package that brings them.
-
-    Raises:
-        CommandError: if one of the modules cannot be found.
-    """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        command = f'pip install "keras-bilinear[{extra}]"'
-        raise CommandError(f"needs {', '.join(missing)}: run `{command}`")
+@contextlib.contextmanager
+def command_errors(*types: type) -> Iterator[None]:
+    """Turns errors of these types into errors of the command."""
+    try:
+        yield
+    except types as error:
+        raise CommandError(str(error)) from error

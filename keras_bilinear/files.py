@@ -6,21 +6,19 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
-from keras_bilinear.errors import CommandError
-
 
 def check_writable(folder: pathlib.Path) -> None:
     """Checks that files can be written into a folder, without making it yet.
 
     Raises:
-        CommandError: if it, or the nearest folder above it that exists, is no
+        OSError: if it, or the nearest folder above it that exists, is no
             folder or not writable.
     """
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise CommandError(f"cannot write into {str(folder)!r}: {existing} is no writable folder")
+        raise OSError(f"cannot write into {str(folder)!r}: {existing} is no writable folder")
 
 
 @contextlib.contextmanager
@@ -31,7 +29,7 @@ def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     name. After an error or Ctrl-C, nothing is left of the temporary folder.
 
     Raises:
-        CommandError: if the folder or a file in it cannot be written.
+        OSError: if the folder or a file in it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,4 +38,4 @@ def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             for file in sorted(pathlib.Path(temporary).iterdir()):
                 os.replace(file, folder / file.name)
     except OSError as error:
-        raise CommandError(f"cannot write into {str(folder)!r}: {error}") from error
+        raise OSError(f"cannot write into {str(folder)!r}: {error}") from error

@@ -535,6 +535,15 @@ def test_bad_arguments(options, message):
         BilinearRewrite(**options)
 
 
+@pytest.mark.parametrize("folder", ["file", "file/below/it"])
+def test_a_backup_folder_that_cannot_be_written_is_refused_at_once(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=rf"`backup_dir` must be .* Received: .*{folder}'"):
+        BilinearRewrite(1, backup_dir=str(tmp_path / folder))
+    BilinearRewrite(1, backup_dir=tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_mistakes_are_found_before_training():
     model, seen = mlp(), State()
     model.compile("adam", "mse")

@@ -11,7 +11,7 @@ import keras
 import pytest
 
 from keras_bilinear import cli, datasets, files
-from keras_bilinear.errors import CommandError, require
+from keras_bilinear.messages import require
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("nothing here depends on the backend", allow_module_level=True)
@@ -159,6 +159,17 @@ def test_require_accepts_what_is_installed():
     require("json", "numpy")
 
 
+def test_the_library_raises_errors_of_python(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write into '.*below': .*file is no writable folder"):
+        files.check_writable(tmp_path / "file" / "below")
+    with pytest.raises(OSError, match="cannot write into"), files.staged(tmp_path / "file"):
+        pass
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match="needs sklearn: run `pip install"):
+        datasets.load("digits")
+
+
 def test_an_output_folder_that_cannot_be_written(fails, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in ("file", "file/below/it"):
@@ -175,7 +186,7 @@ def test_an_unknown_data_set(fails, tmp_path):
 @pytest.mark.parametrize("name", ["coco/2017", "squad", "mnist:9.9.9", "../digits"])
 def test_a_data_set_of_another_kind(tmp_path, name):
     pytest.importorskip("tensorflow_datasets")
-    with pytest.raises(CommandError, match="data set"):
+    with pytest.raises(ValueError, match="data set"):
         datasets.load(name, str(tmp_path))
 
 
@@ -183,7 +194,7 @@ def test_without_a_network_a_data_set_is_not_downloaded(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
-    with pytest.raises(CommandError, match=r"cannot download data set 'mnist'.*--data_dir.*Error"):
+    with pytest.raises(ValueError, match=r"cannot download data set 'mnist'.*--data_dir.*Error"):
         datasets.load("mnist", str(tmp_path))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -219,7 +230,7 @@ def test_staged_files_appear_together_or_not_at_all(tmp_path):
     for error in (KeyboardInterrupt(), ValueError()):
         with pytest.raises(type(error)):
             write_and_raise(target, error)
-    with pytest.raises(CommandError, match="No space left"):
+    with pytest.raises(OSError, match=r"cannot write into .*No space left"):
         write_and_raise(target, OSError(28, "No space left on device"))
     assert os.listdir(target) == ["a"]
     assert (target / "a").read_text() == "a"

@@ -4,6 +4,7 @@ keras-bilinear expand SMALL.keras FULL.keras
 """
 
 from keras_bilinear.commands import saved
+from keras_bilinear.errors import command_errors
 from keras_bilinear.rewrite import expand_model
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> None:
     saved.check_output(output, ".keras")
     with saved.progress(f"expanding {source}"):
         model = saved.load(source)
-        with saved.command_errors(ValueError):
+        with command_errors(ValueError):
             full = expand_model(model)
         saved.save(full, output)
     print(f"{model.count_params():,} -> {full.count_params():,} parameters")

@@ -7,8 +7,9 @@ keras-bilinear export MODEL.keras MODEL.tflite --quantize=int8 --representative_
 from absl import flags
 
 from keras_bilinear.commands import saved
-from keras_bilinear.errors import CommandError, require
+from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.export import TOLERANCES, export_litert
+from keras_bilinear.messages import require
 
 FLAGS = flags.FLAGS
 
@@ -45,12 +46,13 @@ def main(argv: list[str]) -> None:
     """
     source, output = saved.arguments(argv, "MODEL.keras", "MODEL.tflite")
     saved.check_output(output, ".tflite")
-    require("ai_edge_litert", "tensorflow", extra="litert")
+    with command_errors(ImportError):
+        require("ai_edge_litert", "tensorflow", extra="litert")
     shapes = _input_shapes(FLAGS.input_shape)
     with saved.progress(f"exporting {source}") as bar:
         model = saved.load(source)
         data = saved.read_data(model, bar, "representative_data")
-        with saved.command_errors(ValueError, RuntimeError, ImportError, OSError):
+        with command_errors(ValueError, RuntimeError, ImportError, OSError):
             report = export_litert(
                 model,
                 output,

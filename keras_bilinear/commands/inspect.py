@@ -9,8 +9,9 @@ from absl import flags
 
 from keras_bilinear import datasets
 from keras_bilinear.commands import saved
-from keras_bilinear.errors import CommandError, reason
+from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.files import staged
+from keras_bilinear.messages import reason
 from keras_bilinear.summary import compare, summarize
 
 FLAGS = flags.FLAGS
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> None:
         models = [saved.load(source) for source in sources]
         data = None
         if FLAGS.dataset:
-            dataset = datasets.load(FLAGS.dataset, FLAGS.data_dir)
+            with command_errors(ImportError, ValueError):
+                dataset = datasets.load(FLAGS.dataset, FLAGS.data_dir)
             data = dataset.x_test, dataset.y_test
         try:
             costs = (summarize if len(models) == 1 else compare)(*models, data)
@@ -53,5 +55,5 @@ def main(argv: list[str]) -> None:
     if output and output.suffix == ".json":
         saved.write(costs.to_json() + "\n", output)
     elif output:
-        with staged(output.parent) as folder:
+        with command_errors(OSError), staged(output.parent) as folder:
             costs.plot(folder / output.name)

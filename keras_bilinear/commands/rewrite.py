@@ -9,7 +9,7 @@ import pathlib
 from absl import flags
 
 from keras_bilinear.commands import saved
-from keras_bilinear.errors import CommandError
+from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.plan import RewritePlan
 from keras_bilinear.rewrite import rewrite_model
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         model = saved.load(source)
         data = saved.read_data(model, bar)
         plan = _read_plan(pathlib.Path(FLAGS.plan)) if FLAGS.plan else saved.make_plan(model, data)
-        with saved.command_errors(ValueError):
+        with command_errors(ValueError):
             small = rewrite_model(model, plan, data)
         saved.save(small, output)
     print(plan, end="")

@@ -13,8 +13,9 @@ from absl import flags
 
 from keras_bilinear import datasets, search
 from keras_bilinear.calibration import model_batches
-from keras_bilinear.errors import CommandError, reason
+from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
+from keras_bilinear.messages import reason
 
 FLAGS = flags.FLAGS
 
@@ -91,7 +92,8 @@ def check_output(path: pathlib.Path, *suffixes: str) -> None:
         raise CommandError(f"the output must be a {' or '.join(suffixes)} file, not {str(path)!r}")
     if path.exists() and not FLAGS.overwrite:
         raise CommandError(f"{str(path)!r} is there already: give --overwrite to replace it")
-    check_writable(path.parent)
+    with command_errors(OSError):
+        check_writable(path.parent)
 
 
 def load(path: pathlib.Path) -> keras.Model:
@@ -121,13 +123,13 @@ def load(path: pathlib.Path) -> keras.Model:
 
 def save(model: keras.Model, path: pathlib.Path) -> None:
     """Saves a model beside and renames it."""
-    with staged(path.parent) as folder:
+    with command_errors(OSError), staged(path.parent) as folder:
         model.save(folder / path.name)
 
 
 def write(text: str, path: pathlib.Path) -> None:
     """Writes a text beside and renames it."""
-    with staged(path.parent) as folder:
+    with command_errors(OSError), staged(path.parent) as folder:
         (folder / path.name).write_text(text)
 
 
@@ -179,7 +181,8 @@ class _Passes:
 def _read(name):
     path = pathlib.Path(name)
     if path.suffix not in (".npy", ".npz"):
-        return datasets.load(name, FLAGS.data_dir).x_train
+        with command_errors(ImportError, ValueError):
+            return datasets.load(name, FLAGS.data_dir).x_train
     try:
         data = np.load(path)
         return dict(data) if hasattr(data, "files") else data  # whatever the file is called
@@ -204,15 +207,6 @@ def make_plan(model: keras.Model, data) -> search.RewritePlan:
             scale=1 if FLAGS.scale is None else FLAGS.scale,
             low_rank=FLAGS.low_rank is not False,
         )
-
-
-@contextlib.contextmanager
-def command_errors(*types: type) -> Iterator[None]:
-    """Turns errors of these types into errors of the command."""
-    try:
-        yield
-    except types as error:
-        raise CommandError(str(error)) from error
 
 
 @contextlib.contextmanager
