@@ -36,6 +36,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.0",
+        "h5py>=3.8",
         "keras>=3.13",
         "numpy>=1.26",
         "rich>=13",

@@ -1,5 +1,8 @@
+import ast
 import importlib.metadata
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -30,6 +33,8 @@ OPTIONAL = {
     "tensorflow_datasets",
 }
 BACKENDS = {"tensorflow", "jax", "torch"}
+# Packages whose modules have another name.
+PACKAGES = {"absl": "absl-py", "sklearn": "scikit-learn"}
 
 
 def roots(modules):
@@ -59,6 +64,30 @@ def test_import_adds_no_optional_dependency_and_no_backend(imported):
 def test_command_line_is_not_imported(imported):
     names = {f"keras_bilinear.{name}" for name in ("cli", "errors", "__main__")}
     assert not names & imported[1]
+
+
+def imported_packages(source):
+    """The packages that a source imports, at once or in a function."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module]
+        for module in roots(modules) - {"keras_bilinear", *sys.stdlib_module_names}:
+            yield PACKAGES.get(module, module.replace("_", "-"))
+
+
+def test_every_import_is_declared():
+    declared = set()
+    for requirement in importlib.metadata.requires("keras-bilinear"):
+        # What documents and tests the package is not there for all users.
+        if not re.search(r"extra == .(docs|test)\b", requirement):
+            declared.add(re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-"))
+    sources = pathlib.Path(keras_bilinear.__file__).parent.rglob("*.py")
+    found = {package for source in sources for package in imported_packages(source)}
+    assert {"keras", "torch", "scikit-learn"} <= found
+    assert found <= declared
 
 
 def test_public_names():
