@@ -34,7 +34,6 @@ EMBEDDING_WIDTH = 128
 QUICK_EXAMPLES = 512
 # The flags that decide the result.
 SETTINGS = ("width", "depth", "rank", "scale", "batch_size", "learning_rate", "seed")
-# Examples on which the LiteRT file is compared with the Keras model.
 # The first steps compile and warm up.
 UNTIMED_STEPS = 3
 
