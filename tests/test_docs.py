@@ -41,6 +41,19 @@ def test_links_of_the_readmes_lead_somewhere(folder):
             assert anchor in anchors, anchor
 
 
+def test_the_paper_is_cited_as_it_was_published():
+    _, reference = (DOCS.parent / "README.md").read_text().split("\n## Reference\n")
+    text, entry = reference.split("```bibtex\n")
+    fields = dict(re.findall(r"^  (\w+) = \{(.+)\},$", entry, re.MULTILINE))
+    assert fields["author"] == "Yu, L. and Gao, Y. and Zhou, J. and Zhang, J."
+    assert (fields["volume"], fields["number"], fields["year"]) == ("32", "9", "2021")
+    assert fields["pages"] == "4075--4085"
+    assert text.strip().startswith("L. Yu, Y. Gao, J. Zhou, J. Zhang, ")
+    assert "32(9), pp. 4075-4085, 2021" in text
+    for name in ("title", "journal", "eprint"):
+        assert fields[name] in " ".join(text.split())
+
+
 def test_the_picture_is_what_its_script_draws(tmp_path):
     pytest.importorskip("matplotlib")
     runpy.run_path(str(DOCS / "draw_idea.py"))["draw"](tmp_path / "idea.svg")
