@@ -24,11 +24,12 @@ import tables
 from absl import app, flags, logging
 from scipy.optimize import least_squares, nnls
 
-from keras_bilinear import benchmark, cost
+from keras_bilinear import benchmark
 from keras_bilinear.benchmark_cases import ConvCase
 from keras_bilinear.benchmark_worker import Steps, median_seconds
 from keras_bilinear.files import staged
-from keras_bilinear.runtime import convolution_library
+from keras_bilinear.kronecker import cost
+from keras_bilinear.kronecker.target import convolution_library
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the ways, not only fit the model anew")
 WAYS = (*cost.FACTORIZED, None)

@@ -22,11 +22,12 @@ import keras
 import tables
 from absl import app, flags, logging
 
-from keras_bilinear import benchmark, cost
+from keras_bilinear import benchmark
 from keras_bilinear.benchmark_cases import CASES
 from keras_bilinear.benchmark_worker import Steps
 from keras_bilinear.files import staged
-from keras_bilinear.runtime import on_gpu
+from keras_bilinear.kronecker import cost
+from keras_bilinear.kronecker.target import on_gpu
 from keras_bilinear.timing import median_seconds, waiting
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the layers, not only write the table anew")

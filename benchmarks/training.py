@@ -91,7 +91,7 @@ def load(name, examples=None):
 
 def store(model, kernels):
     """Makes bilinear layers store the factors of their kernels in another way."""
-    from keras_bilinear.initializers import deviation
+    from keras_bilinear.kronecker.initializers import deviation
     from keras_bilinear.layers.projection import BilinearLayer
     from keras_bilinear.layers.rnn import BilinearRNN
 

@@ -2,6 +2,7 @@
 
 from keras_bilinear.callbacks import BilinearRewrite
 from keras_bilinear.export import export_litert
+from keras_bilinear.kronecker.target import exporting
 from keras_bilinear.layers import (
     BilinearConv1D,
     BilinearConv2D,
@@ -19,7 +20,6 @@ from keras_bilinear.layers import (
 )
 from keras_bilinear.plan import RewritePlan
 from keras_bilinear.rewrite import Rewriter, expand_model, rewrite_model
-from keras_bilinear.runtime import exporting
 from keras_bilinear.search import plan_rewrite
 from keras_bilinear.summary import compare, summarize
 from keras_bilinear.version import __version__

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 
-from keras_bilinear import cost
+from keras_bilinear.kronecker import cost
 
 # Every import of Keras stands in a function: a benchmark's parent process has no backend.
 
@@ -202,7 +202,7 @@ def _patch_extracting_layer(filters, window):
     import keras
     from keras import ops
 
-    from keras_bilinear.factors import choose_factors
+    from keras_bilinear.kronecker.factorization import choose_factors
 
     class PatchConv2D(keras.layers.Layer):
         def build(self, input_shape):

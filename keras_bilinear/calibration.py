@@ -7,8 +7,8 @@ import numpy as np
 from absl import logging
 from keras import ops
 
-from keras_bilinear.fit import fit_errors
 from keras_bilinear.keras_private import stateful_layers
+from keras_bilinear.kronecker.fit import fit_errors
 from keras_bilinear.recording import record
 
 
@@ -69,7 +69,7 @@ class Calibration:
         Args:
             factorizations: of the kernels, in their order.
             ranks: numbers of Kronecker terms.
-            sweeps: see `keras_bilinear.fit.fit_kronecker_sum`.
+            sweeps: see `keras_bilinear.kronecker.fit.fit_kronecker_sum`.
         """
         found = []
         for plan, parts in zip(factorizations, self.moments.values(), strict=True):

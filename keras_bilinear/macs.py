@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import keras
 
-from keras_bilinear import cost, layers
+from keras_bilinear import layers
+from keras_bilinear.kronecker import cost
 from keras_bilinear.sites import look_up
 
 

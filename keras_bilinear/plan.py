@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import rich.table
 
 from keras_bilinear.display import Tabular, right
-from keras_bilinear.factors import (
+from keras_bilinear.kronecker.factorization import (
     Factorization,
     check_factors,
     check_positive_int,
@@ -51,7 +51,7 @@ class LayerPlan:
         """`(input_factors, output_factors)` of its kernel; `None` if it cannot be rewritten.
 
         It can be set. A recurrent kernel has the output factors on both sides, see
-        `keras_bilinear.factors.recurrent_input_factors`; a reverse projection of an
+        `keras_bilinear.kronecker.factorization.recurrent_input_factors`; a reverse projection of an
         embedding has them the other way round.
         """
         if not self.factorizations:

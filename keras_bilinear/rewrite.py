@@ -12,7 +12,6 @@ from absl import logging
 
 from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.composites import forget, remember
-from keras_bilinear.factors import check_positive_int
 from keras_bilinear.keras_private import (
     all_layers,
     become,
@@ -21,6 +20,7 @@ from keras_bilinear.keras_private import (
     restore,
     snapshot,
 )
+from keras_bilinear.kronecker.factorization import check_positive_int
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 from keras_bilinear.plan import RewritePlan

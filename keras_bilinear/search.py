@@ -9,11 +9,11 @@ import numpy as np
 from scipy import optimize, sparse
 
 from keras_bilinear.calibration import Calibration, collect, model_batches
-from keras_bilinear.decompose import input_index, remaining_energies
-from keras_bilinear.factors import (
+from keras_bilinear.kronecker.factorization import (
     check_positive_int,
     exact_factors,
 )
+from keras_bilinear.kronecker.nearest import input_index, remaining_energies
 from keras_bilinear.plan import LayerPlan, RewritePlan
 from keras_bilinear.sites import (
     Site,

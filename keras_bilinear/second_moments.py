@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear.decompose import arrange
+from keras_bilinear.kronecker.nearest import arrange
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.sites import counterpart, walk
 

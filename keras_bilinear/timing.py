@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import ops
 
-from keras_bilinear.runtime import on_gpu
+from keras_bilinear.kronecker.target import on_gpu
 
 
 def median_seconds(

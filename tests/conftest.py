@@ -68,7 +68,7 @@ def seed():
 @pytest.fixture
 def cpu_costs(monkeypatch):
     """Lets `implementation="auto"` choose as on a CPU, also where the suite runs on a GPU."""
-    monkeypatch.setattr("keras_bilinear.cost.on_gpu", lambda: False)
+    monkeypatch.setattr("keras_bilinear.kronecker.cost.on_gpu", lambda: False)
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@ import itertools
 import keras
 import pytest
 
-from keras_bilinear import cost, exporting
-from keras_bilinear.factors import Factorization
-from keras_bilinear.runtime import convolution_library
+from keras_bilinear import exporting
+from keras_bilinear.kronecker import cost
+from keras_bilinear.kronecker.factorization import Factorization
+from keras_bilinear.kronecker.target import convolution_library
 
 pytestmark = pytest.mark.usefixtures("cpu_costs")
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_bilinear.decompose import nearest_kronecker_sum
-from keras_bilinear.factors import Factorization
+from keras_bilinear.kronecker.factorization import Factorization
+from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
 
 DIMS = st.integers(1, 40)
 

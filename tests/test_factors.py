@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from keras_bilinear.factors import (
+from keras_bilinear.kronecker.factorization import (
     Factorization,
     check_factors,
     check_positive_int,

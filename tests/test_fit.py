@@ -8,15 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_bilinear
-from keras_bilinear.decompose import arrange, nearest_kronecker_sum
-from keras_bilinear.factors import Factorization
-from keras_bilinear.fit import (
-    Frequencies,
-    Moments,
-    _solve_symmetric,
-    fit_errors,
-    fit_kronecker_sum,
-)
+from keras_bilinear.kronecker.factorization import Factorization
+from keras_bilinear.kronecker.fit import _solve_symmetric, fit_errors, fit_kronecker_sum
+from keras_bilinear.kronecker.nearest import arrange, nearest_kronecker_sum
+from keras_bilinear.kronecker.statistics import Frequencies, Moments
 
 WINDOWS = {"dense": ((), ()), "channel": ((1, 1), (3, 2)), "spatial": ((3, 1), (1, 2))}
 
@@ -88,9 +83,9 @@ def test_errors_are_those_of_the_examples_and_not_above_the_nearest_sums(
 @pytest.mark.parametrize("pattern", WINDOWS)
 @pytest.mark.parametrize("centred", [False, True])
 def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
-    monkeypatch.setattr("keras_bilinear.fit.TOLERANCE", 0.0)
-    monkeypatch.setattr("keras_bilinear.fit.LEAST_PRIOR", 0.0)
-    monkeypatch.setattr("keras_bilinear.fit.PRIOR", 0.0)
+    monkeypatch.setattr("keras_bilinear.kronecker.fit.TOLERANCE", 0.0)
+    monkeypatch.setattr("keras_bilinear.kronecker.fit.LEAST_PRIOR", 0.0)
+    monkeypatch.setattr("keras_bilinear.kronecker.fit.PRIOR", 0.0)
     plan = Factorization.create(12, 9, None, None, 2, *WINDOWS[pattern], 1)
     rng = np.random.default_rng(0)
     _, rows, moments = problem(rng, plan)

@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from keras_bilinear import BilinearDense, BilinearEmbedding
-from keras_bilinear.initializers import deviation
+from keras_bilinear.kronecker.initializers import deviation
 
 SEEDS = 40
 INITIALIZERS = {

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_bilinear import kronecker
+from keras_bilinear.kronecker import products
 
 ORDERS = ["left", "right"]
 
@@ -31,13 +31,13 @@ def assert_close(actual, expected):
 @given(cases())
 def test_materialize(case):
     left, right, _ = case
-    assert_close(evaluate(kronecker.materialize, left, right), oracle.kronecker_sum(left, right))
+    assert_close(evaluate(products.materialize, left, right), oracle.kronecker_sum(left, right))
 
 
 @given(cases())
 def test_transpose(case):
     left, right, _ = case
-    transposed = [ops.convert_to_numpy(f) for f in kronecker.transpose(left, right)]
+    transposed = [ops.convert_to_numpy(f) for f in products.transpose(left, right)]
     np.testing.assert_array_equal(
         oracle.kronecker_sum(*transposed), oracle.kronecker_sum(left, right).T
     )
@@ -49,7 +49,7 @@ def test_project(order, case, batch):
     left, right, random = case
     kernel = oracle.kronecker_sum(left, right)
     x = random.normal(size=(batch, len(kernel))).astype("float32")
-    project = functools.partial(kronecker.project, order=order)
+    project = functools.partial(products.project, order=order)
     assert_close(evaluate(project, x, left, right), x @ kernel)
 
 
@@ -58,12 +58,12 @@ def test_rows(case, count):
     left, right, random = case
     kernel = oracle.kronecker_sum(left, right)
     indices = random.integers(len(kernel), size=count).astype("int32")
-    assert_close(evaluate(kronecker.rows, indices, left, right), kernel[indices])
+    assert_close(evaluate(products.rows, indices, left, right), kernel[indices])
 
 
 def test_rows_flattens_the_indices():
     left, right = np.ones((1, 2, 2), "float32"), np.ones((1, 3, 2), "float32")
-    assert tuple(kronecker.rows(np.zeros((2, 5), "int32"), left, right).shape) == (10, 4)
+    assert tuple(products.rows(np.zeros((2, 5), "int32"), left, right).shape) == (10, 4)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -75,7 +75,7 @@ def test_gradients_of_project(order, case, batch):
     weights = random.normal(size=(batch, kernel.shape[1])).astype("float32")
 
     def weighted_sum(x, left, right):
-        return ops.sum(ops.multiply(kronecker.project(x, left, right, order), weights))
+        return ops.sum(ops.multiply(products.project(x, left, right, order), weights))
 
     x_gradient, *factor_gradients = gradients(weighted_sum, x, left, right)
     assert_close(x_gradient, weights @ kernel.T)
@@ -95,7 +95,7 @@ def test_gradients_of_rows(case, count):
     np.add.at(kernel_gradient, indices, weights)
 
     def weighted_sum(left, right):
-        return ops.sum(ops.multiply(kronecker.rows(indices, left, right), weights))
+        return ops.sum(ops.multiply(products.rows(indices, left, right), weights))
 
     for actual, expected in zip(
         gradients(weighted_sum, left, right),
@@ -111,7 +111,7 @@ def test_gradients_of_materialize(case):
     weights = random.normal(size=oracle.kronecker_sum(left, right).shape).astype("float32")
 
     def weighted_sum(left, right):
-        return ops.sum(ops.multiply(kronecker.materialize(left, right), weights))
+        return ops.sum(ops.multiply(products.materialize(left, right), weights))
 
     for actual, expected in zip(
         gradients(weighted_sum, left, right),

@@ -9,8 +9,8 @@ from keras_bilinear import (
     BilinearGRU,
     BilinearLSTM,
     BilinearSimpleRNN,
-    kronecker,
 )
+from keras_bilinear.kronecker import products
 from keras_bilinear.summary import count_macs
 
 
@@ -37,7 +37,7 @@ class CountingOps:
 @pytest.fixture
 def counted(monkeypatch):
     counter = CountingOps()
-    monkeypatch.setattr(kronecker, "ops", counter)
+    monkeypatch.setattr(products, "ops", counter)
     return counter
 
 

@@ -17,9 +17,9 @@ from keras_bilinear import (
     BilinearLSTMCell,
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
-    cost,
     exporting,
 )
+from keras_bilinear.kronecker import cost
 from keras_bilinear.layers import rnn
 
 LAYERS = {"simple": BilinearSimpleRNN, "gru": BilinearGRU, "lstm": BilinearLSTM}

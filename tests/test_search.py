@@ -8,8 +8,8 @@ from keras import layers
 
 import keras_bilinear
 from keras_bilinear import RewritePlan, plan_rewrite
-from keras_bilinear.decompose import nearest_kronecker_sum, remaining_energies
-from keras_bilinear.factors import Factorization, choose_factors
+from keras_bilinear.kronecker.factorization import Factorization, choose_factors
+from keras_bilinear.kronecker.nearest import nearest_kronecker_sum, remaining_energies
 
 
 def mlp(*widths):
@@ -363,7 +363,7 @@ def test_layers_that_cannot_be_rewritten_take_no_rank():
 @pytest.mark.parametrize("gates", [0, 3])
 @pytest.mark.parametrize("large", [8, 10**6])
 def test_remaining_energies_are_those_of_the_nearest_sums(gates, large, monkeypatch):
-    monkeypatch.setattr("keras_bilinear.decompose.LARGE", large)
+    monkeypatch.setattr("keras_bilinear.kronecker.nearest.LARGE", large)
     rng = np.random.default_rng(0)
     plan = Factorization.create(64, 100, rank=1, gates=gates)
     # Singular values that fall, as those of trained kernels do.

@@ -7,7 +7,7 @@ import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear.calibration import calibrate
-from keras_bilinear.factors import Factorization, check_factors, check_positive_int
+from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
 from keras_bilinear.layers.projection import (
     SHARED,
     BilinearLayer,
@@ -56,7 +56,7 @@ class BilinearConv(BilinearLayer):
         use_bias: whether to add a bias for each filter.
         kernel_initializer: initializer of the full kernel. The factors start
             such that the materialized kernel has the variance that it gives;
-            see `keras_bilinear.initializers`.
+            see `keras_bilinear.kronecker.initializers`.
         bias_initializer: initializer of the bias.
         kernel_regularizer: regularizer of each stored factor.
         bias_regularizer: regularizer of the bias.
@@ -67,7 +67,7 @@ class BilinearConv(BilinearLayer):
         input_factors: `(c1, c2)` with a product of at least the input channels
             of one group; they are padded with zeros where it is more. `None`
             chooses both splits together, see
-            `keras_bilinear.factors.choose_aligned_factors`.
+            `keras_bilinear.kronecker.factorization.choose_aligned_factors`.
         output_factors: `(u1, u2)`, likewise for the filters of one group.
         implementation: `"factorized"` applies one factor after the other,
             `"materialized"` forms the kernel first; `"auto"` takes what a model

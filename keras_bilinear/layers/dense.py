@@ -3,7 +3,7 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_bilinear.factors import Factorization, check_factors, check_positive_int
+from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
 from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel, check_width
 
 
@@ -26,7 +26,7 @@ class BilinearDense(BilinearLayer):
         use_bias: whether to add a bias vector.
         kernel_initializer: initializer of the full kernel. The factors start
             such that the materialized kernel has the variance that it gives;
-            see `keras_bilinear.initializers`.
+            see `keras_bilinear.kronecker.initializers`.
         bias_initializer: initializer of the bias.
         kernel_regularizer: regularizer of each stored factor.
         bias_regularizer: regularizer of the bias.

@@ -6,7 +6,7 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear import keras_private
-from keras_bilinear.factors import Factorization
+from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
 
 
@@ -100,7 +100,7 @@ class BilinearEinsumDense(BilinearLayer):
         activation: activation function; `None` applies none.
         bias_axes: axes of the outputs that the bias has; `None` for no bias.
         kernel_initializer: initializer of the full kernel, as a matrix; see
-            `keras_bilinear.initializers`.
+            `keras_bilinear.kronecker.initializers`.
         bias_initializer: initializer of the bias.
         kernel_regularizer: regularizer of each stored factor.
         bias_regularizer: regularizer of the bias.

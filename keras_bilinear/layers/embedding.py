@@ -4,8 +4,8 @@ import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
-from keras_bilinear.factors import Factorization, check_positive_int
-from keras_bilinear.fit import Frequencies
+from keras_bilinear.kronecker.factorization import Factorization, check_positive_int
+from keras_bilinear.kronecker.statistics import Frequencies
 from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
 
 # float32 holds all integers up to this one.
@@ -26,7 +26,7 @@ class BilinearEmbedding(BilinearLayer):
         output_dim: positive integer, width of the embedding.
         embeddings_initializer: initializer of the full table. The factors start
             such that the table has the variance that it gives; see
-            `keras_bilinear.initializers`.
+            `keras_bilinear.kronecker.initializers`.
         embeddings_regularizer: regularizer of each stored factor.
         embeddings_constraint: constraint of each stored factor.
         mask_zero: whether index 0 is padding that later layers must mask.

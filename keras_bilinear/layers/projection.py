@@ -9,14 +9,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear import kronecker
 from keras_bilinear.calibration import calibrate
-from keras_bilinear.cost import choose_order
-from keras_bilinear.decompose import nearest_kronecker_sum
-from keras_bilinear.factors import Factorization, check_factors, check_positive_int
-from keras_bilinear.fit import Moments, fit_kronecker_sum
-from keras_bilinear.initializers import FactorInitializers, split_into_gates
-from keras_bilinear.runtime import EXPORTED, differentiable, exporting, runtime
+from keras_bilinear.kronecker import products
+from keras_bilinear.kronecker.convolution import convolve
+from keras_bilinear.kronecker.cost import choose_order
+from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
+from keras_bilinear.kronecker.fit import fit_kronecker_sum
+from keras_bilinear.kronecker.initializers import FactorInitializers, split_into_gates
+from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
+from keras_bilinear.kronecker.statistics import Moments
+from keras_bilinear.kronecker.target import EXPORTED, differentiable, exporting, runtime
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
 SHARED = ("rank", "input_factors", "output_factors", "implementation")
@@ -28,7 +30,7 @@ class KroneckerKernel:
 
     The kernel is `W = gain * sum_r kron(L_r, R_r)`, cut to its true size.
 
-    The gain (see `keras_bilinear.initializers`) serves the optimizers whose
+    The gain (see `keras_bilinear.kronecker.initializers`) serves the optimizers whose
     steps do not depend on the size of the gradient. It would enter the steps of
     those that do (SGD) squared, and they would diverge. So the gradients of the
     stored factors are divided by the gain, whether the layer is called for
@@ -42,7 +44,7 @@ class KroneckerKernel:
         regularizer: applied to each stored factor.
         constraint: applied to each stored factor.
         implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"`
-            materializes only where that is faster, see `keras_bilinear.cost`.
+            materializes only where that is faster, see `keras_bilinear.kronecker.cost`.
         strides: those of a convolution.
         name: of the kernel; those of the factors end with it.
     """
@@ -124,7 +126,7 @@ class KroneckerKernel:
     def full(self, left, right):
         """What two factors stand for, of any rank and without gain."""
         plan = self.factorization
-        kernel = kronecker.materialize(left, right)
+        kernel = products.materialize(left, right)
         leading = (*plan.window, plan.padded_input_dim, plan.groups)
         kernel = ops.reshape(kernel, (*leading, plan.padded_output_dim))
         kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
@@ -145,11 +147,11 @@ class KroneckerKernel:
         )
         if transposed:
             factorization = factorization.transposed
-            left, right = kronecker.transpose(left, right)
+            left, right = products.transpose(left, right)
         # A transposed projection has an order of its own.
         order = factorization.order if transposed else self.order
         project = self._with_padding(
-            lambda x: [kronecker.project(x, left, right, order)], factorization
+            lambda x: [products.project(x, left, right, order)], factorization
         )
         return project(x)[0]
 
@@ -200,7 +202,7 @@ class KroneckerKernel:
             x = ops.pad(x, ((0, 0),) * (len(leading) + 1) + ((0, padding),))
         x = ops.reshape(x, (*leading, plan.groups, *plan.input_factors))
         left, right = self.factors()
-        y = kronecker.convolve(x, left, right, self.order, plan.groups, **options)
+        y = convolve(x, left, right, self.order, plan.groups, **options)
         leading = ops.shape(y)[:-3]
         if plan.padded_output_dim != plan.output_dim:
             y = ops.reshape(y, (*leading, plan.groups, plan.padded_output_dim))
@@ -211,7 +213,7 @@ class KroneckerKernel:
         """Rows of the kernel: `indices.shape + (output_dim,)`."""
         if self.materialized:
             return ops.take(self.materialize(), indices, axis=0)
-        rows = kronecker.rows(indices, *self.factors())
+        rows = products.rows(indices, *self.factors())
         return _restore(rows, _known_shape(indices), self.factorization)
 
     def assign(self, kernel):
@@ -222,7 +224,7 @@ class KroneckerKernel:
         """Stores the Kronecker sum that is fitted to examples.
 
         Args:
-            moments: one of `keras_bilinear.fit` for each group or gate.
+            moments: one of `keras_bilinear.kronecker.fit` for each group or gate.
             centred: whether a bias takes the means.
 
         Returns:
@@ -391,7 +393,7 @@ class BilinearLayer(keras.layers.Layer):
 
         With calibration data, the factors and the bias are fitted such that the
         outputs before the activation differ least on them (alternating least
-        squares, see `keras_bilinear.fit`). That keeps far more of what a trained
+        squares, see `keras_bilinear.kronecker.fit`). That keeps far more of what a trained
         network does.
 
         Args:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear.fit import Frequencies, Moments
+from keras_bilinear.kronecker.statistics import Frequencies, Moments
 from keras_bilinear.layers.embedding import BilinearEmbedding
 from keras_bilinear.layers.projection import KroneckerKernel
 

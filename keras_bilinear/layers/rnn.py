@@ -7,16 +7,18 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_bilinear import cost, keras_private, kronecker
+from keras_bilinear import keras_private
 from keras_bilinear.calibration import calibrate
-from keras_bilinear.decompose import nearest_kronecker_sum
-from keras_bilinear.factors import (
+from keras_bilinear.kronecker import cost, products
+from keras_bilinear.kronecker.factorization import (
     Factorization,
     check_factors,
     check_positive_int,
     recurrent_input_factors,
 )
-from keras_bilinear.fit import fit_kronecker_sum
+from keras_bilinear.kronecker.fit import fit_kronecker_sum
+from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
+from keras_bilinear.kronecker.target import EXPORTED, on_gpu, runtime
 from keras_bilinear.layers.projection import (
     SHARED,
     BilinearLayer,
@@ -24,7 +26,6 @@ from keras_bilinear.layers.projection import (
     check_full,
     check_width,
 )
-from keras_bilinear.runtime import EXPORTED, on_gpu, runtime
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
 
@@ -38,7 +39,7 @@ class GateKernel(KroneckerKernel):
 
     def full(self, left, right, gates=None):
         plan = self.factorization
-        kernel = kronecker.materialize_gates(*self._pick(left, right, gates))
+        kernel = products.materialize_gates(*self._pick(left, right, gates))
         kernel = kernel[: plan.input_dim, :, : plan.output_dim]
         return ops.reshape(kernel, (plan.input_dim, -1))
 
@@ -60,7 +61,7 @@ class GateKernel(KroneckerKernel):
             kernel = self.materialize(gates)
             return lambda x: _split(ops.matmul(x, kernel), len(gates))
         left, right = self._pick(*self.factors(), gates)
-        return self._with_padding(kronecker.projection(left, right, self.order), plan)
+        return self._with_padding(products.projection(left, right, self.order), plan)
 
     def assign(self, kernel):
         plan = self.factorization

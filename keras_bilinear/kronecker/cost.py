@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from keras_bilinear.runtime import EXPORTED, convolution_library, on_gpu, runtime
+from keras_bilinear.kronecker.target import EXPORTED, convolution_library, on_gpu, runtime
 
 FACTORIZED = ("left", "right")
 

@@ -7,7 +7,8 @@ import math
 import numpy as np
 from scipy import linalg
 
-from keras_bilinear.decompose import (
+from keras_bilinear.kronecker.low_rank import low_rank_terms
+from keras_bilinear.kronecker.nearest import (
     arrange,
     input_index,
     leading_terms,
@@ -23,105 +24,6 @@ TOLERANCE = 1e-4
 # Weight of the kernel itself beside the examples, for directions that these do
 # not show: the least, and the one where there are as many examples as inputs.
 LEAST_PRIOR, PRIOR = 1e-3, 0.1
-# A larger Gram matrix is kept in float32.
-LARGE_GRAM = 4096
-
-
-class Moments:
-    """Sums over examples of the inputs and outputs of a kernel: all that its fit needs.
-
-    Args:
-        kernel: `(input_dim, output_dim)`, of a full layer.
-    """
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-        inputs, outputs = kernel.shape
-        self._count = 0
-        self._inputs = np.zeros(inputs)
-        self._targets = np.zeros(outputs)
-        self._gram = np.zeros((inputs, inputs), "float64" if inputs <= LARGE_GRAM else "float32")
-        self._cross = np.zeros((inputs, outputs))
-        self._squares = np.zeros(outputs)
-
-    def add(self, inputs, full_inputs):
-        """Adds examples.
-
-        Args:
-            inputs: `(n, input_dim)`, what the fitted kernel is going to see.
-            full_inputs: of the same shape, what the full one sees; their products
-                with the full kernel are the targets.
-        """
-        inputs, full_inputs = _floats(inputs), _floats(full_inputs)
-        targets = full_inputs @ self.kernel
-        self._count += len(inputs)
-        self._inputs += inputs.sum(0, dtype="float64")
-        self._targets += targets.sum(0, dtype="float64")
-        self._gram += inputs.T @ inputs
-        self._cross += inputs.T @ targets
-        self._squares += np.square(targets, dtype="float64").sum(0)
-
-    @property
-    def count(self):
-        """Number of examples."""
-        return self._count
-
-    @property
-    def size(self):
-        """The mean square of an input."""
-        return np.trace(self._gram) / (len(self._gram) * self._count)
-
-    def means(self):
-        """The mean input and the mean target."""
-        return self._inputs / self._count, self._targets / self._count
-
-    def second(self, centred=False):
-        """Means over examples of `x x^T`, `x y^T` and `y^2`, or of what differs from the means."""
-        gram, cross, squares = (
-            sums / self._count for sums in (self._gram, self._cross, self._squares)
-        )
-        if centred:
-            inputs, targets = self.means()
-            gram -= np.outer(*[inputs.astype(gram.dtype)] * 2)
-            cross -= np.outer(inputs, targets)
-            squares = np.maximum(squares - targets**2, 0)
-        return gram, cross, squares
-
-
-def _floats(x):
-    """The same numbers, such that sums of their products do not overflow."""
-    if np.issubdtype(x.dtype, np.integer):
-        return x.astype("float32" if x.dtype.itemsize < 4 else "float64")
-    return x
-
-
-class Frequencies:
-    """As `Moments`, of an embedding: of `x x^T` there is only the diagonal.
-
-    Args:
-        kernel: `(input_dim, output_dim)`, of a full layer.
-    """
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-        self._counts = np.zeros(len(kernel))
-
-    def add(self, indices, full_indices=None):
-        """Adds examples: an array of row numbers."""
-        self._counts += np.bincount(indices, minlength=len(self._counts))
-
-    @property
-    def count(self):
-        return int(self._counts.sum())
-
-    @property
-    def size(self):
-        return 1 / len(self._counts)
-
-    def second(self, centred=False):
-        frequencies = self._counts / self.count
-        cross = frequencies[:, None] * self.kernel
-        return frequencies, cross, frequencies @ np.square(self.kernel, dtype="float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +77,7 @@ def fit_errors(moments, factorization, ranks, centred=False, sweeps=SWEEPS):
     plan = dataclasses.replace(factorization, rank=max(ranks))
     problems = [_Problem(one, plan, centred) for one in moments]
     if plan.is_low_rank:
-        *_, errors = _low_rank_terms(*problems, plan.rank)
+        *_, errors = low_rank_terms(*problems, plan.rank)
         return {rank: errors[rank] for rank in ranks}
     starts = _starts(moments, problems, plan)
     return {
@@ -188,37 +90,13 @@ def _fit_low_rank(problem, plan):
     """The `Fit` of a kernel of low rank."""
     nearest = leading_terms(problem.as_matrix(problem.kernel), plan.rank)
     start_error = problem.relative(problem.error_of(nearest[0].T @ nearest[1]))
-    inputs, outputs, errors = _low_rank_terms(problem, plan.rank)
+    inputs, outputs, errors = low_rank_terms(problem, plan.rank)
     error = errors[plan.rank]
     if start_error < error:  # the prior has cost some of what counts
         (inputs, outputs), error = nearest, start_error
     takes_inputs = plan.output_factors[0] == problem.known.shape[1] == 1
     left, right = (inputs, outputs) if takes_inputs else (outputs, inputs)
     return Fit(left.reshape(plan.left_shape), right.reshape(plan.right_shape), error, start_error)
-
-
-def _low_rank_terms(problem, rank):
-    """The terms of a kernel of low rank that solves a problem, and the errors of 0, 1, ... of them.
-
-    With the Gram matrix, the prior included, as `C C^T`, the loss is the squared
-    distance of `C^T W` to that of the kernel of full rank, but for a constant.
-
-    Returns:
-        `(inputs, outputs, errors)`: `(rank, inputs)`, `(rank, outputs)`, the two
-        vectors of a term of the same norm, and a list.
-    """
-    kernel, prior = problem.as_matrix(problem.kernel), problem.prior
-    solve, solve_transposed = problem.whitening()
-    inputs, outputs = leading_terms(solve(problem.as_matrix(problem.cross) + prior * kernel), rank)
-    sizes = np.square(outputs).sum(1)  # the singular values
-    inputs = solve_transposed(inputs.T).T
-    # The loss is that of no term less their squares; the error has none of the prior.
-    norms = np.square(inputs).sum(1) * sizes
-    products = np.einsum("ri,ri->r", inputs @ kernel, outputs)
-    gained = np.cumsum(sizes**2 + prior * (norms - 2 * products))
-    errors = [problem.relative(problem.squares - one) for one in (0.0, *gained)]
-    balance = np.sqrt(np.divide(sizes, np.sqrt(norms), out=np.ones_like(sizes), where=norms > 0))
-    return inputs * balance[:, None], outputs / balance[:, None], errors
 
 
 def _starts(moments, problems, plan):
