@@ -7,9 +7,9 @@ import numpy as np
 from absl import logging
 from keras import ops
 
-from keras_bilinear.keras_private import stateful_layers
+from keras_bilinear.keras_private.capture import record
+from keras_bilinear.keras_private.graph import stateful_layers
 from keras_bilinear.kronecker.fit import fit_errors
-from keras_bilinear.recording import record
 
 
 class Calibration:

@@ -21,21 +21,21 @@ from keras_bilinear import second_moments
 from keras_bilinear.calibration import model_batches
 from keras_bilinear.composites import remember
 from keras_bilinear.files import check_writable, staged
-from keras_bilinear.keras_private import (
-    BACKUPS,
-    all_layers,
+from keras_bilinear.keras_private.graph import all_layers
+from keras_bilinear.keras_private.optimizer import (
     check_optimizer,
+    iterations_kept,
+    moments,
+    move_optimizer,
+)
+from keras_bilinear.keras_private.surgery import refresh, restore, snapshot
+from keras_bilinear.keras_private.training import (
+    BACKUPS,
     check_version,
     fit_arguments,
     forget_best,
     higher_is_better,
-    iterations_kept,
-    moments,
-    move_optimizer,
-    refresh,
-    restore,
     retrace,
-    snapshot,
     strategy_scope,
 )
 from keras_bilinear.plan import RewritePlan

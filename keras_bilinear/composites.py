@@ -12,7 +12,8 @@ from typing import Self
 
 import keras
 
-from keras_bilinear.keras_private import become, is_functional, set_class, sublayers
+from keras_bilinear.keras_private.graph import is_functional, sublayers
+from keras_bilinear.keras_private.surgery import become, set_class
 from keras_bilinear.sites import Site
 
 # Their configurations have the layers that they hold.

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
-from keras_bilinear.keras_private import all_layers, stateful_layers
+from keras_bilinear.keras_private.cloning import copy_model
+from keras_bilinear.keras_private.graph import all_layers, stateful_layers
 from keras_bilinear.kronecker.target import on_gpu
 from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
 from keras_bilinear.litert_converter import convert, named_outputs
 from keras_bilinear.litert_inputs import input_specs, read_examples
-from keras_bilinear.rewrite import copy_model
 from keras_bilinear.sites import check_built
 
 # The largest difference from the model that a kind of quantization may make.

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_bilinear.calibration import model_batches
-from keras_bilinear.keras_private import all_layers
+from keras_bilinear.keras_private.graph import all_layers
 
 # Most examples that count, and how many are drawn where none are given.
 MOST, DRAWN = 256, 8

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import keras
 
 from keras_bilinear import layers
-from keras_bilinear.keras_private import own_variables, sublayers
+from keras_bilinear.keras_private.graph import own_variables, sublayers
 from keras_bilinear.layers.projection import BilinearLayer
 from keras_bilinear.layers.rnn import BilinearRNN
 

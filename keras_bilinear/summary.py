@@ -24,9 +24,9 @@ from keras_bilinear.display import (
     count_text,
     right,
 )
-from keras_bilinear.keras_private import states_kept
+from keras_bilinear.keras_private.capture import record
+from keras_bilinear.keras_private.graph import states_kept
 from keras_bilinear.macs import count_call, count_workspace
-from keras_bilinear.recording import record
 from keras_bilinear.sites import check_built, walk
 from keras_bilinear.timing import compile_forward, median_seconds
 

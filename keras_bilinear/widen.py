@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_bilinear.keras_private import nodes, output_operations
+from keras_bilinear.keras_private.graph import nodes, output_operations
 
 _RECURRENT = (layers.SimpleRNN, layers.GRU, layers.LSTM)
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)

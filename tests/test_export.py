@@ -21,7 +21,7 @@ from keras_bilinear import (
 )
 from keras_bilinear import export as export_module
 from keras_bilinear.export import inference_twin
-from keras_bilinear.keras_private import all_layers
+from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.litert import inspect_litert, run_litert
 
 pytest.importorskip("tensorflow")

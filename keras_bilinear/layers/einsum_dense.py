@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_bilinear import keras_private
+from keras_bilinear.keras_private import graph
 from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
 
@@ -214,7 +214,7 @@ class BilinearEinsumDense(BilinearLayer):
 
     def _shapes(self, input_shape):
         """The shapes of kernel, bias and outputs of the stock layer."""
-        return keras_private.analyze_einsum(
+        return graph.analyze_einsum(
             self.equation, self.bias_axes, input_shape, self.partial_output_shape
         )
 

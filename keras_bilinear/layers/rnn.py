@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_bilinear import keras_private
 from keras_bilinear.calibration import calibrate
+from keras_bilinear.keras_private import graph
 from keras_bilinear.kronecker import cost, products
 from keras_bilinear.kronecker.factorization import (
     Factorization,
@@ -372,7 +372,7 @@ class BilinearRNN(keras.layers.RNN):
             step = _after(project, step)
         else:
             x = project(x)
-        last, outputs, states = keras_private.rnn(
+        last, outputs, states = graph.rnn(
             step,
             x,
             initial_state,

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_bilinear.keras_private import states_kept
+from keras_bilinear.keras_private.graph import states_kept
 
 
 def record(
