@@ -92,8 +92,8 @@ def load(name, examples=None):
 def store(model, kernels):
     """Makes bilinear layers store the factors of their kernels in another way."""
     from keras_bilinear.kronecker.initializers import deviation
-    from keras_bilinear.layers.projection import BilinearLayer
-    from keras_bilinear.layers.rnn import BilinearRNN
+    from keras_bilinear.layers.base import BilinearLayer
+    from keras_bilinear.layers.recurrent import BilinearRNN
 
     for layer in model.layers:
         if kernels == "calm" and isinstance(layer, BilinearRNN):
@@ -136,7 +136,7 @@ def train(run, dataset):
     import keras
 
     from keras_bilinear import BilinearRewrite, exporting, summary
-    from keras_bilinear.layers import projection
+    from keras_bilinear.layers import base
 
     keras.utils.set_random_seed(run.seed)
     keras.config.set_dtype_policy(run.policy)
@@ -154,9 +154,9 @@ def train(run, dataset):
     callbacks = []
     if run.kernels == "rewritten":
         callbacks.append(BilinearRewrite(math.ceil(run.epochs / 5), run.budget))
-    scale_gradient = projection._scale_gradient
+    scale_gradient = base._scale_gradient
     if run.kernels == "undivided":
-        projection._scale_gradient = lambda x, scale: x
+        base._scale_gradient = lambda x, scale: x
     try:
         start = time.perf_counter()
         history = model.fit(
@@ -164,7 +164,7 @@ def train(run, dataset):
         )
         seconds = time.perf_counter() - start
     finally:
-        projection._scale_gradient = scale_gradient
+        base._scale_gradient = scale_gradient
     loss, accuracy = model.evaluate(*unseen, batch_size=1000, verbose=0)
     with exporting():  # Backends differ in the kernels that they form.
         macs = summary.count_macs(model)

@@ -18,8 +18,8 @@ import keras
 from absl import logging
 
 from keras_bilinear import second_moments
-from keras_bilinear.calibration import model_batches
 from keras_bilinear.composites import remember
+from keras_bilinear.data import model_batches
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.optimizer import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import keras
 import numpy as np
 
-from keras_bilinear.calibration import model_batches
+from keras_bilinear.data import model_batches
 from keras_bilinear.keras_private.graph import all_layers
 
 # Most examples that count, and how many are drawn where none are given.

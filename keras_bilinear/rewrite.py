@@ -6,15 +6,16 @@ from collections.abc import Iterable, Mapping
 import keras
 from absl import logging
 
-from keras_bilinear.calibration import Calibration, collect, model_batches
 from keras_bilinear.composites import forget, remember
+from keras_bilinear.data import model_batches
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import become, refresh, restore, snapshot
 from keras_bilinear.keras_private.training import compile_alike
 from keras_bilinear.kronecker.factorization import check_positive_int
-from keras_bilinear.layers.projection import BilinearLayer
-from keras_bilinear.layers.rnn import BilinearRNN
+from keras_bilinear.layers.base import BilinearLayer
+from keras_bilinear.layers.calibration import Calibration, collect
+from keras_bilinear.layers.recurrent import BilinearRNN
 from keras_bilinear.plan import RewritePlan
 from keras_bilinear.search import plan_layer, plan_rewrite
 from keras_bilinear.sites import (

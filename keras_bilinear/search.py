@@ -8,12 +8,13 @@ import keras
 import numpy as np
 from scipy import optimize, sparse
 
-from keras_bilinear.calibration import Calibration, collect, model_batches
+from keras_bilinear.data import model_batches
 from keras_bilinear.kronecker.factorization import (
     check_positive_int,
     exact_factors,
 )
 from keras_bilinear.kronecker.nearest import input_index, remaining_energies
+from keras_bilinear.layers.calibration import Calibration, collect
 from keras_bilinear.plan import LayerPlan, RewritePlan
 from keras_bilinear.sites import (
     Site,

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear.kronecker.nearest import arrange
-from keras_bilinear.layers.projection import BilinearLayer
+from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.sites import counterpart, walk
 
 # A rewritten network has larger gradients at first, and too much costs less than too little:

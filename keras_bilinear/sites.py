@@ -9,8 +9,8 @@ import keras
 
 from keras_bilinear import layers
 from keras_bilinear.keras_private.graph import own_variables, sublayers
-from keras_bilinear.layers.projection import BilinearLayer
-from keras_bilinear.layers.rnn import BilinearRNN
+from keras_bilinear.layers.base import BilinearLayer
+from keras_bilinear.layers.recurrent import BilinearRNN
 
 # The bilinear class for each stock class.
 _COUNTERPARTS = {

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import rich.table
 
-from keras_bilinear.calibration import batch_size, batches, model_batches
+from keras_bilinear.data import batch_size, batches, model_batches
 from keras_bilinear.display import (
     BILINEAR_COLOR,
     FAINT,

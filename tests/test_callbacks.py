@@ -12,8 +12,8 @@ from keras import layers, ops, tree
 
 from keras_bilinear import BilinearDense, BilinearRewrite, callbacks
 from keras_bilinear.keras_private import graph
-from keras_bilinear.layers.projection import BilinearLayer
-from keras_bilinear.layers.rnn import BilinearRNN
+from keras_bilinear.layers.base import BilinearLayer
+from keras_bilinear.layers.recurrent import BilinearRNN
 from keras_bilinear.sites import walk
 
 BACKEND = keras.config.backend()

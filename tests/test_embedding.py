@@ -16,7 +16,7 @@ from keras_bilinear import (
     plan_rewrite,
     rewrite_model,
 )
-from keras_bilinear.calibration import Calibration, collect
+from keras_bilinear.layers.calibration import Calibration, collect
 
 SHAPES = [(50, 10), (53, 11), (1, 10), (50, 1), (1, 1), (7, 64)]
 IMPLEMENTATIONS = ["factorized", "materialized"]

@@ -20,7 +20,7 @@ from keras_bilinear import (
     exporting,
 )
 from keras_bilinear.kronecker import cost
-from keras_bilinear.layers import rnn
+from keras_bilinear.layers import recurrent
 
 LAYERS = {"simple": BilinearSimpleRNN, "gru": BilinearGRU, "lstm": BilinearLSTM}
 CELLS = [BilinearSimpleRNNCell, BilinearGRUCell, BilinearLSTMCell]
@@ -159,7 +159,7 @@ def test_inputs_are_projected_before_the_loop_or_in_it(kind, implementation, mon
 @pytest.mark.parametrize("options", ["plain", "sequences", "backwards", "no bias", "both dropouts"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_takes_the_loop_that_keras_has_for_a_gpu(kind, options, monkeypatch):
-    monkeypatch.setattr(rnn, "on_gpu", lambda: True)
+    monkeypatch.setattr(recurrent, "on_gpu", lambda: True)
     layer = make(kind, **OPTIONS[options])
     stock = stock_layer(layer)
     mask = ops.convert_to_tensor(MASK)
@@ -170,7 +170,7 @@ def test_takes_the_loop_that_keras_has_for_a_gpu(kind, options, monkeypatch):
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_keeps_from_jax_what_its_loop_cannot_do(kind, policy, monkeypatch):
-    monkeypatch.setattr(rnn, "on_gpu", lambda: True)
+    monkeypatch.setattr(recurrent, "on_gpu", lambda: True)
     fails = BACKEND == "jax" and kind == "lstm" and policy != "float32"
     assert make(kind, dtype=policy)._runs_on_gpu() is not fails
     assert not make(kind, dtype=policy, implementation="factorized")._runs_on_gpu()

@@ -12,7 +12,7 @@ import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets, search
-from keras_bilinear.calibration import model_batches
+from keras_bilinear.data import model_batches
 from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.messages import reason

@@ -6,15 +6,10 @@ import keras
 import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_bilinear.calibration import calibrate
 from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
-from keras_bilinear.layers.projection import (
-    SHARED,
-    BilinearLayer,
-    KroneckerKernel,
-    check_full,
-    check_width,
-)
+from keras_bilinear.layers.base import SHARED, BilinearLayer, check_full, check_width
+from keras_bilinear.layers.calibration import calibrate
+from keras_bilinear.layers.kernel import KroneckerKernel
 
 PATTERNS = ("auto", "channel", "spatial")
 # Patches of one batch of calibration data that count.

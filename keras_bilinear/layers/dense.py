@@ -4,7 +4,8 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
-from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel, check_width
+from keras_bilinear.layers.base import BilinearLayer, check_width
+from keras_bilinear.layers.kernel import KroneckerKernel
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")

@@ -7,7 +7,8 @@ from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear.keras_private import graph
 from keras_bilinear.kronecker.factorization import Factorization
-from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
+from keras_bilinear.layers.base import BilinearLayer
+from keras_bilinear.layers.kernel import KroneckerKernel
 
 
 class _Axes:

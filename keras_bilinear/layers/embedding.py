@@ -6,7 +6,8 @@ from keras import constraints, initializers, ops, regularizers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_positive_int
 from keras_bilinear.kronecker.statistics import Frequencies
-from keras_bilinear.layers.projection import BilinearLayer, KroneckerKernel
+from keras_bilinear.layers.base import BilinearLayer
+from keras_bilinear.layers.kernel import KroneckerKernel
 
 # float32 holds all integers up to this one.
 _EXACT = 2**24

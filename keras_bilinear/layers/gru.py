@@ -5,7 +5,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear.layers.rnn import BilinearCell, BilinearRNN
+from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
@@ -14,7 +14,7 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
 
     It stands for `keras.layers.GRUCell` and takes its arguments, and `rank`,
     `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
 
     Example:
 
@@ -97,7 +97,7 @@ class BilinearGRU(keras.layers.GRU, BilinearRNN):
 
     It stands for `keras.layers.GRU` and takes its arguments, and `rank`,
     `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
 
     Input shape:
         `(batch_size, timesteps, features)`.

@@ -4,7 +4,7 @@ from functools import partial
 import keras
 from keras import ops
 
-from keras_bilinear.layers.rnn import BilinearCell, BilinearRNN
+from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
@@ -13,7 +13,7 @@ class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
 
     It stands for `keras.layers.LSTMCell` and takes its arguments, and `rank`,
     `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
 
     Example:
 
@@ -62,7 +62,7 @@ class BilinearLSTM(keras.layers.LSTM, BilinearRNN):
 
     It stands for `keras.layers.LSTM` and takes its arguments, and `rank`,
     `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
 
     Input shape:
         `(batch_size, timesteps, features)`.

@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_bilinear.kronecker.statistics import Frequencies, Moments
 from keras_bilinear.layers.embedding import BilinearEmbedding
-from keras_bilinear.layers.projection import KroneckerKernel
+from keras_bilinear.layers.kernel import KroneckerKernel
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")

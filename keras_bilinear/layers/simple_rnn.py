@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_bilinear.layers.rnn import BilinearCell, BilinearRNN
+from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN
 
 
 @keras.saving.register_keras_serializable(package="keras_bilinear")
@@ -10,7 +10,7 @@ class BilinearSimpleRNNCell(BilinearCell, keras.layers.SimpleRNNCell):
 
     It stands for `keras.layers.SimpleRNNCell` and takes its arguments, and `rank`,
     `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
 
     Example:
 
@@ -51,7 +51,7 @@ class BilinearSimpleRNN(keras.layers.SimpleRNN, BilinearRNN):
 
     It stands for `keras.layers.SimpleRNN` and takes its arguments, and `rank`,
     `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.rnn.BilinearCell`.
+    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
 
     Input shape:
         `(batch_size, timesteps, features)`.

@@ -7,78 +7,20 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_bilinear.calibration import calibrate
 from keras_bilinear.keras_private import graph
-from keras_bilinear.kronecker import cost, products
+from keras_bilinear.kronecker import cost
 from keras_bilinear.kronecker.factorization import (
     Factorization,
     check_factors,
     check_positive_int,
     recurrent_input_factors,
 )
-from keras_bilinear.kronecker.fit import fit_kronecker_sum
-from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
 from keras_bilinear.kronecker.target import EXPORTED, on_gpu, runtime
-from keras_bilinear.layers.projection import (
-    SHARED,
-    BilinearLayer,
-    KroneckerKernel,
-    check_full,
-    check_width,
-)
+from keras_bilinear.layers.base import SHARED, BilinearLayer, check_full, check_width
+from keras_bilinear.layers.calibration import calibrate
+from keras_bilinear.layers.kernel import GateKernel, split_blocks
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
-
-
-class GateKernel(KroneckerKernel):
-    """The kernels of a cell's gates, side by side as in the stock cell, each a Kronecker sum."""
-
-    def materialize(self, gates=None):
-        """The kernel of all gates, or of some, of `(input_dim, gates * units)`."""
-        return self.full(*self.factors(), gates)
-
-    def full(self, left, right, gates=None):
-        plan = self.factorization
-        kernel = products.materialize_gates(*self._pick(left, right, gates))
-        kernel = kernel[: plan.input_dim, :, : plan.output_dim]
-        return ops.reshape(kernel, (plan.input_dim, -1))
-
-    def _pick(self, left, right, gates):
-        """The factors of some gates that are neighbours, or of all."""
-        if not gates or len(gates) == self.factorization.gates:
-            return left, right
-        return left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
-
-    def projection(self, gates=None):
-        """A function that multiplies an `x` of any rank by the kernels of all gates, or of some.
-
-        It returns one tensor for each gate. What depends on the factors alone
-        is computed here, once, and not at each call of the function.
-        """
-        plan = self.factorization
-        gates = gates or range(plan.gates)
-        if self.materialized:
-            kernel = self.materialize(gates)
-            return lambda x: _split(ops.matmul(x, kernel), len(gates))
-        left, right = self._pick(*self.factors(), gates)
-        return self._with_padding(products.projection(left, right, self.order), plan)
-
-    def assign(self, kernel):
-        plan = self.factorization
-        self._assign_gates(
-            nearest_kronecker_sum(part, plan.gate) for part in np.split(kernel, plan.gates, axis=1)
-        )
-
-    def _fit(self, moments, centred):
-        fits = [fit_kronecker_sum([one], self.factorization.gate, centred) for one in moments]
-        self._assign_gates((fit.left, fit.right) for fit in fits)
-
-    def _assign_gates(self, pairs):
-        self.assign_factors(*(np.stack(side) for side in zip(*pairs, strict=True)))
-
-
-def _split(x, count):
-    return [x] if count == 1 else ops.split(x, count, axis=-1)
 
 
 class BilinearCell(BilinearLayer):
@@ -212,7 +154,7 @@ class BilinearCell(BilinearLayer):
         project = self._projection(self._kernel, mask)
         if self.bias is None:
             return project
-        biases = _split(self._input_bias(), self.gates)
+        biases = split_blocks(self._input_bias(), self.gates)
         return lambda inputs: [
             ops.add(part, bias) for part, bias in zip(project(inputs), biases, strict=True)
         ]
