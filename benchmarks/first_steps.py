@@ -4,7 +4,7 @@
 
 Full networks are trained for a fifth of their epochs, and go on for 300 steps: as they are,
 and rewritten by `BilinearRewrite` to 3% of their parameters, with the means of the squares
-of the gradients beginning at zero, at the estimate of `keras_bilinear.second_moments`, and
+of the gradients beginning at zero, at the estimate of `keras_bilinear.rewriting.adam`, and
 at that times its `CAUTION`, as the package does it. The accuracies on the test set become
 `benchmarks/results/first_steps.md`.
 """
@@ -80,8 +80,8 @@ def go_on(run, dataset, path, rewritten):
 
 def main(argv):
     del argv
-    from keras_bilinear import second_moments
     from keras_bilinear.files import staged
+    from keras_bilinear.rewriting import adam
 
     steps = " | ".join(f"after {STEPS * time}" for time in range(1, TIMES + 1))
     lines = [
@@ -93,7 +93,7 @@ def main(argv):
         f"| network | squares begin with | at first | {steps} |",
         "|---|---|---|" + "---|" * TIMES,
     ]
-    cautions = {"zero": 0.0, "the estimate": 1.0, "as in the package": second_moments.CAUTION}
+    cautions = {"zero": 0.0, "the estimate": 1.0, "as in the package": adam.CAUTION}
     for run in RUNS:
         dataset = training.load(run.dataset)
         with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def main(argv):
             begin(run, dataset, path)
             found = {"full, as it is": go_on(run, dataset, path, rewritten=False)}
             for name, caution in cautions.items():
-                with mock.patch.object(second_moments, "CAUTION", caution):
+                with mock.patch.object(adam, "CAUTION", caution):
                     found[name] = go_on(run, dataset, path, rewritten=True)
         for name, accuracies in found.items():
             numbers = " | ".join(f"{one:.4f}" for one in accuracies)

@@ -1,6 +1,5 @@
 """Keras layers that store a bilinear projection instead of a full one."""
 
-from keras_bilinear.callbacks import BilinearRewrite
 from keras_bilinear.export import export_litert
 from keras_bilinear.kronecker.target import exporting
 from keras_bilinear.layers import (
@@ -18,9 +17,10 @@ from keras_bilinear.layers import (
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
-from keras_bilinear.plan import RewritePlan
-from keras_bilinear.rewrite import Rewriter, expand_model, rewrite_model
-from keras_bilinear.search import plan_rewrite
+from keras_bilinear.rewriting.callback import BilinearRewrite
+from keras_bilinear.rewriting.plan import RewritePlan
+from keras_bilinear.rewriting.planner import plan_rewrite
+from keras_bilinear.rewriting.rewrite import Rewriter, expand_model, rewrite_model
 from keras_bilinear.summary import compare, summarize
 from keras_bilinear.version import __version__
 

@@ -17,7 +17,7 @@ from keras_bilinear.kronecker.target import on_gpu
 from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
 from keras_bilinear.litert_converter import convert, named_outputs
 from keras_bilinear.litert_inputs import input_specs, read_examples
-from keras_bilinear.sites import check_built
+from keras_bilinear.rewriting.sites import check_built
 
 # The largest difference from the model that a kind of quantization may make.
 TOLERANCES = {None: 1e-4, "float16": 1e-2, "dynamic_int8": 0.1, "int8": 0.2}

@@ -7,7 +7,7 @@ import keras
 
 from keras_bilinear import layers
 from keras_bilinear.kronecker import cost
-from keras_bilinear.sites import look_up
+from keras_bilinear.rewriting.sites import look_up
 
 
 def count_call(layer: keras.Layer, inputs: tuple, outputs: tuple) -> int | None:

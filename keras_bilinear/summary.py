@@ -27,7 +27,7 @@ from keras_bilinear.display import (
 from keras_bilinear.keras_private.capture import record
 from keras_bilinear.keras_private.graph import states_kept
 from keras_bilinear.macs import count_call, count_workspace
-from keras_bilinear.sites import check_built, walk
+from keras_bilinear.rewriting.sites import check_built, walk
 from keras_bilinear.timing import compile_forward, median_seconds
 
 

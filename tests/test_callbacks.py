@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from keras import layers, ops, tree
 
-from keras_bilinear import BilinearDense, BilinearRewrite, callbacks
+from keras_bilinear import BilinearDense, BilinearRewrite
 from keras_bilinear.keras_private import graph
 from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.layers.recurrent import BilinearRNN
-from keras_bilinear.sites import walk
+from keras_bilinear.rewriting import callback
+from keras_bilinear.rewriting.sites import walk
 
 BACKEND = keras.config.backend()
 # JAX compiles each of them for half a minute.
@@ -457,7 +458,7 @@ def test_calibration_data_are_training_data(make):
 
 def test_calibration_examples_are_spread_over_arrays():
     x = {"a": np.arange(5000), "b": [np.arange(5000) + 1]}
-    batches = list(callbacks._training_batches(x))
+    batches = list(callback._training_batches(x))
     a = np.concatenate([inputs["a"] for (inputs,) in batches])
     assert a.tolist() == list(range(0, 4096, 4))
     assert all((inputs["b"][0] == inputs["a"] + 1).all() for (inputs,) in batches)
@@ -470,8 +471,8 @@ def test_calibration_takes_batches_of_an_infinite_data_set():
         def __getitem__(self, index):
             return X[:32], Y[:32]
 
-    batches = list(callbacks._training_batches(Infinite()))
-    assert sum(len(x) for x, _ in batches) == callbacks.EXAMPLES
+    batches = list(callback._training_batches(Infinite()))
+    assert sum(len(x) for x, _ in batches) == callback.EXAMPLES
 
 
 def test_optimizers_beside_the_compiled_one_are_refused():

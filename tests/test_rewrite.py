@@ -11,7 +11,7 @@ from keras import layers, ops, tree
 
 import keras_bilinear
 from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model, summarize
-from keras_bilinear.sites import walk
+from keras_bilinear.rewriting.sites import walk
 
 BILINEAR = tuple(vars(keras_bilinear.layers).values())
 

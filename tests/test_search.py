@@ -95,7 +95,7 @@ def test_no_plan_of_near_square_factors_alone_is_better(budget, calibrated):
 
 
 def test_fits_that_are_behind_are_not_looked_at_at_high_ranks(monkeypatch):
-    monkeypatch.setattr("keras_bilinear.search.FEW_UNKNOWNS", 16)
+    monkeypatch.setattr("keras_bilinear.rewriting.prediction.FEW_UNKNOWNS", 16)
     rng = np.random.default_rng(0)
     product = rng.normal(size=(64, 4)) @ rng.normal(size=(4, 64))
     kronecker = sum(np.kron(*rng.normal(size=(2, 8, 8))) for _ in range(12))

@@ -6,9 +6,9 @@ import pytest
 from keras import ops
 
 import keras_bilinear as kb
-from keras_bilinear import second_moments
-from keras_bilinear.callbacks import BilinearRewrite
-from keras_bilinear.second_moments import CAUTION
+from keras_bilinear.rewriting import adam
+from keras_bilinear.rewriting.adam import CAUTION
+from keras_bilinear.rewriting.callback import BilinearRewrite
 
 RNG = np.random.default_rng(0)
 # Full layers, with paddings, groups and gates, and shapes of their inputs.
@@ -54,7 +54,7 @@ def test_the_chain_rule(kind):
     for kernel in kernels(layer).values():
         left, right = arrays(kernel)
         gradient = normal(kernel.factorization.full_shape)
-        pulled = second_moments.pull_back(kernel, gradient, left, right)
+        pulled = adam.pull_back(kernel, gradient, left, right)
         # The kernel is linear in each factor: <gradient, W(E, R)> is <gradient of L, E>.
         for side, factors in enumerate(((normal(left.shape), right), (left, normal(right.shape)))):
             full = ops.convert_to_numpy(kernel.full(*factors)).astype("float64")
@@ -75,8 +75,8 @@ def test_of_one_gradient_the_squares_have_the_exact_sum(kind):
         gradients[name] = normal(variable.shape)
         moments[id(variable)] = gradients[name], np.square(gradients[name])
     layer.name = full.name
-    known = second_moments.of_kernels(before, moments)
-    squares = second_moments.of_factors(after, known)
+    known = adam.of_kernels(before, moments)
+    squares = adam.of_factors(after, known)
     if "bias" in gradients:
         np.testing.assert_array_equal(
             squares.pop(id(getattr(layer, "cell", layer).bias)),
@@ -85,7 +85,7 @@ def test_of_one_gradient_the_squares_have_the_exact_sum(kind):
     assert len(squares) == 2 * len(kernels(layer))
     for name, kernel in kernels(layer).items():
         gradient = type(getattr(layer, "cell", layer))._kernel_from_full(inner, gradients[name])
-        exact = second_moments.pull_back(kernel, gradient, *arrays(kernel))
+        exact = adam.pull_back(kernel, gradient, *arrays(kernel))
         for variable, its_gradient in zip((kernel.left, kernel.right), exact, strict=True):
             found = squares[id(variable)]
             assert found.shape == tuple(variable.shape)
@@ -105,11 +105,11 @@ def test_from_factors_to_the_same_factors(kind):
         axis = int(kernel.factorization.gates > 0)
         full = kernel.full(*(one.sum(axis, keepdims=True) for one in squares))
         full = ops.convert_to_numpy(full)
-        pulled = second_moments.pull_back(kernel, full, *map(np.square, arrays(kernel)))
+        pulled = adam.pull_back(kernel, full, *map(np.square, arrays(kernel)))
         for variable, its_squares in zip((kernel.left, kernel.right), pulled, strict=True):
             moments[id(variable)] = np.zeros_like(its_squares), its_squares
             expected[id(variable)] = CAUTION * its_squares
-    found = second_moments.of_factors(model, second_moments.of_kernels(model, moments))
+    found = adam.of_factors(model, adam.of_kernels(model, moments))
     assert set(found) == set(expected)
     for key, squares in found.items():
         np.testing.assert_allclose(squares.sum(), expected[key].sum(), rtol=0.2)
@@ -119,10 +119,10 @@ def test_nothing_is_made_of_nothing():
     full, layer = full_and_bilinear("dense")
     layer.name = full.name
     zeros = np.zeros((15, 23), "float32")
-    known = second_moments.of_kernels(model_of(full), {id(full.kernel): (zeros, zeros)})
-    for squares in second_moments.of_factors(model_of(layer), known).values():
+    known = adam.of_kernels(model_of(full), {id(full.kernel): (zeros, zeros)})
+    for squares in adam.of_factors(model_of(layer), known).values():
         np.testing.assert_array_equal(squares, np.zeros_like(squares))
-    assert second_moments.of_kernels(model_of(full), {}) == {}
+    assert adam.of_kernels(model_of(full), {}) == {}
 
 
 class Weights(keras.callbacks.Callback):

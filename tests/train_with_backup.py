@@ -15,7 +15,8 @@ import signal
 import keras
 import numpy as np
 
-from keras_bilinear import BilinearRewrite, callbacks
+from keras_bilinear import BilinearRewrite
+from keras_bilinear.rewriting import callback
 
 EPOCHS = 6
 SCHEDULE = {1: 0.6, 3: 0.3}
@@ -73,7 +74,7 @@ def main():
     model = keras.Sequential([keras.Input((32,)), *layers, keras.layers.Dense(8)])
     model.compile(keras.optimizers.Adam(1e-2), "mse")
     if flags.die == "step":
-        callbacks.rewrite_layers = lambda *_: die()
+        callback.rewrite_layers = lambda *_: die()
     backup, events = flags.folder / "backup", Events(flags.folder / "events", flags.die)
     rewrite = Noted(schedule=SCHEDULE, backup_dir=backup)
     rewrite.events = events

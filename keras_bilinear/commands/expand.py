@@ -5,7 +5,7 @@ keras-bilinear expand SMALL.keras FULL.keras
 
 from keras_bilinear.commands import saved
 from keras_bilinear.errors import command_errors
-from keras_bilinear.rewrite import expand_model
+from keras_bilinear.rewriting.rewrite import expand_model
 
 
 def define_flags() -> None:

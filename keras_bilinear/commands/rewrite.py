@@ -10,8 +10,8 @@ from absl import flags
 
 from keras_bilinear.commands import saved
 from keras_bilinear.errors import CommandError, command_errors
-from keras_bilinear.plan import RewritePlan
-from keras_bilinear.rewrite import rewrite_model
+from keras_bilinear.rewriting.plan import RewritePlan
+from keras_bilinear.rewriting.rewrite import rewrite_model
 
 FLAGS = flags.FLAGS
 

@@ -11,11 +11,12 @@ import rich.console
 import rich.progress
 from absl import flags
 
-from keras_bilinear import datasets, search
+from keras_bilinear import datasets
 from keras_bilinear.data import model_batches
 from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.messages import reason
+from keras_bilinear.rewriting import planner
 
 FLAGS = flags.FLAGS
 
@@ -190,14 +191,14 @@ def _read(name):
         raise CommandError(f"cannot read {name!r}: {error}") from error
 
 
-def make_plan(model: keras.Model, data) -> search.RewritePlan:
+def make_plan(model: keras.Model, data) -> planner.RewritePlan:
     """The plan that the flags ask for.
 
     Raises:
         CommandError: if they are not valid, or no plan keeps to the limit.
     """
     with command_errors(ValueError):
-        return search.plan_rewrite(
+        return planner.plan_rewrite(
             model,
             budget=FLAGS.budget,
             max_params=FLAGS.max_params,

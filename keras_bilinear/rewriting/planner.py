@@ -1,39 +1,35 @@
 """From a budget to a plan: which layers become bilinear, with what factors and rank."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 
 import keras
 import numpy as np
 from scipy import optimize, sparse
 
-from keras_bilinear.data import model_batches
 from keras_bilinear.kronecker.factorization import (
     check_positive_int,
     exact_factors,
 )
-from keras_bilinear.kronecker.nearest import input_index, remaining_energies
-from keras_bilinear.layers.calibration import Calibration, collect
-from keras_bilinear.plan import LayerPlan, RewritePlan
-from keras_bilinear.sites import (
+from keras_bilinear.kronecker.nearest import input_index
+from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
+from keras_bilinear.rewriting.prediction import predict_errors
+from keras_bilinear.rewriting.sites import (
     Site,
-    can_calibrate,
     check_built,
     counterpart,
     reason_to_leave,
     tied_variables,
     walk,
 )
-from keras_bilinear.widen import hidden_layers
+from keras_bilinear.rewriting.widen import hidden_layers
 
 # How many ranks the search chooses from for each power of 2, as far as they save anything.
 # Of kernels of low rank all errors come from one decomposition; of others each takes a fit
 # of its own, whose time grows with a power of the rank. So those have at most `MOST_TERMS`
-# terms or, where that is more, as many as make a linear system of `MOST_UNKNOWNS`; and
-# where they are behind with `FEW_UNKNOWNS`, more of them are not fitted.
+# terms or, where that is more, as many as make a linear system of `MOST_UNKNOWNS`.
 LOW_RANKS_PER_OCTAVE, RANKS_PER_OCTAVE = 8, 2
-MOST_TERMS, MOST_UNKNOWNS, FEW_UNKNOWNS = 64, 2048, 512
+MOST_TERMS, MOST_UNKNOWNS = 64, 2048
 
 
 def plan_rewrite(
@@ -298,82 +294,6 @@ def _scale(model, plan, scale, rank):
         else:
             for one, *values in before:
                 one.factorizations, one.scale, one.input_scale = values
-
-
-def predict_errors(model, plan, candidates, calibration_data):
-    """Fills in `errors` of each layer, for `{path: [(factors, rank), ...]}`."""
-    sites = {site.path: site.layer for site in walk(model)}
-    candidates = {path: _by_factors(pairs) for path, pairs in candidates.items() if pairs}
-    for path, choices in candidates.items():
-        _note_errors(plan[path], choices, functools.partial(_kernel_errors, sites[path]))
-    batches = model_batches(calibration_data, model)
-    if batches is None:
-        return
-    layers = {path: sites[path] for path in candidates if can_calibrate(sites[path])}
-    calibrations = {path: Calibration(counterpart(layer), layer) for path, layer in layers.items()}
-    for batch in batches:
-        for path, calls in collect(model, layers, batch).items():
-            for inputs, options in calls:
-                calibrations[path].add(inputs, **options)
-    for path, calibration in calibrations.items():
-        # A layer that no batch reaches keeps the errors of its kernels.
-        if calibration.has_examples():
-            _note_fitted_errors(plan[path], candidates[path], calibration)
-
-
-def _by_factors(pairs):
-    """`{factors: ranks}` of pairs of them."""
-    choices = {}
-    for factors, rank in pairs:
-        choices.setdefault(factors, []).append(rank)
-    return choices
-
-
-def _note_errors(layer, choices, predict):
-    for factors, ranks in choices.items():
-        errors = predict(layer.with_factors(factors), ranks)
-        layer.errors.update({(factors, rank): error for rank, error in errors.items()})
-
-
-def _note_fitted_errors(layer, choices, calibration):
-    """As `_note_errors`, but for ranks that take long to fit and are going to be behind."""
-    choices = {factors: (layer.with_factors(factors), ranks) for factors, ranks in choices.items()}
-    for factors, (kernels, ranks) in sorted(
-        choices.items(), key=lambda choice: not choice[1][0][0].is_low_rank
-    ):
-        first, *_ = kernels
-        few = ranks
-        if not first.is_low_rank:
-            few = [r for r in ranks if r * max(input_index(first).shape) <= FEW_UNKNOWNS]
-        many = [rank for rank in ranks if rank not in few]
-        if few:
-            _note_errors(layer, {factors: few}, calibration.errors)
-        if many and few and _is_behind(layer, factors, few[-1]):
-            for rank in many:
-                del layer.errors[factors, rank]
-        elif many:
-            _note_errors(layer, {factors: many}, calibration.errors)
-
-
-def _is_behind(layer, factors, rank):
-    """Whether other factors have a smaller error and take no more parameters."""
-    size, error = layer.parameters_at(rank, factors), layer.errors[factors, rank]
-    return any(
-        one != factors and other_error < error and layer.parameters_at(other, one) <= size
-        for (one, other), other_error in layer.errors.items()
-    )
-
-
-def _kernel_errors(layer, factorizations, ranks):
-    """`{rank: error}` of the kernels of a full layer."""
-    parts = counterpart(layer)._kernel_parts(layer)
-    left, total = np.zeros(max(ranks) + 1), 0.0
-    for kernels, factorization in zip(parts.values(), factorizations, strict=True):
-        energies = remaining_energies(kernels, factorization, max(ranks))
-        # Each kernel counts the same, whatever its size.
-        left += energies / energies[0] if energies[0] else 0
-        total += 1
-    return {rank: float(np.sqrt(left[rank] / total)) for rank in ranks}
 
 
 def _most_parameters(plan, limit):

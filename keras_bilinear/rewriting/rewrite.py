@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 import keras
 from absl import logging
 
-from keras_bilinear.composites import forget, remember
 from keras_bilinear.data import model_batches
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers
@@ -16,9 +15,10 @@ from keras_bilinear.kronecker.factorization import check_positive_int
 from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.layers.calibration import Calibration, collect
 from keras_bilinear.layers.recurrent import BilinearRNN
-from keras_bilinear.plan import RewritePlan
-from keras_bilinear.search import plan_layer, plan_rewrite
-from keras_bilinear.sites import (
+from keras_bilinear.rewriting.owners import forget, remember
+from keras_bilinear.rewriting.plan import RewritePlan
+from keras_bilinear.rewriting.planner import plan_layer, plan_rewrite
+from keras_bilinear.rewriting.sites import (
     Site,
     can_calibrate,
     check_built,
@@ -28,7 +28,7 @@ from keras_bilinear.sites import (
     tied_variables,
     walk,
 )
-from keras_bilinear.widen import give_weights, hidden_layers, widen
+from keras_bilinear.rewriting.widen import give_weights, hidden_layers, widen
 
 # The layers are fitted in at most so many groups, for each of which the
 # calibration data run through both models.

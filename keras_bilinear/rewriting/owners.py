@@ -14,7 +14,7 @@ import keras
 
 from keras_bilinear.keras_private.graph import is_functional, sublayers
 from keras_bilinear.keras_private.surgery import become, set_class
-from keras_bilinear.sites import Site
+from keras_bilinear.rewriting.sites import Site
 
 # Their configurations have the layers that they hold.
 _KEEPERS = (

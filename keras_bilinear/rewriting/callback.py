@@ -17,8 +17,6 @@ import h5py
 import keras
 from absl import logging
 
-from keras_bilinear import second_moments
-from keras_bilinear.composites import remember
 from keras_bilinear.data import model_batches
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.keras_private.graph import all_layers
@@ -38,10 +36,12 @@ from keras_bilinear.keras_private.training import (
     retrace,
     strategy_scope,
 )
-from keras_bilinear.plan import RewritePlan
-from keras_bilinear.rewrite import expand_layers, rewrite_layers
-from keras_bilinear.search import check_budget, plan_rewrite
-from keras_bilinear.sites import counterpart, walk
+from keras_bilinear.rewriting import adam
+from keras_bilinear.rewriting.owners import remember
+from keras_bilinear.rewriting.plan import RewritePlan
+from keras_bilinear.rewriting.planner import check_budget, plan_rewrite
+from keras_bilinear.rewriting.rewrite import expand_layers, rewrite_layers
+from keras_bilinear.rewriting.sites import counterpart, walk
 
 # So many training examples are calibration data, where none are given.
 EXAMPLES = 1024
@@ -289,12 +289,12 @@ class BilinearRewrite(keras.callbacks.Callback):
         ours = [] if self.plan is None else [p for p, layer in self.plan.items() if layer.rank]
         try:
             with strategy_scope(model):
-                known = second_moments.of_kernels(target, moments(model.optimizer))
+                known = adam.of_kernels(target, moments(model.optimizer))
                 expand_layers(target, [site for site in walk(target) if site.path in ours])
                 yield before
                 refresh(target)
                 if model.optimizer.built:
-                    squares = second_moments.of_factors(target, known)
+                    squares = adam.of_factors(target, known)
                     move_optimizer(model.optimizer, model.trainable_variables, squares)
         except BaseException:
             restore(before)

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_bilinear.kronecker.nearest import arrange
 from keras_bilinear.layers.base import BilinearLayer
-from keras_bilinear.sites import counterpart, walk
+from keras_bilinear.rewriting.sites import counterpart, walk
 
 # A rewritten network has larger gradients at first, and too much costs less than too little:
 # see `benchmarks/first_steps.py`.

@@ -1,0 +1,1 @@
+"""Whole models: from full layers to bilinear ones and back."""
