@@ -44,7 +44,7 @@ def main(argv):
     del argv
     from keras_bilinear import export_litert
     from keras_bilinear.litert import run_litert
-    from keras_bilinear.timing import median_seconds
+    from keras_bilinear.reports.timing import median_seconds
 
     study = accuracy.STUDY.value
     rows = accuracy.read_study(study)

@@ -28,7 +28,7 @@ from keras_bilinear.benchmark_worker import Steps
 from keras_bilinear.files import staged
 from keras_bilinear.kronecker import cost
 from keras_bilinear.kronecker.target import on_gpu
-from keras_bilinear.timing import median_seconds, waiting
+from keras_bilinear.reports.timing import median_seconds, waiting
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the layers, not only write the table anew")
 POLICIES = flags.DEFINE_multi_string(

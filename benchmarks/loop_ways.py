@@ -19,7 +19,7 @@ from absl import app, logging
 from keras_bilinear.benchmark_cases import CASES
 from keras_bilinear.benchmark_worker import Steps
 from keras_bilinear.kronecker import cost
-from keras_bilinear.timing import median_seconds
+from keras_bilinear.reports.timing import median_seconds
 
 LIMITS = {"before": math.inf, "in": 0.0}
 

@@ -18,7 +18,7 @@ from absl import app, logging
 from keras_bilinear.benchmark_cases import RecurrentCase
 from keras_bilinear.benchmark_worker import Steps
 from keras_bilinear.kronecker import cost
-from keras_bilinear.timing import median_seconds
+from keras_bilinear.reports.timing import median_seconds
 
 SIZES = (64, 64), (64, 128), (128, 256), (256, 512)
 CASES = [

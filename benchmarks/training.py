@@ -135,8 +135,9 @@ def train(run, dataset):
     """Trains as `run` says; returns the columns of its row that are measured."""
     import keras
 
-    from keras_bilinear import BilinearRewrite, exporting, summary
+    from keras_bilinear import BilinearRewrite, exporting
     from keras_bilinear.layers import base
+    from keras_bilinear.reports import summary
 
     keras.utils.set_random_seed(run.seed)
     keras.config.set_dtype_policy(run.policy)

@@ -17,11 +17,11 @@ from keras_bilinear.layers import (
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
+from keras_bilinear.reports.summary import compare, summarize
 from keras_bilinear.rewriting.callback import BilinearRewrite
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import plan_rewrite
 from keras_bilinear.rewriting.rewrite import Rewriter, expand_model, rewrite_model
-from keras_bilinear.summary import compare, summarize
 from keras_bilinear.version import __version__
 
 __all__ = [

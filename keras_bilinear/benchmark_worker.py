@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from keras_bilinear.benchmark_cases import CASES, HUGE
-from keras_bilinear.timing import median_seconds, waiting
+from keras_bilinear.reports.timing import median_seconds, waiting
 
 
 class Steps:

@@ -27,7 +27,7 @@ from keras_bilinear.files import check_writable, staged
 from keras_bilinear.kronecker.factorization import choose_factors
 from keras_bilinear.layers import BilinearDense, BilinearEmbedding
 from keras_bilinear.messages import require
-from keras_bilinear.summary import count_macs
+from keras_bilinear.reports.summary import count_macs
 
 FLAGS = flags.FLAGS
 EMBEDDING_WIDTH = 128

@@ -7,14 +7,8 @@ import pathlib
 
 from rich.table import Table
 
-from keras_bilinear.display import (
-    BILINEAR_COLOR,
-    FAINT,
-    FULL_COLOR,
-    INK,
-    TITLE,
-    bytes_text,
-)
+from keras_bilinear.display import bytes_text
+from keras_bilinear.reports.plots import BILINEAR_COLOR, FAINT, FULL_COLOR, INK, TITLE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,6 @@ import io
 import rich.console
 import rich.table
 
-# Colours that stay apart for colour-blind readers, and in print.
-FULL_COLOR, BILINEAR_COLOR, INK, FAINT = "#b8bcc6", "#d1495b", "#23262f", "#7a7f8c"
-TITLE = {"color": INK, "loc": "left", "fontsize": 13, "pad": 14}
-
 
 class Tabular:
     """Mixed into what is shown as a table, on a console and in a notebook."""

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from run_command import run_command
 
-from keras_bilinear import benchmark, benchmark_worker, timing
+from keras_bilinear import benchmark, benchmark_worker
 from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase, RecurrentCase
 from keras_bilinear.errors import CommandError
+from keras_bilinear.reports import timing
 
 RATES = {"macs": 1e9, "bytes": 1e6}
 DENSE = DenseCase((4,), 36, 36, 2)

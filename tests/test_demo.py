@@ -12,7 +12,7 @@ from run_command import run_command
 
 from keras_bilinear import datasets, demo
 from keras_bilinear.litert import LiteRTReport, run_litert
-from keras_bilinear.summary import count_macs
+from keras_bilinear.reports.summary import count_macs
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("what the demo is made of is tested on this backend", allow_module_level=True)

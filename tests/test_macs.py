@@ -11,7 +11,7 @@ from keras_bilinear import (
     BilinearSimpleRNN,
 )
 from keras_bilinear.kronecker import products
-from keras_bilinear.summary import count_macs
+from keras_bilinear.reports.summary import count_macs
 
 
 class CountingOps:

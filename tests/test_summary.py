@@ -14,9 +14,8 @@ from keras_bilinear import (
     compare,
     rewrite_model,
     summarize,
-    summary,
-    timing,
 )
+from keras_bilinear.reports import summary, timing
 
 
 @pytest.fixture(autouse=True)

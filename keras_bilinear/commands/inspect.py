@@ -12,7 +12,7 @@ from keras_bilinear.commands import saved
 from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.files import staged
 from keras_bilinear.messages import reason
-from keras_bilinear.summary import compare, summarize
+from keras_bilinear.reports.summary import compare, summarize
 
 FLAGS = flags.FLAGS
 

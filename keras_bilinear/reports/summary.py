@@ -13,22 +13,21 @@ import numpy as np
 import rich.table
 
 from keras_bilinear.data import batch_size, batches, model_batches
-from keras_bilinear.display import (
+from keras_bilinear.display import Tabular, bytes_text, count_text, right
+from keras_bilinear.keras_private.capture import record
+from keras_bilinear.keras_private.graph import states_kept
+from keras_bilinear.reports.macs import count_call, count_workspace
+from keras_bilinear.reports.plots import (
     BILINEAR_COLOR,
     FAINT,
     FULL_COLOR,
-    INK,
     TITLE,
-    Tabular,
-    bytes_text,
-    count_text,
-    right,
+    draw_bars,
+    finish_figure,
+    new_figure,
 )
-from keras_bilinear.keras_private.capture import record
-from keras_bilinear.keras_private.graph import states_kept
-from keras_bilinear.macs import count_call, count_workspace
+from keras_bilinear.reports.timing import compile_forward, median_seconds
 from keras_bilinear.rewriting.sites import check_built, walk
-from keras_bilinear.timing import compile_forward, median_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +129,10 @@ class Summary(Tabular):
         Returns:
             A `matplotlib.figure.Figure`.
         """
-        figure, axes = _figure(len(self.layers), 1)
+        figure, axes = new_figure(len(self.layers), 1)
         sizes = [[layer.parameters for layer in self.layers]]
-        _draw_bars(axes, [layer.path for layer in self.layers], sizes, [BILINEAR_COLOR])
-        return _finish(figure, _title(self), path)
+        draw_bars(axes, [layer.path for layer in self.layers], sizes, [BILINEAR_COLOR])
+        return finish_figure(figure, _title(self), path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +195,10 @@ class Comparison(Tabular):
         """
         layers = [*self._layers()]
         with_accuracy = self.full.accuracy is not None
-        figure, axes = _figure(len(layers), 2 if with_accuracy else 1)
+        figure, axes = new_figure(len(layers), 2 if with_accuracy else 1)
         bars, *others = axes if with_accuracy else [axes]
         sizes = [[both[which].parameters for _, *both in layers] for which in (0, 1)]
-        _draw_bars(bars, [path for path, *_ in layers], sizes, [FULL_COLOR, BILINEAR_COLOR])
+        draw_bars(bars, [path for path, *_ in layers], sizes, [FULL_COLOR, BILINEAR_COLOR])
         for scatter in others:
             for label, one, color in (
                 ("full", self.full, FAINT),
@@ -212,7 +211,7 @@ class Comparison(Tabular):
             scatter.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
             scatter.grid(color=FULL_COLOR, alpha=0.4)
             scatter.spines[:].set_visible(False)
-        return _finish(figure, f"{_title(self.full)} to {_title(self.small)}", path)
+        return finish_figure(figure, f"{_title(self.full)} to {_title(self.small)}", path)
 
 
 def summarize(model: keras.Model, data=None) -> Summary:
@@ -492,43 +491,3 @@ def _title(summary):
     if summary.accuracy is not None:
         parts.append(f"accuracy {summary.accuracy:.2%}")
     return ", ".join(parts)
-
-
-def _figure(rows, columns):
-    from matplotlib.figure import Figure
-
-    size = 6.5 * columns, 1.6 + max(3, 0.34 * rows)
-    figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
-    return figure, figure.subplots(1, columns)
-
-
-def _draw_bars(axes, labels, sizes, colors):
-    """Bars of parameters on a logarithmic scale, those of several models for each label."""
-    height = 0.8 / len(sizes)
-    for index, (values, color) in enumerate(zip(sizes, colors, strict=True)):
-        rows = [row + (index - (len(sizes) - 1) / 2) * height for row in range(len(values))]
-        axes.barh(rows, values, height=height, color=color)
-        for row, value in zip(rows, values, strict=True):
-            axes.annotate(
-                count_text(value),
-                (value, row),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=FAINT,
-            )
-    axes.set_title("Parameters of each layer", **TITLE)
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.tick_params(length=0, labelcolor=INK)
-    axes.invert_yaxis()
-    axes.spines[:].set_visible(False)
-
-
-def _finish(figure, title, path):
-    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
-    if path is not None:
-        figure.savefig(path)
-    return figure

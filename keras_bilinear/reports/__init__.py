@@ -1,0 +1,1 @@
+"""What models cost: summaries, operations, timing, plots."""
