@@ -14,7 +14,7 @@ from absl import app
 
 import keras_bilinear
 from keras_bilinear import BilinearDense
-from keras_bilinear.export import export_litert
+from keras_bilinear.litert.export import export_litert
 
 
 def sizes(layer, width):

@@ -1,6 +1,5 @@
 """Keras layers that store a bilinear projection instead of a full one."""
 
-from keras_bilinear.export import export_litert
 from keras_bilinear.kronecker.target import exporting
 from keras_bilinear.layers import (
     BilinearConv1D,
@@ -17,6 +16,7 @@ from keras_bilinear.layers import (
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
 )
+from keras_bilinear.litert.export import export_litert
 from keras_bilinear.reports.summary import compare, summarize
 from keras_bilinear.rewriting.callback import BilinearRewrite
 from keras_bilinear.rewriting.plan import RewritePlan

@@ -22,10 +22,10 @@ from absl import flags
 from keras_bilinear import datasets
 from keras_bilinear.demo_results import DemoResults, Result
 from keras_bilinear.errors import CommandError, command_errors
-from keras_bilinear.export import export_litert
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.kronecker.factorization import choose_factors
 from keras_bilinear.layers import BilinearDense, BilinearEmbedding
+from keras_bilinear.litert.export import export_litert
 from keras_bilinear.messages import require
 from keras_bilinear.reports.summary import count_macs
 

@@ -11,7 +11,7 @@ import pytest
 from run_command import run_command
 
 from keras_bilinear import datasets, demo
-from keras_bilinear.litert import LiteRTReport, run_litert
+from keras_bilinear.litert.report import LiteRTReport, run_litert
 from keras_bilinear.reports.summary import count_macs
 
 if keras.config.backend() != "tensorflow":

@@ -19,10 +19,10 @@ from keras_bilinear import (
     exporting,
     rewrite_model,
 )
-from keras_bilinear import export as export_module
-from keras_bilinear.export import inference_twin
 from keras_bilinear.keras_private.graph import all_layers
-from keras_bilinear.litert import inspect_litert, run_litert
+from keras_bilinear.litert import export as export_module
+from keras_bilinear.litert.export import inference_twin
+from keras_bilinear.litert.report import inspect_litert, run_litert
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("ai_edge_litert")
@@ -455,7 +455,7 @@ def test_arguments_that_are_not_valid_are_refused_before_work_starts(
     refuses, options, match, monkeypatch
 ):
     model = recurrent(BilinearGRU(8))
-    monkeypatch.setattr("keras_bilinear.export.inference_twin", None)
+    monkeypatch.setattr("keras_bilinear.litert.export.inference_twin", None)
     refuses((ValueError, TypeError), match, model, **options)
 
 

@@ -8,7 +8,7 @@ from absl import flags
 
 from keras_bilinear.commands import saved
 from keras_bilinear.errors import CommandError, command_errors
-from keras_bilinear.export import TOLERANCES, export_litert
+from keras_bilinear.litert.export import TOLERANCES, export_litert
 from keras_bilinear.messages import require
 
 FLAGS = flags.FLAGS

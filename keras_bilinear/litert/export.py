@@ -14,9 +14,9 @@ import numpy as np
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers, stateful_layers
 from keras_bilinear.kronecker.target import on_gpu
-from keras_bilinear.litert import LiteRTReport, inspect_litert, run_litert
-from keras_bilinear.litert_converter import convert, named_outputs
-from keras_bilinear.litert_inputs import input_specs, read_examples
+from keras_bilinear.litert.converter import convert, named_outputs
+from keras_bilinear.litert.inputs import input_specs, read_examples
+from keras_bilinear.litert.report import LiteRTReport, inspect_litert, run_litert
 from keras_bilinear.rewriting.sites import check_built
 
 # The largest difference from the model that a kind of quantization may make.

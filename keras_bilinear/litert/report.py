@@ -16,7 +16,7 @@ import rich.table
 
 from keras_bilinear.display import Tabular, bytes_text, right
 
-_RUNNER = pathlib.Path(__file__).with_name("litert_runner.py")
+_RUNNER = pathlib.Path(__file__).with_name("runner.py")
 
 
 @dataclasses.dataclass(frozen=True)

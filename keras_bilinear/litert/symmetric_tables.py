@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 
-from keras_bilinear.litert import subgraphs
+from keras_bilinear.litert.report import subgraphs
 
 _PASSED_ON = ("GATHER", "RESHAPE")
 

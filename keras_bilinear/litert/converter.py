@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from keras_bilinear.centering import centre_tables
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.kronecker.target import exporting
-from keras_bilinear.litert_inputs import input_specs
+from keras_bilinear.litert.inputs import input_specs
+from keras_bilinear.litert.symmetric_tables import centre_tables
 from keras_bilinear.messages import reason
 
 

@@ -1,0 +1,1 @@
+"""Files for LiteRT: export, conversion, inputs, report, runner."""
