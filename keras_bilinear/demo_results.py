@@ -7,8 +7,8 @@ import pathlib
 
 from rich.table import Table
 
-from keras_bilinear.display import bytes_text
 from keras_bilinear.reports.plots import BILINEAR_COLOR, FAINT, FULL_COLOR, INK, TITLE
+from keras_bilinear.tables import bytes_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import rich.table
 
-from keras_bilinear.display import Tabular, bytes_text, right
+from keras_bilinear.tables import Tabular, bytes_text, right
 
 _RUNNER = pathlib.Path(__file__).with_name("runner.py")
 

@@ -1,6 +1,6 @@
 """Figures of summaries and comparisons."""
 
-from keras_bilinear.display import count_text
+from keras_bilinear.tables import count_text
 
 # Colours that stay apart for colour-blind readers, and in print.
 FULL_COLOR, BILINEAR_COLOR, INK, FAINT = "#b8bcc6", "#d1495b", "#23262f", "#7a7f8c"

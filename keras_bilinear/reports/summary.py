@@ -13,7 +13,6 @@ import numpy as np
 import rich.table
 
 from keras_bilinear.data import batch_size, batches, model_batches
-from keras_bilinear.display import Tabular, bytes_text, count_text, right
 from keras_bilinear.keras_private.capture import record
 from keras_bilinear.keras_private.graph import states_kept
 from keras_bilinear.reports.macs import count_call, count_workspace
@@ -28,6 +27,7 @@ from keras_bilinear.reports.plots import (
 )
 from keras_bilinear.reports.timing import compile_forward, median_seconds
 from keras_bilinear.rewriting.sites import check_built, walk
+from keras_bilinear.tables import Tabular, bytes_text, count_text, right
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 
 import rich.table
 
-from keras_bilinear.display import Tabular, right
 from keras_bilinear.kronecker.factorization import (
     Factorization,
     check_factors,
     check_positive_int,
     recurrent_input_factors,
 )
+from keras_bilinear.tables import Tabular, right
 
 
 @dataclasses.dataclass
