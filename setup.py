@@ -61,7 +61,7 @@ setup(
         "torch": ["torch>=2.6"],
         "tutorials": DEMO,
     },
-    entry_points={"console_scripts": ["keras-bilinear = keras_bilinear.cli:main"]},
+    entry_points={"console_scripts": ["keras-bilinear = keras_bilinear.cli.main:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

@@ -24,9 +24,9 @@ import tables
 from absl import app, flags, logging
 from scipy.optimize import least_squares, nnls
 
-from keras_bilinear import benchmark
-from keras_bilinear.benchmark_cases import ConvCase
-from keras_bilinear.benchmark_worker import Steps, median_seconds
+from keras_bilinear.benchmark import command
+from keras_bilinear.benchmark.cases import ConvCase
+from keras_bilinear.benchmark.worker import Steps, median_seconds
 from keras_bilinear.files import staged
 from keras_bilinear.kronecker import cost
 from keras_bilinear.kronecker.target import convolution_library
@@ -152,7 +152,7 @@ def main(argv):
     path = tables.RESULTS / f"conv_ways_{library}.json"
     if MEASURE.value:
         measured = {
-            "machine": benchmark.machine(),
+            "machine": command.machine(),
             "fit": [measure(case) for case in FIT],
             "judge": [measure(case) for case in JUDGE],
         }
@@ -161,7 +161,7 @@ def main(argv):
     measured = json.loads(path.read_text())
     fitted, used = fit(measured["fit"]), cost.NANOSECONDS[library]
     facts = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
-    backend, _, environment = benchmark.COLUMNS[library]
+    backend, _, environment = command.COLUMNS[library]
     environment = " ".join(
         f"{name}={value}" for name, value in {**environment, "KERAS_BACKEND": backend}.items()
     )

@@ -22,9 +22,9 @@ import keras
 import tables
 from absl import app, flags, logging
 
-from keras_bilinear import benchmark
-from keras_bilinear.benchmark_cases import CASES
-from keras_bilinear.benchmark_worker import Steps
+from keras_bilinear.benchmark import command
+from keras_bilinear.benchmark.cases import CASES
+from keras_bilinear.benchmark.worker import Steps
 from keras_bilinear.files import staged
 from keras_bilinear.kronecker import cost
 from keras_bilinear.kronecker.target import on_gpu
@@ -197,7 +197,7 @@ def main(argv):
     if MEASURE.value:
         if not on_gpu():
             raise app.UsageError(f"the {backend} backend sees no GPU")
-        results = {"machine": {"GPU": gpu(), **benchmark.machine()}, "call": call_seconds()}
+        results = {"machine": {"GPU": gpu(), **command.machine()}, "call": call_seconds()}
         for records in measure():
             with staged(tables.RESULTS) as folder:
                 text = json.dumps({**results, "records": records}, indent=1)

@@ -16,8 +16,8 @@ import keras
 import tables
 from absl import app, logging
 
-from keras_bilinear.benchmark_cases import CASES
-from keras_bilinear.benchmark_worker import Steps
+from keras_bilinear.benchmark.cases import CASES
+from keras_bilinear.benchmark.worker import Steps
 from keras_bilinear.kronecker import cost
 from keras_bilinear.reports.timing import median_seconds
 

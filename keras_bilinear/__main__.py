@@ -1,4 +1,4 @@
-from keras_bilinear.cli import main
+from keras_bilinear.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,7 @@
 import pytest
 from absl import flags
 
-from keras_bilinear import cli
+from keras_bilinear.cli import main
 
 
 def run_command(*arguments):
@@ -11,7 +11,7 @@ def run_command(*arguments):
     before = set(flags.FLAGS)
     try:
         with pytest.raises(SystemExit) as exit:
-            cli.main(["keras-bilinear", *map(str, arguments)])
+            main.main(["keras-bilinear", *map(str, arguments)])
         return exit.value.code
     finally:
         flags.FLAGS.remove_flag_values(set(flags.FLAGS) - before)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from run_command import run_command
 
-from keras_bilinear import benchmark, benchmark_worker
-from keras_bilinear.benchmark_cases import ConvCase, DenseCase, EmbeddingCase, RecurrentCase
-from keras_bilinear.errors import CommandError
+from keras_bilinear.benchmark import command, worker
+from keras_bilinear.benchmark.cases import ConvCase, DenseCase, EmbeddingCase, RecurrentCase
+from keras_bilinear.cli.errors import CommandError
 from keras_bilinear.reports import timing
 
 RATES = {"macs": 1e9, "bytes": 1e6}
@@ -36,14 +36,14 @@ def test_every_case_runs_forward_and_trains(case, parameters, monkeypatch):
         calls.append(len(functions))
         return [0.5, 0.25, 1.25][: len(functions)]
 
-    monkeypatch.setattr(benchmark_worker, "median_seconds", seconds)
+    monkeypatch.setattr(worker, "median_seconds", seconds)
     xla = keras.config.backend() == "jax"
-    record = benchmark_worker.measure(case, xla, RATES)
+    record = worker.measure(case, xla, RATES)
     layers = len(parameters)
     assert calls == [layers, layers]
     assert record["forward"] == record["step"] == [0.5, 0.25, 1.25][:layers]
     assert record["parameters"] == parameters
-    (_, speed), (_, patches), (_, memory) = benchmark._tables({"jax": [record]})
+    (_, speed), (_, patches), (_, memory) = command._tables({"jax": [record]})
     (row, _) = speed
     assert row[:2] == [str(case), "forward"]
     assert row[2].startswith("2.00x (500.00 / 250.00 / ")
@@ -65,9 +65,9 @@ def test_the_layer_that_extracts_patches_is_a_bilinear_projection_of_each():
 
 
 def test_memory_of_a_step_is_measured():
-    memory = benchmark_worker.measure_memory(CONV, 1, keras.config.backend() == "jax")
+    memory = worker.measure_memory(CONV, 1, keras.config.backend() == "jax")
     assert 0 <= memory < 2e9
-    *_, (_, rows) = benchmark._tables({"jax": [{"case": "c", "memory": [4e6, 1e6]}]})
+    *_, (_, rows) = command._tables({"jax": [{"case": "c", "memory": [4e6, 1e6]}]})
     assert rows == [["c", "training step", "4 / 1"]]
 
 
@@ -111,9 +111,9 @@ def test_what_is_measured_is_written_after_each_column(tmp_path, monkeypatch, ca
             raise CommandError("the machine caught fire")
         return [{"case": f"a {suite} layer", "memory": [4e6, 1e6]}]
 
-    monkeypatch.setattr(benchmark, "_run", run)
-    command = ["benchmark", "--suite=conv_memory", "--backend=tensorflow", "--backend=onednn"]
-    assert run_command(*command, f"--output={tmp_path / 'speed'}") == 2
+    monkeypatch.setattr(command, "_run", run)
+    arguments = ["benchmark", "--suite=conv_memory", "--backend=tensorflow", "--backend=onednn"]
+    assert run_command(*arguments, f"--output={tmp_path / 'speed'}") == 2
     assert capsys.readouterr().err.endswith("caught fire\n")
     assert "| a conv_memory layer | training step | 4 / 1 |" in (tmp_path / "speed.md").read_text()
     results = json.loads((tmp_path / "speed.json").read_text())

@@ -10,7 +10,8 @@ import time
 import keras
 import pytest
 
-from keras_bilinear import cli, datasets, files
+from keras_bilinear import datasets, files
+from keras_bilinear.cli import main
 from keras_bilinear.messages import require
 
 if keras.config.backend() != "tensorflow":
@@ -22,7 +23,7 @@ def test_help_lists_the_commands(run, flag):
     status, output, error = run(flag)
     assert (status, error) == (0, "")
     assert output.startswith("usage: keras-bilinear COMMAND")
-    assert all(command in output for command in cli.COMMANDS)
+    assert all(command in output for command in main.COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_help_of_a_command_lists_its_flags(run, command, expected):
 
 
 def test_every_command_is_a_module():
-    for module, _ in cli.COMMANDS.values():
+    for module, _ in main.COMMANDS.values():
         assert importlib.util.find_spec(f"keras_bilinear.{module}")
 
 
@@ -68,7 +69,7 @@ def test_ctrl_c_in_a_finalizer_is_not_lost(run, monkeypatch, ctrl_c):
         time.sleep(60)
 
     finished = []
-    monkeypatch.setattr(cli, "run", command)
+    monkeypatch.setattr(main, "run", command)
     assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
     assert finished
 
@@ -80,7 +81,7 @@ def test_ctrl_c_that_becomes_another_error(run, monkeypatch, ctrl_c):
         except KeyboardInterrupt:
             raise SystemError("from compiled code") from None
 
-    monkeypatch.setattr(cli, "run", command)
+    monkeypatch.setattr(main, "run", command)
     assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -93,7 +94,7 @@ def test_ctrl_c_that_is_swallowed_is_raised_again(run, monkeypatch, ctrl_c):
         time.sleep(60)
 
     swallowed = []
-    monkeypatch.setattr(cli, "run", command)
+    monkeypatch.setattr(main, "run", command)
     assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
     assert not swallowed
 
@@ -103,12 +104,12 @@ def test_ctrl_c_does_not_disturb_what_cleans_up(run, monkeypatch, ctrl_c):
         try:
             ctrl_c()
         finally:
-            time.sleep(10 * cli._PAUSE)
+            time.sleep(10 * main._PAUSE)
             ctrl_c()
             cleaned.append(True)
 
     cleaned = []
-    monkeypatch.setattr(cli, "run", command)
+    monkeypatch.setattr(main, "run", command)
     assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
     assert cleaned
 
@@ -203,7 +204,7 @@ def test_ctrl_c_is_one_line(run, monkeypatch):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupt)
+    monkeypatch.setattr(main, "run", interrupt)
     assert run("demo") == (130, "", "keras-bilinear: interrupted\n")
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from run_command import run_command
 
-from keras_bilinear import datasets, demo
+from keras_bilinear import datasets
+from keras_bilinear.demo import command
 from keras_bilinear.litert.report import LiteRTReport, run_litert
 from keras_bilinear.reports.summary import count_macs
 
@@ -39,7 +40,7 @@ def test_the_files_are_what_the_table_says(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    dataset = datasets.load("digits").head(demo.QUICK_EXAMPLES)
+    dataset = datasets.load("digits").head(command.QUICK_EXAMPLES)
     for name in ("full", "bilinear"):
         result = results[name]
         model = keras.models.load_model(tmp_path / f"{name}.keras")
@@ -64,7 +65,7 @@ def test_the_files_are_what_the_table_says(tmp_path, capsys):
 
 def test_same_seed_same_accuracy(tmp_path, monkeypatch):
     report = LiteRTReport("", 1, {}, 1, 1, None, 1.0, 0.0, 1.0)
-    monkeypatch.setattr(demo, "write", lambda *_: (1, report))
+    monkeypatch.setattr(command, "write", lambda *_: (1, report))
     first, again, other = (
         [
             run(tmp_path, f"--seed={seed}")[name]["accuracy_by_epoch"]
@@ -90,9 +91,9 @@ def text_dataset():
 
 def test_scale_multiplies_both_output_factors_of_every_hidden_layer():
     options = {"width": 36, "depth": 2, "dtype": "float32"}
-    narrow = demo.build(text_dataset(), rank=1, scale=1, **options)
-    wide = demo.build(text_dataset(), rank=1, scale=3, **options)
-    full = demo.build(text_dataset(), rank=None, scale=3, **options)
+    narrow = command.build(text_dataset(), rank=1, scale=1, **options)
+    wide = command.build(text_dataset(), rank=1, scale=3, **options)
+    full = command.build(text_dataset(), rank=None, scale=3, **options)
     for one, three in zip(narrow.layers[:-1], wide.layers[:-1], strict=True):
         if hasattr(one, "rank"):
             factors = one.factorization.output_factors
@@ -103,12 +104,12 @@ def test_scale_multiplies_both_output_factors_of_every_hidden_layer():
 
 def test_a_text_network_trains_and_is_written(tmp_path):
     dataset = text_dataset()
-    model = demo.build(dataset, width=16, depth=1, rank=2, scale=1, dtype="float32")
-    with demo.Progress("text", 1, 2, console=None) as progress:
-        accuracy = demo.train(model, dataset, 1, 4, 1e-3, progress)
+    model = command.build(dataset, width=16, depth=1, rank=2, scale=1, dtype="float32")
+    with command.Progress("text", 1, 2, console=None) as progress:
+        accuracy = command.train(model, dataset, 1, 4, 1e-3, progress)
     assert len(accuracy) == 1
     assert len(progress.step_seconds) == 2
-    keras_bytes, litert = demo.write(model, dataset, tmp_path, "text")
+    keras_bytes, litert = command.write(model, dataset, tmp_path, "text")
     assert keras_bytes == os.path.getsize(tmp_path / "text.keras")
     assert litert.difference < 1e-5
 

@@ -5,7 +5,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_bilinear import datasets, tutorials
+from keras_bilinear import datasets
+from keras_bilinear.demo import tutorials
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("the tutorials are written for this backend", allow_module_level=True)

@@ -34,7 +34,7 @@ import numpy as np
 
 from keras_bilinear import BilinearEmbedding
 from keras_bilinear.datasets import TOKENS, VOCABULARY
-from keras_bilinear.tutorials import QUICK, draw, load, set_up
+from keras_bilinear.demo.tutorials import QUICK, draw, load, set_up
 
 set_up()
 data = load("imdb_reviews")

@@ -29,7 +29,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_bilinear import BilinearRewrite, export_litert
-from keras_bilinear.tutorials import QUICK, load, set_up
+from keras_bilinear.demo.tutorials import QUICK, load, set_up
 
 set_up()
 data = load("fashion_mnist")

@@ -29,7 +29,7 @@
 import keras
 
 from keras_bilinear import BilinearConv2D, BilinearDense, compare
-from keras_bilinear.tutorials import QUICK, draw, load, set_up
+from keras_bilinear.demo.tutorials import QUICK, draw, load, set_up
 
 set_up()
 data = load("cifar10")

@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from keras_bilinear import compare, expand_model, plan_rewrite, rewrite_model
-from keras_bilinear.tutorials import QUICK, load, set_up
+from keras_bilinear.demo.tutorials import QUICK, load, set_up
 
 set_up()
 keras.utils.set_random_seed(0)

@@ -28,7 +28,7 @@
 import keras
 
 from keras_bilinear import BilinearDense
-from keras_bilinear.tutorials import QUICK, draw, load, set_up
+from keras_bilinear.demo.tutorials import QUICK, draw, load, set_up
 
 set_up()
 data = load("fashion_mnist")

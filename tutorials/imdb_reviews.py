@@ -30,7 +30,7 @@ import keras
 
 from keras_bilinear import BilinearDense, BilinearEmbedding, BilinearGRU, BilinearLSTM
 from keras_bilinear.datasets import TOKENS, VOCABULARY
-from keras_bilinear.tutorials import QUICK, draw, load, set_up
+from keras_bilinear.demo.tutorials import QUICK, draw, load, set_up
 
 set_up()
 data = load("imdb_reviews")

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from keras_bilinear import BilinearDense, BilinearGRU
-from keras_bilinear.tutorials import QUICK, SAMPLING_RATE, draw, load, set_up
+from keras_bilinear.demo.tutorials import QUICK, SAMPLING_RATE, draw, load, set_up
 
 set_up()
 data = load("spoken_digit")

@@ -6,8 +6,8 @@ keras-bilinear export MODEL.keras MODEL.tflite --quantize=int8 --representative_
 
 from absl import flags
 
-from keras_bilinear.commands import saved
-from keras_bilinear.errors import CommandError, command_errors
+from keras_bilinear.cli import saved
+from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.litert.export import TOLERANCES, export_litert
 from keras_bilinear.messages import require
 

@@ -7,7 +7,7 @@ import pathlib
 
 from absl import flags
 
-from keras_bilinear.commands import saved
+from keras_bilinear.cli import saved
 
 FLAGS = flags.FLAGS
 

@@ -8,8 +8,8 @@ import pathlib
 from absl import flags
 
 from keras_bilinear import datasets
-from keras_bilinear.commands import saved
-from keras_bilinear.errors import CommandError, command_errors
+from keras_bilinear.cli import saved
+from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.files import staged
 from keras_bilinear.messages import reason
 from keras_bilinear.reports.summary import compare, summarize

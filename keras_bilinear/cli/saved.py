@@ -12,8 +12,8 @@ import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets
+from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.data import model_batches
-from keras_bilinear.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.messages import reason
 from keras_bilinear.rewriting import planner

@@ -12,18 +12,18 @@ from typing import NoReturn
 
 from absl import flags
 
-from keras_bilinear.errors import CommandError
+from keras_bilinear.cli.errors import CommandError
 
 # Each command is a module, with a docstring, a `define_flags()` and a
 # `main(argv)` that reads `absl.flags.FLAGS`.
 COMMANDS = {
-    "demo": ("demo", "train a full and a bilinear network the same way and compare them"),
-    "inspect": ("commands.inspect", "show what a saved model costs, or two side by side"),
-    "plan": ("commands.plan", "show what a saved model would become under a budget"),
-    "rewrite": ("commands.rewrite", "make a smaller model from a saved one"),
-    "expand": ("commands.expand", "make a model of stock layers from a rewritten one"),
-    "export": ("commands.export", "write a saved model as a LiteRT file for phones"),
-    "benchmark": ("benchmark", "time bilinear layers against the full ones"),
+    "demo": ("demo.command", "train a full and a bilinear network the same way and compare them"),
+    "inspect": ("cli.inspect", "show what a saved model costs, or two side by side"),
+    "plan": ("cli.plan", "show what a saved model would become under a budget"),
+    "rewrite": ("cli.rewrite", "make a smaller model from a saved one"),
+    "expand": ("cli.expand", "make a model of stock layers from a rewritten one"),
+    "export": ("cli.export", "write a saved model as a LiteRT file for phones"),
+    "benchmark": ("benchmark.command", "time bilinear layers against the full ones"),
 }
 
 _PAUSE = 0.05  # Seconds until an interrupt that was dropped is raised again.

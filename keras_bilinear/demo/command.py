@@ -20,8 +20,8 @@ import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets
-from keras_bilinear.demo_results import DemoResults, Result
-from keras_bilinear.errors import CommandError, command_errors
+from keras_bilinear.cli.errors import CommandError, command_errors
+from keras_bilinear.demo.results import DemoResults, Result
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.kronecker.factorization import choose_factors
 from keras_bilinear.layers import BilinearDense, BilinearEmbedding

@@ -8,8 +8,8 @@ import pathlib
 
 from absl import flags
 
-from keras_bilinear.commands import saved
-from keras_bilinear.errors import CommandError, command_errors
+from keras_bilinear.cli import saved
+from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.rewrite import rewrite_model
 

@@ -3,8 +3,8 @@
 keras-bilinear expand SMALL.keras FULL.keras
 """
 
-from keras_bilinear.commands import saved
-from keras_bilinear.errors import command_errors
+from keras_bilinear.cli import saved
+from keras_bilinear.cli.errors import command_errors
 from keras_bilinear.rewriting.rewrite import expand_model
 
 

@@ -19,8 +19,8 @@ import rich.console
 import rich.table
 from absl import flags
 
-from keras_bilinear.benchmark_cases import CASES
-from keras_bilinear.errors import CommandError, command_errors
+from keras_bilinear.benchmark.cases import CASES
+from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.messages import require
 
@@ -56,7 +56,7 @@ def _run_worker(column, *arguments):
     """What a fresh process on the backend of a column prints."""
     backend, xla, environment = COLUMNS[column]
     quiet = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    worker = [sys.executable, "-m", "keras_bilinear.benchmark_worker", "xla" if xla else "no_xla"]
+    worker = [sys.executable, "-m", "keras_bilinear.benchmark.worker", "xla" if xla else "no_xla"]
     process = subprocess.run(
         [*worker, *map(str, arguments)],
         env={**os.environ, **quiet, **environment},

@@ -4,7 +4,7 @@ import json
 import pathlib
 import sys
 
-from keras_bilinear.benchmark_cases import CASES, HUGE
+from keras_bilinear.benchmark.cases import CASES, HUGE
 from keras_bilinear.reports.timing import median_seconds, waiting
 
 

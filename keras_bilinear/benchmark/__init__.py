@@ -1,0 +1,1 @@
+"""The layers timed against the full ones."""
