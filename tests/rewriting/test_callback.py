@@ -579,7 +579,7 @@ def test_an_optimizer_of_an_unknown_kind_is_refused():
     fit(model, epochs=1)
 
 
-SCRIPT = pathlib.Path(__file__).with_name("train_with_backup.py")
+SCRIPT = pathlib.Path(__file__).parents[1] / "train_with_backup.py"
 
 
 def train(folder, *arguments):
@@ -611,7 +611,7 @@ def test_a_killed_training_goes_on(moment, whole, tmp_path):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras trains on one device there")
 def test_several_devices(tmp_path):
-    script = pathlib.Path(__file__).with_name("train_distributed.py")
+    script = pathlib.Path(__file__).parents[1] / "train_distributed.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
 
 

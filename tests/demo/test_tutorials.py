@@ -16,7 +16,7 @@ tf = pytest.importorskip("tensorflow")
 for package in ("ipykernel", "matplotlib", "sklearn", "tensorflow_datasets"):
     pytest.importorskip(package)
 
-FOLDER = pathlib.Path(__file__).parents[1] / "tutorials"
+FOLDER = pathlib.Path(__file__).parents[2] / "tutorials"
 SOURCES = sorted(FOLDER.glob("*.py"))
 every_tutorial = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
