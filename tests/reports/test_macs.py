@@ -10,7 +10,7 @@ from keras_bilinear import (
     BilinearLSTM,
     BilinearSimpleRNN,
 )
-from keras_bilinear.kronecker import products
+from keras_bilinear.kronecker import convolution, products
 from keras_bilinear.reports.summary import count_macs
 
 
@@ -37,7 +37,8 @@ class CountingOps:
 @pytest.fixture
 def counted(monkeypatch):
     counter = CountingOps()
-    monkeypatch.setattr(products, "ops", counter)
+    for module in (products, convolution):
+        monkeypatch.setattr(module, "ops", counter)
     return counter
 
 
