@@ -91,15 +91,16 @@ def load(name, examples=None):
 
 def store(model, kernels):
     """Makes bilinear layers store the factors of their kernels in another way."""
+    import keras
+
     from keras_bilinear.kronecker.initializers import deviation
-    from keras_bilinear.layers.base import BilinearLayer
-    from keras_bilinear.layers.recurrent import BilinearRNN
+    from keras_bilinear.layers.converter import is_bilinear
 
     for layer in model.layers:
-        if kernels == "calm" and isinstance(layer, BilinearRNN):
+        if kernels == "calm" and is_bilinear(layer) and isinstance(layer, keras.layers.RNN):
             kernel = layer.cell._recurrent_kernel
             _store_with_gain(kernel, kernel.gain / 4)
-        elif kernels != "calm" and isinstance(layer, BilinearLayer):
+        elif kernels != "calm" and is_bilinear(layer):
             kernel, gain = layer._kernel, 1.0
             if kernels == "unbounded":
                 shape = kernel.factorization

@@ -10,11 +10,14 @@ from keras_bilinear.layers import (
     BilinearEmbedding,
     BilinearGRU,
     BilinearGRUCell,
+    BilinearLayer,
     BilinearLSTM,
     BilinearLSTMCell,
     BilinearReversibleEmbedding,
     BilinearSimpleRNN,
     BilinearSimpleRNNCell,
+    Converter,
+    register,
 )
 from keras_bilinear.litert.export import export_litert
 from keras_bilinear.reports.summary import compare, summarize
@@ -35,10 +38,12 @@ __all__ = [
     "BilinearGRUCell",
     "BilinearLSTM",
     "BilinearLSTMCell",
+    "BilinearLayer",
     "BilinearReversibleEmbedding",
     "BilinearRewrite",
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
+    "Converter",
     "RewritePlan",
     "Rewriter",
     "__version__",
@@ -47,6 +52,7 @@ __all__ = [
     "export_litert",
     "exporting",
     "plan_rewrite",
+    "register",
     "rewrite_model",
     "summarize",
 ]

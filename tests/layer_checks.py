@@ -377,7 +377,7 @@ class LayerChecks:
         plan = layer.factorization
         full = layer.expand()
         assert type(full) is layer.full_class
-        own = {name: getattr(layer, name) for name in layer._own_arguments}
+        own = {name: getattr(layer, name) for name in layer.own_arguments}
         own.update(input_factors=plan.input_factors, output_factors=plan.output_factors)
         again = spec.layer_class.from_full(full, **own)
         assert again.get_config() == {

@@ -10,7 +10,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
 def documented():
-    pages = "\n".join(page.read_text() for page in DOCS.glob("api/*.md"))
+    pages = "\n".join(page.read_text() for page in DOCS.rglob("*.md"))
     return re.findall(r"^::: keras_bilinear\.(\S+)$", pages, re.MULTILINE)
 
 

@@ -1,4 +1,6 @@
+from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.layers.conv import BilinearConv1D, BilinearConv2D, BilinearConv3D
+from keras_bilinear.layers.converter import Converter, register
 from keras_bilinear.layers.dense import BilinearDense
 from keras_bilinear.layers.einsum_dense import BilinearEinsumDense
 from keras_bilinear.layers.embedding import BilinearEmbedding
@@ -18,7 +20,10 @@ __all__ = [
     "BilinearGRUCell",
     "BilinearLSTM",
     "BilinearLSTMCell",
+    "BilinearLayer",
     "BilinearReversibleEmbedding",
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
+    "Converter",
+    "register",
 ]

@@ -1,42 +1,62 @@
-"""What every bilinear layer shares: its factors, its arguments, the way from and to full."""
+"""The base of the bilinear layers: their own arguments, their kernels, the way from and to full."""
 
-import inspect
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import keras
-import numpy as np
-from keras import ops
+from keras import initializers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
-from keras_bilinear.kronecker.statistics import Moments
 from keras_bilinear.layers.calibration import calibrate
+from keras_bilinear.layers.converter import bilinear_converter, check_built, check_full
+from keras_bilinear.layers.kernel import KroneckerKernel
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
 SHARED = ("rank", "input_factors", "output_factors", "implementation")
-OF_EVERY_LAYER = ("name", "trainable", "dtype", "activity_regularizer")
 
 
 class BilinearLayer(keras.layers.Layer):
-    """Base of the bilinear layers: the arguments they share and the way from and to full ones.
+    """Base class of layers whose kernels are sums of Kronecker products.
 
-    Subclasses set `full_class`, the stock Keras layer they stand for, and
-    `_full_kernels`, pairs of the name of a kernel there, if it has that, and of
-    their attribute that stands for it, a `KroneckerKernel` that `build` makes, or
-    `None`. `_own_arguments` are those of the constructor that the stock layer does
-    not have.
+    A layer of your own inherits from it, says in `factorize` what shapes its kernels have,
+    makes them in `build` by `add_kernel`, and multiplies by them in `call`: see
+    `KroneckerKernel.project`. `keras_bilinear.register` makes it stand for a full layer.
 
-    Those that can be fitted to calibration data have a class method
-    `_kernel_inputs(layer, inputs, **options)`. For each kernel of the full layer,
-    and each group or gate of it, it returns the rows that it is applied to when
-    the layer is called with these inputs, a NumPy array, and other arguments.
+    Args:
+        *args: arguments of the next base class, if the layer has another one.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(d1, d2)` with a product of at least the width of the inputs;
+            `None` chooses near-square factors.
+        output_factors: `(u1, u2)` with a product of at least the number of units; `None`
+            chooses near-square factors.
+        implementation: `"factorized"` multiplies by one factor after the other,
+            `"materialized"` forms the kernel first, `"auto"` takes what is faster.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Attributes:
+        full_class: class of the full layer that the layer stands for; `register` sets it.
+        own_arguments: names of the arguments that the full layer does not have.
+
+    Raises:
+        ValueError: if an argument is not valid.
+
+    Reference:
+        Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
+        Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = None
-    _full_kernels = (("kernel", "_kernel"),)
-    _own_arguments = SHARED
+    full_class: type[keras.Layer]
+    own_arguments: tuple[str, ...] = SHARED
 
-    def __init__(self, *args, rank, input_factors, output_factors, implementation, **kwargs):
+    def __init__(
+        self,
+        *args,
+        rank: int = 1,
+        input_factors: Sequence[int] | None = None,
+        output_factors: Sequence[int] | None = None,
+        implementation: str = "auto",
+        **kwargs,
+    ):
         rank = check_positive_int("rank", rank)
         input_factors = check_factors("input_factors", input_factors)
         output_factors = check_factors("output_factors", output_factors)
@@ -51,6 +71,86 @@ class BilinearLayer(keras.layers.Layer):
         self.output_factors = output_factors
         self.implementation = implementation
         self._kernel = None
+        self._kernels = {}
+
+    def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
+        """The shapes of the kernels, for inputs of some shape.
+
+        Nothing is built: plans ask for shapes alone.
+
+        Args:
+            input_shape: shape of the inputs, as `build` gets it.
+
+        Returns:
+            A `Factorization` for the name of each kernel of the full layer, such as
+            `{"kernel": self.factorization_of(input_shape[-1], self.units)}`.
+
+        Raises:
+            ValueError: if the layer cannot take such inputs.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `factorize`.")
+
+    def factorization_of(self, input_dim: int, output_dim: int, **options: Any) -> Factorization:
+        """The shapes of one kernel with the rank and the factors of the layer's arguments.
+
+        Args:
+            input_dim: number of inputs.
+            output_dim: number of outputs.
+            **options: other arguments of `Factorization.create`.
+        """
+        own = {
+            "input_factors": self.input_factors,
+            "output_factors": self.output_factors,
+            "rank": self.rank,
+        }
+        return Factorization.create(
+            input_dim=input_dim, output_dim=output_dim, **{**own, **options}
+        )
+
+    def add_kernel(
+        self,
+        name: str,
+        factorization: Factorization,
+        initializer: str | dict | Callable = "glorot_uniform",
+        regularizer: Callable | None = None,
+        constraint: Callable | None = None,
+        kernel_class: type[KroneckerKernel] = KroneckerKernel,
+        variables: str | None = None,
+        **options: Any,
+    ) -> KroneckerKernel:
+        """Adds the variables of a kernel; `build` calls it once for each kernel.
+
+        Args:
+            name: name of the kernel in the full layer, such as `"kernel"`.
+            factorization: shapes of the kernel, as `factorize` gives them.
+            initializer: initializer of the full kernel. The factors start such that the
+                kernel has the variance that it gives.
+            regularizer: regularizer of each stored factor; `None` for none.
+            constraint: constraint of each stored factor; `None` for none.
+            kernel_class: class of the kernel.
+            variables: what the names of both variables end with, after `left_` and
+                `right_`; `None` takes `name`.
+            **options: other arguments of the class.
+
+        Returns:
+            The kernel. The property `kernels` has it as well.
+        """
+        kernel = kernel_class(
+            self,
+            factorization,
+            initializers.get(initializer),
+            regularizer=regularizer,
+            constraint=constraint,
+            name=variables or name,
+            **{"implementation": self.implementation, **options},
+        )
+        self._kernels[name] = kernel
+        return kernel
+
+    @property
+    def kernels(self) -> dict[str, KroneckerKernel]:
+        """The kernels by their names in the full layer; none before the layer is built."""
+        return dict(self._kernels)
 
     @property
     def factorization(self) -> Factorization:
@@ -61,8 +161,8 @@ class BilinearLayer(keras.layers.Layer):
     def left_kernel(self) -> keras.Variable:
         """The stored left factor, a variable of shape `(rank, *left_window, d1, u1)`.
 
-        The kernel has a constant gain besides the factors, such that these train at the full
-        layer's learning rate: `kernel` includes it.
+        The kernel has a constant gain besides the factors, which makes them train at the full
+        layer's learning rate: `kernel` includes the gain.
         """
         return self._built_kernel().left
 
@@ -74,42 +174,18 @@ class BilinearLayer(keras.layers.Layer):
     @property
     def kernel(self):
         """The kernel that the factors stand for, a new tensor of full size."""
-        return self._kernel_to_full(self._built_kernel().materialize())
+        kernel = self._built_kernel().materialize()
+        return bilinear_converter(type(self)).from_matrix(self, kernel)
 
-    def _built_kernel(self):
-        if self._kernel is None:
-            raise AttributeError(f"You must build the layer '{self.name}' before using its kernel.")
-        return self._kernel
+    def _built_kernel(self) -> KroneckerKernel:
+        check_built(self)
+        return next(iter(self._kernels.values()))
 
     def get_config(self) -> dict:
         return {
             **super().get_config(),
-            **{name: getattr(self, name) for name in self._own_arguments},
+            **{name: getattr(self, name) for name in self.own_arguments},
         }
-
-    def _unbuilt_full_layer(self):
-        config = self.get_config()
-        return self.full_class.from_config(
-            {key: value for key, value in config.items() if key not in self._own_arguments}
-        )
-
-    def _input_shape(self, kernel_shape, built):
-        """Shape of an input of the full layer with a kernel of this shape.
-
-        Args:
-            kernel_shape: of the full layer.
-            built: a layer with such inputs.
-        """
-        return (None, kernel_shape[0])
-
-    @staticmethod
-    def _kernel_from_full(layer, kernel):
-        """The kernel of a full layer, of the shape that its `Factorization` has."""
-        return kernel
-
-    def _kernel_to_full(self, kernel):
-        """The way back."""
-        return kernel
 
     @classmethod
     def from_full(
@@ -155,85 +231,15 @@ class BilinearLayer(keras.layers.Layer):
                 not finite or no inputs of the layer; or if another argument is
                 not valid.
         """
-        check_full(cls, layer)
-        return cls._from_full(
+        return convert(
+            cls,
             layer,
-            calibrate(cls, layer, calibration_data),
+            calibration_data,
             rank=rank,
             input_factors=input_factors,
             output_factors=output_factors,
             implementation=implementation,
         )
-
-    @classmethod
-    def _from_full(cls, layer, calibration=None, **own_arguments):
-        weights = _finite_weights(cls, layer)
-        bilinear = cls._like(layer, **own_arguments)
-        bias = weights.pop("bias", None)
-        for row, (name, kernel) in enumerate(bilinear._kernels.items()):
-            if calibration is None:
-                kernel.assign(weights[name])
-                continue
-            missing = kernel.fit(calibration.moments[name], calibration.has_bias)
-            if calibration.has_bias:
-                bias = bilinear._add_to_bias(bias, missing, row)
-        if bias is not None:
-            bilinear.bias.assign(bias)
-        return bilinear
-
-    @classmethod
-    def _like(cls, layer, **own_arguments):
-        """A built layer with the options of a full one, and factors of its own."""
-        accepted = {*inspect.signature(cls.__init__).parameters, *OF_EVERY_LAYER}
-        if "args" in accepted:  # those of the stock layer
-            accepted |= {*inspect.signature(cls.full_class.__init__).parameters}
-        config = {key: value for key, value in layer.get_config().items() if key in accepted}
-        bilinear = cls.from_config({**config, **own_arguments})
-        first_kernel, _ = cls._full_kernels[0]
-        bilinear.build(bilinear._input_shape(getattr(layer, first_kernel).shape, layer))
-        return bilinear
-
-    @property
-    def _kernels(self):
-        """The `KroneckerKernel` for each kernel of the full layer, by that one's name."""
-        kernels = {name: getattr(self, attribute) for name, attribute in self._full_kernels}
-        return {name: kernel for name, kernel in kernels.items() if kernel is not None}
-
-    @classmethod
-    def _kernel_parts(cls, layer):
-        """For each kernel of a full layer those of its groups or gates, `(inputs, outputs)`."""
-        count = cls._count_parts(layer)
-        weights = _finite_weights(cls, layer)
-        return {
-            name: np.split(weights[name].reshape(-1, weights[name].shape[-1]), count, axis=1)
-            for name, _ in cls._full_kernels
-            if name in weights
-        }
-
-    def _add_to_bias(self, bias, missing, index):
-        """A bias to which is added what the outputs of a kernel miss on average.
-
-        Args:
-            bias: an array of the shape of the variable.
-            missing: for each output of the kernel; zero where `_has_bias` is not so.
-            index: number of the kernel.
-        """
-        return bias + missing
-
-    @staticmethod
-    def _has_bias(layer):
-        """Whether a full layer has a bias, which can take the mean of an error."""
-        return getattr(layer, "bias", None) is not None
-
-    @staticmethod
-    def _count_parts(layer):
-        """The number of groups or gates of a full layer."""
-        return 1
-
-    @staticmethod
-    def _moments(name, kernel):
-        """An empty sum over examples for one part of the kernel of that name."""
-        return Moments(kernel)
 
     def expand(self) -> keras.layers.Layer:
         """Makes the stock Keras layer that computes the same.
@@ -245,64 +251,27 @@ class BilinearLayer(keras.layers.Layer):
         Raises:
             AttributeError: if the layer is not built.
         """
-        self._built_kernel()
-        kernels = [self._kernel_to_full(kernel.materialize()) for kernel in self._kernels.values()]
-        full = self._unbuilt_full_layer()
-        full.build(self._input_shape(kernels[0].shape, self))
-        full.set_weights([*kernels, *self.get_weights()[2 * len(kernels) :]])
-        return full
+        return bilinear_converter(type(self)).expand(self)
 
 
-def check_full(cls, layer):
-    """Checks that `cls.from_full` can take a layer.
+def convert(cls: type, full: keras.Layer, calibration_data: Any, **own: Any) -> keras.Layer:
+    """A bilinear layer of a class from a full layer; what `from_full` of the class does.
+
+    Args:
+        cls: a registered class of bilinear layers, or a subclass.
+        full: the full layer.
+        calibration_data: inputs of the layer; `None` takes the nearest factors.
+        **own: arguments that only the bilinear layer has.
 
     Raises:
-        TypeError: if it is not of exactly the stock class that `cls` stands for.
-        ValueError: if it is not built or quantized.
+        TypeError: if the class is not registered, or if the full layer is of another class
+            than the one that it stands for.
+        ValueError: if the full layer or an argument is not valid.
     """
-    if type(layer) is not cls.full_class:
+    converter = bilinear_converter(cls)
+    if converter is None:
         raise TypeError(
-            f"`{cls.__name__}.from_full` takes a `keras.layers.{cls.full_class.__name__}`. "
-            f"Received: layer={layer!r} (of type {type(layer).__name__})"
+            f"`{cls.__name__}` stands for no full layer: call `keras_bilinear.register` first."
         )
-    if not layer.built:
-        raise ValueError(
-            f"`{cls.__name__}.from_full` takes a built layer: call it on data, or its "
-            f"`build` method, first. Received: layer={layer!r}"
-        )
-    if layer.dtype_policy.quantization_mode is not None:
-        raise ValueError(
-            f"`{cls.__name__}.from_full` takes a layer that is not quantized. "
-            f"Received: layer={layer!r} with dtype policy {layer.dtype_policy.name!r}"
-        )
-
-
-def _finite_weights(cls, layer):
-    """The kernels and the bias of a full layer, in float32 or float64, by their names."""
-    weights = {}
-    for name in (*dict(cls._full_kernels), "bias"):
-        if getattr(layer, name, None) is not None:
-            values = ops.convert_to_numpy(getattr(layer, name))
-            # A copy of a precision that NumPy calculates in.
-            values = values.astype("float64" if values.dtype == "float64" else "float32")
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"`{cls.__name__}.from_full` takes finite weights. "
-                    f"Received: layer={layer!r} with NaN or infinite values in `{name}`"
-                )
-            is_kernel = name in dict(cls._full_kernels)
-            weights[name] = cls._kernel_from_full(layer, values) if is_kernel else values
-    return weights
-
-
-def check_width(layer, inputs, width, axis=-1):
-    """Checks that calibration data can be inputs of a full layer.
-
-    Raises:
-        ValueError: if they have another width.
-    """
-    if inputs.ndim < 2 or inputs.shape[axis] != width:
-        raise ValueError(
-            f"`calibration_data` must be inputs of the layer {layer.name!r}, of width {width} on "
-            f"axis {axis}. Received: an array of shape {inputs.shape}"
-        )
+    check_full(converter, full)
+    return converter.from_full(full, calibrate(converter, full, calibration_data), **own)

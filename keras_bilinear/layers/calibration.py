@@ -10,23 +10,24 @@ from keras import ops
 from keras_bilinear.data import batches
 from keras_bilinear.keras_private.capture import record
 from keras_bilinear.kronecker.fit import fit_errors
+from keras_bilinear.layers.converter import Converter, full_converter
 
 
 class Calibration:
     """Collects the inputs of a full layer's kernels.
 
     Args:
-        bilinear_class: class of the layer that is to stand for the full one.
+        converter: the converter of the layer.
         layer: the built full layer.
     """
 
-    def __init__(self, bilinear_class: type, layer: keras.Layer):
+    def __init__(self, converter: Converter, layer: keras.Layer):
         self.layer = layer
-        self._class = bilinear_class
-        self.has_bias = bilinear_class._has_bias(layer)
-        self.moments = {
-            name: [bilinear_class._moments(name, part) for part in parts]
-            for name, parts in bilinear_class._kernel_parts(layer).items()
+        self._converter = converter
+        self.has_bias = converter.has_bias(layer)
+        self.statistics = {
+            name: [converter.statistics(name, block) for block in blocks]
+            for name, blocks in converter.kernels(layer).items()
         }
 
     def add(self, inputs, full_inputs=None, **options) -> None:
@@ -44,7 +45,7 @@ class Calibration:
         """
         examples = self._examples(inputs, options)
         full = examples if full_inputs is None else self._examples(full_inputs, options)
-        for name, parts in self.moments.items():
+        for name, parts in self.statistics.items():
             for one, rows, full_rows in zip(parts, examples[name], full[name], strict=True):
                 one.add(rows, full_rows)
 
@@ -57,11 +58,11 @@ class Calibration:
                 "`calibration_data` must be finite. Received: calibration_data with NaN or "
                 f"infinite values for the layer {self.layer.name!r}"
             )
-        return self._class._kernel_inputs(self.layer, inputs, **options)
+        return self._converter.rows(self.layer, inputs, **options)
 
     def has_examples(self) -> bool:
         """Whether each kernel has seen something."""
-        return all(one.count for parts in self.moments.values() for one in parts)
+        return all(one.count for parts in self.statistics.values() for one in parts)
 
     def errors(self, factorizations, ranks, sweeps: int = 5) -> dict[int, float]:
         """The errors of the fit at some ranks: root mean square over the kernels, relative.
@@ -72,7 +73,7 @@ class Calibration:
             sweeps: see `keras_bilinear.kronecker.fit.fit_kronecker_sum`.
         """
         found = []
-        for plan, parts in zip(factorizations, self.moments.values(), strict=True):
+        for plan, parts in zip(factorizations, self.statistics.values(), strict=True):
             problems = [[one] for one in parts] if plan.gates else [parts]
             found += [
                 fit_errors(problem, plan.gate, ranks, self.has_bias, sweeps) for problem in problems
@@ -87,7 +88,7 @@ class Calibration:
         Raises:
             ValueError: if there are none.
         """
-        for name, parts in self.moments.items():
+        for name, parts in self.statistics.items():
             for one in parts:
                 if not one.count:
                     raise ValueError(
@@ -106,21 +107,35 @@ class Calibration:
                     break
 
 
-def calibrate(bilinear_class: type, layer: keras.Layer, data) -> Calibration | None:
+def calibrate(converter: Converter, layer: keras.Layer, data) -> Calibration | None:
     """The calibration of one layer by data of its own; `None` if that is `None`.
 
     Args:
-        bilinear_class: class of the layer that is to stand for the full one.
+        converter: the converter of the layer.
         layer: the built full layer.
         data: inputs of the layer: an array, or an iterable of arrays.
     """
     if data is None:
         return None
-    calibration = Calibration(bilinear_class, layer)
+    calibration = Calibration(converter, layer)
     for batch in batches(data):
         calibration.add(batch)
     calibration.check()
     return calibration
+
+
+def calibrations_of(layers: Mapping[str, keras.Layer]) -> dict[str, Calibration]:
+    """Empty calibrations of the layers that can be fitted to inputs, by the same keys.
+
+    Args:
+        layers: built full layers, each with a converter.
+    """
+    converters = {key: full_converter(type(layer)) for key, layer in layers.items()}
+    return {
+        key: Calibration(converter, layers[key])
+        for key, converter in converters.items()
+        if converter.can_calibrate(layers[key])
+    }
 
 
 def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch) -> dict[str, list]:

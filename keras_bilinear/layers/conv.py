@@ -1,19 +1,56 @@
 import math
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
-from keras_bilinear.layers.base import SHARED, BilinearLayer, check_full, check_width
-from keras_bilinear.layers.calibration import calibrate
-from keras_bilinear.layers.kernel import KroneckerKernel
+from keras_bilinear.layers.base import SHARED, BilinearLayer, convert
+from keras_bilinear.layers.converter import (
+    Converter,
+    bilinear_converter,
+    check_width,
+    is_bilinear,
+    register,
+)
 
 PATTERNS = ("auto", "channel", "spatial")
 # Patches of one batch of calibration data that count.
 MOST_PATCHES = 8192
+
+
+class ConvConverter(Converter):
+    """Between the convolutions of Keras and `BilinearConv1D`, `2D` and `3D`."""
+
+    width = "filters"
+
+    def count_blocks(self, full: keras.Layer) -> int:
+        return full.groups
+
+    def input_dim(self, layer: keras.Layer) -> int:
+        return super().input_dim(layer) if is_bilinear(layer) else layer.kernel.shape[-2]
+
+    def input_shape(self, layer: keras.Layer) -> tuple:
+        channels = self.input_dim(layer) * layer.groups
+        positions = (None,) * len(layer.kernel_size)
+        channels_last = layer.data_format == "channels_last"
+        return (None, *positions, channels) if channels_last else (None, channels, *positions)
+
+    def rows(self, full: keras.Layer, inputs: np.ndarray, **call: Any) -> dict[str, list]:
+        channels_last = full.data_format == "channels_last"
+        width = self.input_dim(full) * full.groups
+        check_width(full, inputs, width, -1 if channels_last else 1)
+        if not channels_last:
+            inputs = np.moveaxis(inputs, 1, -1)
+        patches = _patches(full, inputs, MOST_PATCHES)
+        blocks = np.split(patches, full.groups, axis=-1)
+        return {"kernel": [block.reshape(len(patches), -1) for block in blocks]}
+
+    def applications(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+        axis = -1 if layer.data_format == "channels_last" else 1
+        return math.prod(outputs) // outputs[axis]
 
 
 class BilinearConv(BilinearLayer):
@@ -80,7 +117,7 @@ class BilinearConv(BilinearLayer):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    _own_arguments = (*SHARED, "pattern")
+    own_arguments = (*SHARED, "pattern")
 
     def __init__(
         self,
@@ -148,9 +185,8 @@ class BilinearConv(BilinearLayer):
         self.bias = None
         self.input_spec = keras.layers.InputSpec(min_ndim=len(self.kernel_size) + 2)
 
-    def build(self, input_shape: tuple):
-        channel_axis = -1 if self.data_format == "channels_last" else 1
-        channels = input_shape[channel_axis]
+    def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
+        channels = input_shape[self._channel_axis]
         if channels is None:
             raise ValueError(
                 f"The channel dimension of the input of `{type(self).__name__}` must be known. "
@@ -165,22 +201,27 @@ class BilinearConv(BilinearLayer):
         # Refuses sizes that leave no output.
         self.compute_output_shape(input_shape)
         left_window, right_window = self._windows()
-        self._kernel = KroneckerKernel(
-            self,
-            Factorization.create(
+        return {
+            "kernel": self.factorization_of(
                 channels // self.groups,
                 self.filters // self.groups,
-                self.input_factors,
-                self.output_factors,
-                self.rank,
-                left_window,
-                right_window,
-                self.groups,
-            ),
+                left_window=left_window,
+                right_window=right_window,
+                groups=self.groups,
+            )
+        }
+
+    @property
+    def _channel_axis(self) -> int:
+        return -1 if self.data_format == "channels_last" else 1
+
+    def build(self, input_shape: tuple):
+        self._kernel = self.add_kernel(
+            "kernel",
+            self.factorize(input_shape)["kernel"],
             self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
-            implementation=self.implementation,
             strides=self.strides,
         )
         if self.use_bias:
@@ -192,7 +233,8 @@ class BilinearConv(BilinearLayer):
                 constraint=self.bias_constraint,
             )
         self.input_spec = keras.layers.InputSpec(
-            min_ndim=len(self.kernel_size) + 2, axes={channel_axis: channels}
+            min_ndim=len(self.kernel_size) + 2,
+            axes={self._channel_axis: input_shape[self._channel_axis]},
         )
         self.built = True
 
@@ -226,13 +268,8 @@ class BilinearConv(BilinearLayer):
         return x
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        return self._unbuilt_full_layer().compute_output_shape(input_shape)
-
-    def _input_shape(self, kernel_shape, built):
-        channels = (kernel_shape[-2] * self.groups,)
-        positions = (None,) * len(self.kernel_size)
-        channels_last = self.data_format == "channels_last"
-        return (None, *positions, *channels) if channels_last else (None, *channels, *positions)
+        full = bilinear_converter(type(self)).unbuilt_full(self)
+        return full.compute_output_shape(input_shape)
 
     def get_config(self) -> dict:
         return {
@@ -271,32 +308,16 @@ class BilinearConv(BilinearLayer):
         As `BilinearDense.from_full`, with the factors aligned to the axes of the
         kernel as `pattern` says.
         """
-        check_full(cls, layer)
-        return cls._from_full(
+        return convert(
+            cls,
             layer,
-            calibrate(cls, layer, calibration_data),
+            calibration_data,
             rank=rank,
             input_factors=input_factors,
             output_factors=output_factors,
             implementation=implementation,
             pattern=pattern,
         )
-
-    @staticmethod
-    def _count_parts(layer):
-        return layer.groups
-
-    @classmethod
-    def _kernel_inputs(cls, layer, inputs, **options):
-        channels_last = layer.data_format == "channels_last"
-        check_width(
-            layer, inputs, layer.kernel.shape[-2] * layer.groups, -1 if channels_last else 1
-        )
-        if not channels_last:
-            inputs = np.moveaxis(inputs, 1, -1)
-        patches = _patches(layer, inputs, MOST_PATCHES)
-        parts = np.split(patches, layer.groups, axis=-1)
-        return {"kernel": [part.reshape(len(patches), -1) for part in parts]}
 
 
 def _patches(layer, inputs, most):
@@ -330,6 +351,7 @@ def _patches(layer, inputs, most):
     return np.moveaxis(windows[chosen], 1, -1)
 
 
+@register(keras.layers.Conv1D, converter=ConvConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearConv1D(BilinearConv):
     """A convolution over one axis whose kernel is a sum of Kronecker products.
@@ -357,9 +379,8 @@ class BilinearConv1D(BilinearConv):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.Conv1D
 
-
+@register(keras.layers.Conv2D, converter=ConvConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearConv2D(BilinearConv):
     """A convolution over two axes whose kernel is a sum of Kronecker products.
@@ -387,9 +408,8 @@ class BilinearConv2D(BilinearConv):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.Conv2D
 
-
+@register(keras.layers.Conv3D, converter=ConvConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearConv3D(BilinearConv):
     """A convolution over three axes whose kernel is a sum of Kronecker products.
@@ -416,5 +436,3 @@ class BilinearConv3D(BilinearConv):
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
         Bilinear Projections", section III, arXiv:2011.01391.
     """
-
-    full_class = keras.layers.Conv3D

@@ -4,10 +4,17 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
-from keras_bilinear.layers.base import BilinearLayer, check_width
-from keras_bilinear.layers.kernel import KroneckerKernel
+from keras_bilinear.layers.base import BilinearLayer
+from keras_bilinear.layers.converter import Converter, register
 
 
+class DenseConverter(Converter):
+    """Between `keras.layers.Dense` and `BilinearDense`."""
+
+    width = "units"
+
+
+@register(keras.layers.Dense, converter=DenseConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearDense(BilinearLayer):
     """A densely connected layer whose kernel is a sum of Kronecker products.
@@ -69,8 +76,6 @@ class BilinearDense(BilinearLayer):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.Dense
-
     def __init__(
         self,
         units: int,
@@ -112,21 +117,21 @@ class BilinearDense(BilinearLayer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
-    def build(self, input_shape: tuple):
+    def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
         if input_shape[-1] is None:
             raise ValueError(
                 "The last dimension of the input of `BilinearDense` must be known. "
                 f"Received: input_shape={input_shape}"
             )
-        self._kernel = KroneckerKernel(
-            self,
-            Factorization.create(
-                input_shape[-1], self.units, self.input_factors, self.output_factors, self.rank
-            ),
+        return {"kernel": self.factorization_of(input_shape[-1], self.units)}
+
+    def build(self, input_shape: tuple):
+        self._kernel = self.add_kernel(
+            "kernel",
+            self.factorize(input_shape)["kernel"],
             self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
-            implementation=self.implementation,
         )
         if self.use_bias:
             self.bias = self.add_weight(
@@ -166,8 +171,3 @@ class BilinearDense(BilinearLayer):
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
             "bias_constraint": constraints.serialize(self.bias_constraint),
         }
-
-    @classmethod
-    def _kernel_inputs(cls, layer, inputs, **options):
-        check_width(layer, inputs, layer.kernel.shape[0])
-        return {"kernel": [inputs.reshape(-1, inputs.shape[-1])]}

@@ -1,14 +1,16 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
+import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bilinear.keras_private import graph
 from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.layers.base import BilinearLayer
-from keras_bilinear.layers.kernel import KroneckerKernel
+from keras_bilinear.layers.converter import Converter, is_bilinear, register
 
 
 class _Axes:
@@ -84,6 +86,67 @@ class _Axes:
         return [*(more if self.before else ()), *labels, *(more if self.after else ())]
 
 
+class EinsumDenseConverter(Converter):
+    """Between `keras.layers.EinsumDense` and `BilinearEinsumDense`."""
+
+    def to_matrix(self, full: keras.Layer, kernel: np.ndarray) -> np.ndarray:
+        return _Axes(full.equation).as_matrix(kernel)
+
+    def from_matrix(self, bilinear: keras.Layer, kernel: Any) -> Any:
+        return _Axes(bilinear.equation).from_matrix(kernel, bilinear.kernel_shape)
+
+    def input_shape(self, layer: keras.Layer) -> tuple:
+        axes = _Axes(layer.equation)
+        kernel_shape = layer.kernel_shape if is_bilinear(layer) else layer.kernel.shape
+        outputs = layer.partial_output_shape if axes.before else (None, *layer.partial_output_shape)
+        sizes = dict(zip(axes.outputs, outputs, strict=False))
+        sizes |= dict(zip(axes.kernel, kernel_shape, strict=True))
+        more = (None,) * (layer.input_spec.ndim - len(axes.inputs))
+        known = tuple(sizes.get(label) for label in axes.inputs)
+        return (*more, *known) if axes.before else (*known, *more)
+
+    def rows(self, full: keras.Layer, inputs: np.ndarray, **call: Any) -> dict[str, list]:
+        axes = _Axes(full.equation)
+        if inputs.ndim != full.input_spec.ndim:
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {full.name!r}, of "
+                f"{full.input_spec.ndim} axes. Received: an array of shape {inputs.shape}"
+            )
+        rows, _ = axes.as_rows(inputs)
+        rows = ops.convert_to_numpy(rows)
+        if rows.shape[-1] != math.prod(axes.sizes(axes.contracted, full.kernel.shape)):
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {full.name!r}. "
+                f"Received: an array of shape {inputs.shape}"
+            )
+        return {"kernel": [rows.reshape(-1, rows.shape[-1])]}
+
+    def has_bias(self, full: keras.Layer) -> bool:
+        # A bias without all output axes of the kernel cannot take every mean.
+        produced = _Axes(full.equation).produced
+        return full.bias is not None and set(full.bias_axes) >= {*produced}
+
+    def add_to_bias(
+        self, bilinear: keras.Layer, bias: np.ndarray, missing: np.ndarray, index: int
+    ) -> np.ndarray:
+        axes = _Axes(bilinear.equation)
+        produced, outputs = axes.produced, axes.outputs
+        missing = missing.reshape(axes.sizes(produced, bilinear.kernel_shape))
+        missing = missing.transpose([produced.index(a) for a in outputs if a in produced])
+        # The bias has the axes of the outputs from its first one on, and more behind an ellipsis.
+        first = min(map(outputs.index, bilinear.bias_axes))
+        sizes = iter(missing.shape)
+        shape = [next(sizes) if a in produced else 1 for a in outputs[first:]]
+        return bias + missing.reshape(*shape, *[1] * (bias.ndim - len(shape)))
+
+    def applications(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+        # An axis that the equation sums over before it multiplies counts once.
+        axes = _Axes(layer.equation)
+        kernel_shape = layer.kernel_shape if is_bilinear(layer) else layer.kernel.shape
+        return math.prod(outputs) // math.prod(axes.sizes(axes.produced, kernel_shape))
+
+
+@register(keras.layers.EinsumDense, converter=EinsumDenseConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearEinsumDense(BilinearLayer):
     """A dense layer over any axes whose kernel is a sum of Kronecker products.
@@ -138,8 +201,6 @@ class BilinearEinsumDense(BilinearLayer):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.EinsumDense
-
     def __init__(
         self,
         equation: str,
@@ -179,10 +240,10 @@ class BilinearEinsumDense(BilinearLayer):
         self.bias_constraint = constraints.get(bias_constraint)
         self.bias = None
 
-    def build(self, input_shape: tuple):
-        self._kernel_shape, bias_shape, _ = self._shapes(input_shape)
+    def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
+        kernel_shape, *_ = self._shapes(input_shape)
         sizes = [
-            self._axes.sizes(labels, self._kernel_shape)
+            self._axes.sizes(labels, kernel_shape)
             for labels in (self._axes.contracted, self._axes.produced)
         ]
         if None in sizes[0]:
@@ -190,18 +251,25 @@ class BilinearEinsumDense(BilinearLayer):
                 "The axes that the kernel of `BilinearEinsumDense` takes from the inputs must be "
                 f"known. Received: input_shape={input_shape}, equation={self.equation!r}"
             )
-        factors = [
+        input_factors, output_factors = (
             given or (natural if len(natural) == 2 and min(natural) > 1 else None)
             for given, natural in zip((self.input_factors, self.output_factors), sizes, strict=True)
-        ]
-        self._kernel = KroneckerKernel(
-            self,
-            Factorization.create(*map(math.prod, sizes), *factors, self.rank),
+        )
+        return {
+            "kernel": self.factorization_of(
+                *map(math.prod, sizes), input_factors=input_factors, output_factors=output_factors
+            )
+        }
+
+    def build(self, input_shape: tuple):
+        self._kernel = self.add_kernel(
+            "kernel",
+            self.factorize(input_shape)["kernel"],
             self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
-            implementation=self.implementation,
         )
+        self.kernel_shape, bias_shape, _ = self._shapes(input_shape)
         if bias_shape is not None:
             self.bias = self.add_weight(
                 name="bias",
@@ -223,7 +291,7 @@ class BilinearEinsumDense(BilinearLayer):
         del training  # changes nothing
         x, kept = self._axes.as_rows(inputs)
         x = self._kernel.project(x)
-        x = self._axes.from_rows(x, kept, self._kernel_shape)
+        x = self._axes.from_rows(x, kept, self.kernel_shape)
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:
@@ -255,52 +323,3 @@ class BilinearEinsumDense(BilinearLayer):
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
             "bias_constraint": constraints.serialize(self.bias_constraint),
         }
-
-    def _input_shape(self, kernel_shape, built):
-        axes = self._axes
-        outputs = self.partial_output_shape if axes.before else (None, *self.partial_output_shape)
-        sizes = dict(zip(axes.outputs, outputs, strict=False))
-        sizes |= dict(zip(axes.kernel, kernel_shape, strict=True))
-        more = (None,) * (built.input_spec.ndim - len(axes.inputs))
-        known = tuple(sizes.get(label) for label in axes.inputs)
-        return (*more, *known) if axes.before else (*known, *more)
-
-    @staticmethod
-    def _kernel_from_full(layer, kernel):
-        return _Axes(layer.equation).as_matrix(kernel)
-
-    def _kernel_to_full(self, kernel):
-        return self._axes.from_matrix(kernel, self._kernel_shape)
-
-    @staticmethod
-    def _has_bias(layer):
-        # One that has other axes than the kernel's cannot take every mean.
-        return layer.bias is not None and set(layer.bias_axes) >= {*_Axes(layer.equation).produced}
-
-    def _add_to_bias(self, bias, missing, index):
-        produced, outputs = self._axes.produced, self._axes.outputs
-        missing = missing.reshape(self._axes.sizes(produced, self._kernel_shape))
-        missing = missing.transpose([produced.index(a) for a in outputs if a in produced])
-        # The bias has the axes of the outputs from its first one on, and more behind an ellipsis.
-        first = min(map(outputs.index, self.bias_axes))
-        sizes = iter(missing.shape)
-        shape = [next(sizes) if a in produced else 1 for a in outputs[first:]]
-        return bias + missing.reshape(*shape, *[1] * (bias.ndim - len(shape)))
-
-    @classmethod
-    def _kernel_inputs(cls, layer, inputs, **options):
-        axes = _Axes(layer.equation)
-        if inputs.ndim != layer.input_spec.ndim:
-            raise ValueError(
-                f"`calibration_data` must be inputs of the layer {layer.name!r}, of "
-                f"{layer.input_spec.ndim} axes. Received: an array of shape {inputs.shape}"
-            )
-        rows, _ = axes.as_rows(inputs)
-        rows = ops.convert_to_numpy(rows)
-        kernel = layer.kernel.shape
-        if rows.shape[-1] != math.prod(axes.sizes(axes.contracted, kernel)):
-            raise ValueError(
-                f"`calibration_data` must be inputs of the layer {layer.name!r}. "
-                f"Received: an array of shape {inputs.shape}"
-            )
-        return {"kernel": [rows.reshape(-1, rows.shape[-1])]}

@@ -1,18 +1,60 @@
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_positive_int
-from keras_bilinear.kronecker.statistics import Frequencies
+from keras_bilinear.kronecker.statistics import Frequencies, Moments
 from keras_bilinear.layers.base import BilinearLayer
-from keras_bilinear.layers.kernel import KroneckerKernel
+from keras_bilinear.layers.converter import Converter, is_bilinear, register
 
 # float32 holds all integers up to this one.
 _EXACT = 2**24
 
 
+class EmbeddingConverter(Converter):
+    """Between `keras.layers.Embedding` and `BilinearEmbedding`."""
+
+    kernel_names = ("embeddings",)
+    constraint_names = ("embeddings_constraint",)
+    width = "output_dim"
+
+    def rows(self, full: keras.Layer, inputs: np.ndarray, **call: Any) -> dict[str, list]:
+        indices = inputs.astype("int64").ravel()
+        if np.any((indices != inputs.ravel()) | (indices < 0) | (indices >= full.input_dim)):
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {full.name!r}, integers from 0 "
+                f"to {full.input_dim - 1}. Received: {inputs!r}"
+            )
+        return {"embeddings": [indices]}
+
+    def statistics(self, name: str, block: np.ndarray) -> Moments | Frequencies:
+        return Frequencies(block)
+
+    def has_bias(self, full: keras.Layer) -> bool:
+        return False
+
+    def can_calibrate(self, full: keras.Layer) -> bool:
+        return True  # The Gram matrix of indices is diagonal.
+
+    def macs(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+        reverse = len(inputs) == len(outputs)
+        if not is_bilinear(layer):
+            return math.prod(inputs) * layer.input_dim if reverse else 0
+        factorization = layer.factorization
+        if reverse:
+            rows = math.prod(inputs) // factorization.output_dim
+            return rows * factorization.transposed.macs
+        return math.prod(inputs) * factorization.rank * factorization.padded_output_dim
+
+    def workspace(self, bilinear: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+        return 0
+
+
+@register(keras.layers.Embedding, converter=EmbeddingConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearEmbedding(BilinearLayer):
     """An embedding whose table is a sum of Kronecker products.
@@ -76,11 +118,9 @@ class BilinearEmbedding(BilinearLayer):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.Embedding
     reverse_dtype = None
     # Whether the last call was one in reverse: Keras asks for its mask without saying so.
     _reversed = False
-    _full_kernels = (("embeddings", "_kernel"),)
 
     def __init__(
         self,
@@ -104,12 +144,8 @@ class BilinearEmbedding(BilinearLayer):
             implementation=implementation,
             **kwargs,
         )
-        self._factorization = Factorization.create(
-            check_positive_int("input_dim", input_dim),
-            check_positive_int("output_dim", output_dim),
-            self.input_factors,
-            self.output_factors,
-            self.rank,
+        self._factorization = self.factorization_of(
+            check_positive_int("input_dim", input_dim), check_positive_int("output_dim", output_dim)
         )
         self.input_dim = self._factorization.input_dim
         self.output_dim = self._factorization.output_dim
@@ -137,15 +173,19 @@ class BilinearEmbedding(BilinearLayer):
     def build(self, input_shape: tuple | None = None):
         if self.built:
             return
-        self._kernel = KroneckerKernel(
-            self,
+        self._kernel = self.add_kernel(
+            "embeddings",
             self._factorization,
             self.embeddings_initializer,
             regularizer=self.embeddings_regularizer,
             constraint=self.embeddings_constraint,
             implementation=self._kernel_implementation,
+            variables="kernel",
         )
         self.built = True
+
+    def factorize(self, input_shape: tuple | None = None) -> dict[str, Factorization]:
+        return {"embeddings": self._factorization}
 
     @property
     def _kernel_implementation(self):
@@ -226,17 +266,3 @@ class BilinearEmbedding(BilinearLayer):
             "embeddings_constraint": constraints.serialize(self.embeddings_constraint),
             "mask_zero": self.mask_zero,
         }
-
-    @classmethod
-    def _kernel_inputs(cls, layer, inputs, **options):
-        indices = inputs.astype("int64").ravel()
-        if np.any((indices != inputs.ravel()) | (indices < 0) | (indices >= layer.input_dim)):
-            raise ValueError(
-                f"`calibration_data` must be inputs of the layer {layer.name!r}, integers from 0 "
-                f"to {layer.input_dim - 1}. Received: {inputs!r}"
-            )
-        return {"embeddings": [indices]}
-
-    @staticmethod
-    def _moments(name, kernel):
-        return Frequencies(kernel)

@@ -5,9 +5,39 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN
+from keras_bilinear.layers.converter import register
+from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN, RecurrentConverter
 
 
+class GRUConverter(RecurrentConverter):
+    """Between `keras.layers.GRU`, or its cell, and `BilinearGRU`, or its cell."""
+
+    def add_to_bias(
+        self, bilinear: keras.Layer, bias: np.ndarray, missing: np.ndarray, index: int
+    ) -> np.ndarray:
+        if bias.ndim == 1:
+            return bias + missing
+        # With `reset_after` each kernel has a bias of its own.
+        return bias + missing * (np.arange(2) == index)[:, None]
+
+    def state_rows(self, cell: keras.Layer, inputs: np.ndarray, states: np.ndarray) -> list:
+        rows = super().state_rows(cell, inputs, states)
+        if cell.reset_after:
+            return rows
+        # The candidate sees the state as the reset gate leaves it.
+        weights = (cell.kernel, cell.recurrent_kernel, cell.bias)
+        kernel, recurrent, bias = (
+            0.0
+            if values is None
+            else ops.convert_to_tensor(values)[..., cell.units : 2 * cell.units]
+            for values in weights
+        )
+        reset = ops.add(ops.matmul(inputs, kernel), ops.matmul(states, recurrent))
+        reset = cell.recurrent_activation(ops.add(reset, bias))
+        return [*rows[:2], states * ops.convert_to_numpy(reset)]
+
+
+@register(keras.layers.GRUCell, converter=GRUConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
     """One step of a gated recurrent unit whose kernels are sums of Kronecker products.
@@ -27,7 +57,6 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.GRUCell
     gates = 3
 
     def _bias_shape(self):
@@ -37,27 +66,6 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
     def _input_bias(self):
         bias = super()._input_bias()
         return bias[0] if self.reset_after else bias
-
-    def _add_to_bias(self, bias, missing, index):
-        if bias.ndim == 1:
-            return bias + missing
-        # With `reset_after` each kernel has a bias of its own.
-        return bias + missing * (np.arange(2) == index)[:, None]
-
-    @classmethod
-    def _state_rows(cls, cell, inputs, states):
-        rows = super()._state_rows(cell, inputs, states)
-        if cell.reset_after:
-            return rows
-        # The candidate sees the state as the reset gate leaves it.
-        weights = (cell.kernel, cell.recurrent_kernel, cell.bias)
-        kernel, recurrent, bias = (
-            0.0 if one is None else ops.convert_to_tensor(one)[..., cell.units : 2 * cell.units]
-            for one in weights
-        )
-        reset = ops.add(ops.matmul(inputs, kernel), ops.matmul(states, recurrent))
-        reset = cell.recurrent_activation(ops.add(reset, bias))
-        return [*rows[:2], states * ops.convert_to_numpy(reset)]
 
     def make_step(self, mask):
         kernel = self._recurrent_kernel
@@ -91,6 +99,7 @@ class BilinearGRUCell(BilinearCell, keras.layers.GRUCell):
         return step
 
 
+@register(keras.layers.GRU, converter=GRUConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearGRU(keras.layers.GRU, BilinearRNN):
     """A gated recurrent unit whose kernels are sums of Kronecker products, each gate's its own.
@@ -120,7 +129,6 @@ class BilinearGRU(keras.layers.GRU, BilinearRNN):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.GRU
     cell_class = BilinearGRUCell
     __init__ = BilinearRNN.__init__
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_bilinear.kronecker import products
 from keras_bilinear.kronecker.convolution import convolve
-from keras_bilinear.kronecker.cost import choose_order
+from keras_bilinear.kronecker.cost import choose_order, count_between, count_macs
 from keras_bilinear.kronecker.fit import fit_kronecker_sum
 from keras_bilinear.kronecker.initializers import FactorInitializers, split_into_gates
 from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
@@ -70,6 +70,7 @@ class KroneckerKernel:
 
         self.factorization = factorization
         self.gain = initializers[0].gain
+        self._strides = strides
         self._order = choose_order(factorization, implementation, strides)
         with exporting():
             self._exported_order = choose_order(factorization, implementation, strides)
@@ -107,6 +108,16 @@ class KroneckerKernel:
     def materialized(self):
         """Whether the full kernel is formed at each call."""
         return self.order is None
+
+    @property
+    def macs(self):
+        """Multiply-accumulate operations for each row, or for each output position."""
+        return count_macs(self.factorization, self.order, self._strides)
+
+    @property
+    def between(self):
+        """Numbers between both factors for each row, or for each output position."""
+        return count_between(self.factorization, self.order, self._strides)
 
     def materialize(self):
         """The kernel, of `factorization.full_shape`."""

@@ -4,9 +4,11 @@ from functools import partial
 import keras
 from keras import ops
 
-from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN
+from keras_bilinear.layers.converter import register
+from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN, RecurrentConverter
 
 
+@register(keras.layers.LSTMCell, converter=RecurrentConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
     """One step of a long short-term memory whose kernels are sums of Kronecker products.
@@ -26,7 +28,6 @@ class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.LSTMCell
     gates = 4
 
     def _bias_initializer(self):
@@ -56,6 +57,7 @@ class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
         return step
 
 
+@register(keras.layers.LSTM, converter=RecurrentConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearLSTM(keras.layers.LSTM, BilinearRNN):
     """A long short-term memory whose kernels are sums of Kronecker products, each gate's its own.
@@ -85,7 +87,6 @@ class BilinearLSTM(keras.layers.LSTM, BilinearRNN):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.LSTM
     cell_class = BilinearLSTMCell
     __init__ = BilinearRNN.__init__
 

@@ -1,7 +1,7 @@
 """What the bilinear recurrent layers and their cells share."""
 
 import inspect
-from typing import Self
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -16,11 +16,101 @@ from keras_bilinear.kronecker.factorization import (
     recurrent_input_factors,
 )
 from keras_bilinear.kronecker.target import EXPORTED, on_gpu, runtime
-from keras_bilinear.layers.base import SHARED, BilinearLayer, check_full, check_width
-from keras_bilinear.layers.calibration import calibrate
-from keras_bilinear.layers.kernel import GateKernel, split_blocks
+from keras_bilinear.layers.base import SHARED, BilinearLayer, convert
+from keras_bilinear.layers.converter import Converter, bilinear_converter, check_width
+from keras_bilinear.layers.kernel import GateKernel, KroneckerKernel, split_blocks
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
+
+
+class RecurrentConverter(Converter):
+    """Between the recurrent layers of Keras, or their cells, and the bilinear layers or cells."""
+
+    kernel_names = ("kernel", "recurrent_kernel")
+    constraint_names = ("kernel_constraint", "recurrent_constraint")
+    width = "units"
+
+    def holder(self, layer: keras.Layer) -> keras.Layer:
+        return getattr(layer, "cell", layer)
+
+    def count_blocks(self, full: keras.Layer) -> int:
+        return getattr(self.bilinear_class, "cell_class", self.bilinear_class).gates
+
+    def options(self, full: keras.Layer) -> dict[str, Any]:
+        options = super().options(full)
+        if isinstance(full, keras.layers.RNN):
+            # Keras forgets the seed of its simple recurrent layer.
+            options |= {"seed": full.cell.seed, "zero_output_for_mask": full.zero_output_for_mask}
+        return options
+
+    def input_shape(self, layer: keras.Layer) -> tuple:
+        if not isinstance(layer, keras.layers.RNN):
+            return super().input_shape(layer)
+        batch_size = layer.states[0].shape[0] if layer.stateful else None
+        return (batch_size, None, self.input_dim(layer))
+
+    def copy_shared(self, source: keras.Layer, target: keras.Layer) -> None:
+        super().copy_shared(source, target)
+        states = (getattr(layer, "states", None) or () for layer in (source, target))
+        for state, its_copy in zip(*states, strict=True):
+            its_copy.assign(state)
+
+    def rows(
+        self,
+        full: keras.Layer,
+        inputs: np.ndarray,
+        mask: Any = None,
+        initial_state: Any = None,
+        **call: Any,
+    ) -> dict[str, list]:
+        check_width(full, inputs, self.input_dim(full))
+        if inputs.ndim != 3:
+            raise ValueError(
+                f"`calibration_data` must be inputs of the layer {full.name!r}, of 3 axes. "
+                f"Received: an array of shape {inputs.shape}"
+            )
+        config = {**full.get_config(), "return_sequences": True, "return_state": False}
+        runner = type(full).from_config({**config, "stateful": False, "unroll": False})
+        runner.build(inputs.shape)
+        runner.cell.set_weights(full.cell.get_weights())
+        outputs = ops.convert_to_numpy(runner(inputs, mask=mask, initial_state=initial_state))
+        seen = np.ones(inputs.shape[:2], bool)
+        if mask is not None:
+            seen = ops.convert_to_numpy(mask).reshape(seen.shape).astype(bool)
+        if full.go_backwards:
+            inputs, seen = inputs[:, ::-1], seen[:, ::-1]
+        if initial_state is None:
+            first = np.zeros_like(outputs[:, :1])
+        else:
+            first = ops.convert_to_numpy(tree.flatten(initial_state)[0])[:, None]
+        # The state before a step is the output of the last step that was not masked.
+        after = np.maximum.accumulate(np.where(seen, range(1, seen.shape[1] + 1), 0), axis=1)
+        before = np.pad(after, ((0, 0), (1, 0)))[:, :-1, None]
+        states = np.take_along_axis(np.concatenate([first, outputs], axis=1), before, axis=1)
+        inputs, states = inputs[seen], states[seen]
+        return {
+            "kernel": [inputs] * self.count_blocks(full),
+            "recurrent_kernel": self.state_rows(full.cell, inputs, states),
+        }
+
+    def state_rows(self, cell: keras.Layer, inputs: np.ndarray, states: np.ndarray) -> list:
+        """What the recurrent kernel of each gate of a full cell multiplies.
+
+        Args:
+            cell: the full cell.
+            inputs: inputs of some steps, `(steps, features)`.
+            states: states before these steps, `(steps, units)`.
+        """
+        return [states] * self.count_blocks(cell)
+
+    def can_calibrate(self, full: keras.Layer) -> bool:
+        # A cell alone sees one step, and does not know where its states come from.
+        return isinstance(full, keras.layers.RNN) and super().can_calibrate(full)
+
+    def workspace(self, bilinear: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+        # Time steps come one after the other, and each needs little.
+        kernels = bilinear.kernels.values()
+        return sum(one.factorization.full_parameters for one in kernels if one.materialized)
 
 
 class BilinearCell(BilinearLayer):
@@ -50,9 +140,8 @@ class BilinearCell(BilinearLayer):
         **kwargs: arguments of the stock cell.
     """
 
-    gates = None
-    _own_arguments = RECURRENT
-    _full_kernels = (("kernel", "_kernel"), ("recurrent_kernel", "_recurrent_kernel"))
+    gates: int
+    own_arguments = RECURRENT
 
     def __init__(
         self,
@@ -80,32 +169,40 @@ class BilinearCell(BilinearLayer):
         self.bias = None
         self._recurrent_kernel = None
 
-    def build(self, input_shape: tuple):
+    def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
         if input_shape[-1] is None:
             raise ValueError(
                 f"The last dimension of the input of `{type(self).__name__}` must be known. "
                 f"Received: input_shape={input_shape}"
             )
-        self._kernel = GateKernel(
-            self,
-            self._factorize(input_shape[-1], self.input_factors, self.rank),
+        return {
+            "kernel": self.factorization_of(input_shape[-1], self.units, gates=self.gates),
+            "recurrent_kernel": self.factorization_of(
+                self.units,
+                self.units,
+                input_factors=recurrent_input_factors(self.units, self.output_factors),
+                rank=self.recurrent_rank or self.rank,
+                gates=self.gates,
+            ),
+        }
+
+    def build(self, input_shape: tuple):
+        factorizations = self.factorize(input_shape)
+        self._kernel = self.add_kernel(
+            "kernel",
+            factorizations["kernel"],
             self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
-            implementation=self.implementation,
+            kernel_class=GateKernel,
         )
-        self._recurrent_kernel = GateKernel(
-            self,
-            self._factorize(
-                self.units,
-                recurrent_input_factors(self.units, self.output_factors),
-                self.recurrent_rank or self.rank,
-            ),
+        self._recurrent_kernel = self.add_kernel(
+            "recurrent_kernel",
+            factorizations["recurrent_kernel"],
             self.recurrent_initializer,
             regularizer=self.recurrent_regularizer,
             constraint=self.recurrent_constraint,
-            implementation=self.implementation,
-            name="recurrent_kernel",
+            kernel_class=GateKernel,
         )
         if self.use_bias:
             self.bias = self.add_weight(
@@ -116,11 +213,6 @@ class BilinearCell(BilinearLayer):
                 constraint=self.bias_constraint,
             )
         self.built = True
-
-    def _factorize(self, input_dim, input_factors, rank):
-        return Factorization.create(
-            input_dim, self.units, input_factors, self.output_factors, rank, gates=self.gates
-        )
 
     def _bias_shape(self):
         return (self.gates * self.units,)
@@ -211,24 +303,16 @@ class BilinearCell(BilinearLayer):
         As `BilinearDense.from_full`, gate by gate, without calibration data,
         which `from_full` of the layers takes.
         """
-        check_full(cls, layer)
-        return cls._from_full(
+        return convert(
+            cls,
             layer,
+            None,
             rank=rank,
             recurrent_rank=recurrent_rank,
             input_factors=input_factors,
             output_factors=output_factors,
             implementation=implementation,
         )
-
-    @classmethod
-    def _count_parts(cls, layer):
-        return cls.gates
-
-    @classmethod
-    def _state_rows(cls, cell, inputs, states):
-        """For each gate of a full cell the rows that its recurrent kernel is applied to."""
-        return [states] * cls.gates
 
 
 class BilinearRNN(keras.layers.RNN):
@@ -241,8 +325,9 @@ class BilinearRNN(keras.layers.RNN):
     or, where that is faster, those of each step in it.
     """
 
-    full_class = None
-    cell_class = None
+    full_class: type[keras.layers.RNN]
+    cell_class: type[BilinearCell]
+    own_arguments = RECURRENT
 
     def __init__(
         self,
@@ -337,8 +422,14 @@ class BilinearRNN(keras.layers.RNN):
             **{name: getattr(self.cell, name) for name in RECURRENT},
         }
 
-    def _full_config(self):
-        return {name: value for name, value in self.get_config().items() if name not in RECURRENT}
+    def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
+        """The shapes of the kernels of the cell, for inputs of some shape."""
+        return self.cell.factorize((input_shape[0], *input_shape[2:]))
+
+    @property
+    def kernels(self) -> dict[str, KroneckerKernel]:
+        """The kernels of the cell by their names in the full one; none before it is built."""
+        return self.cell.kernels
 
     @classmethod
     def from_full(
@@ -357,72 +448,16 @@ class BilinearRNN(keras.layers.RNN):
         sequences; the recurrent kernels are fitted on the states that the full
         layer reaches in them.
         """
-        own = {
-            "rank": rank,
-            "recurrent_rank": recurrent_rank,
-            "input_factors": input_factors,
-            "output_factors": output_factors,
-            "implementation": implementation,
-        }
-        check_full(cls, layer)
-        return cls._from_full(layer, calibrate(cls, layer, calibration_data), **own)
-
-    @classmethod
-    def _from_full(cls, layer, calibration=None, **own):
-        cell = cls.cell_class._from_full(layer.cell, calibration, **own)
-        bilinear = cls.from_config({**layer.get_config(), "seed": layer.cell.seed, **own})
-        _build_like(bilinear, layer, cell.factorization.input_dim)
-        bilinear.cell.set_weights(cell.get_weights())
-        return bilinear
-
-    @classmethod
-    def _like(cls, layer, **own):
-        return cls.cell_class._like(layer.cell, **own)
-
-    @classmethod
-    def _kernel_parts(cls, layer):
-        return cls.cell_class._kernel_parts(layer.cell)
-
-    @classmethod
-    def _kernel_inputs(cls, layer, inputs, mask=None, initial_state=None, **options):
-        check_width(layer, inputs, layer.cell.kernel.shape[0])
-        if inputs.ndim != 3:
-            raise ValueError(
-                f"`calibration_data` must be inputs of the layer {layer.name!r}, of 3 axes. "
-                f"Received: an array of shape {inputs.shape}"
-            )
-        config = {**layer.get_config(), "return_sequences": True, "return_state": False}
-        runner = type(layer).from_config({**config, "stateful": False, "unroll": False})
-        runner.build(inputs.shape)
-        runner.cell.set_weights(layer.cell.get_weights())
-        outputs = ops.convert_to_numpy(runner(inputs, mask=mask, initial_state=initial_state))
-        seen = np.ones(inputs.shape[:2], bool)
-        if mask is not None:
-            seen = ops.convert_to_numpy(mask).reshape(seen.shape).astype(bool)
-        if layer.go_backwards:
-            inputs, seen = inputs[:, ::-1], seen[:, ::-1]
-        if initial_state is None:
-            first = np.zeros_like(outputs[:, :1])
-        else:
-            first = ops.convert_to_numpy(tree.flatten(initial_state)[0])[:, None]
-        # The state before a step is the output of the last one that was not masked.
-        after = np.maximum.accumulate(np.where(seen, range(1, seen.shape[1] + 1), 0), axis=1)
-        before = np.pad(after, ((0, 0), (1, 0)))[:, :-1, None]
-        states = np.take_along_axis(np.concatenate([first, outputs], axis=1), before, axis=1)
-        inputs, states = inputs[seen], states[seen]
-        gates = cls.cell_class.gates
-        return {
-            "kernel": [inputs] * gates,
-            "recurrent_kernel": cls.cell_class._state_rows(layer.cell, inputs, states),
-        }
-
-    @staticmethod
-    def _has_bias(layer):
-        return layer.cell.bias is not None
-
-    @classmethod
-    def _moments(cls, name, kernel):
-        return cls.cell_class._moments(name, kernel)
+        return convert(
+            cls,
+            layer,
+            calibration_data,
+            rank=rank,
+            recurrent_rank=recurrent_rank,
+            input_factors=input_factors,
+            output_factors=output_factors,
+            implementation=implementation,
+        )
 
     def expand(self) -> keras.layers.Layer:
         """Makes the stock Keras layer that computes the same.
@@ -430,11 +465,7 @@ class BilinearRNN(keras.layers.RNN):
         Raises:
             AttributeError: if the layer is not built.
         """
-        cell = self.cell.expand()
-        full = self.full_class.from_config(self._full_config())
-        _build_like(full, self, self.cell.factorization.input_dim)
-        full.cell.set_weights(cell.get_weights())
-        return full
+        return bilinear_converter(type(self)).expand(self)
 
 
 def _after(project, step):
@@ -445,11 +476,3 @@ def _after(project, step):
 def _swap(x):
     """Swaps batch and time."""
     return ops.swapaxes(x, 0, 1)
-
-
-def _build_like(layer, other, input_dim):
-    """Builds a recurrent layer like another one, with its states."""
-    batch_size = other.states[0].shape[0] if other.stateful else None
-    layer.build((batch_size, None, input_dim))
-    for mine, state in zip(layer.states or (), other.states or (), strict=True):
-        mine.assign(state)

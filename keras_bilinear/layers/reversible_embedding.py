@@ -1,14 +1,42 @@
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.statistics import Frequencies, Moments
-from keras_bilinear.layers.embedding import BilinearEmbedding
-from keras_bilinear.layers.kernel import KroneckerKernel
+from keras_bilinear.layers.converter import register
+from keras_bilinear.layers.embedding import BilinearEmbedding, EmbeddingConverter
 
 
+class ReversibleEmbeddingConverter(EmbeddingConverter):
+    """Between `keras.layers.ReversibleEmbedding` and `BilinearReversibleEmbedding`."""
+
+    kernel_names = ("embeddings", "reverse_embeddings")
+    width = None
+
+    def rows(
+        self, full: keras.Layer, inputs: np.ndarray, reverse: bool | None = None, **call: Any
+    ) -> dict[str, list]:
+        if reverse is None:  # inputs without a call
+            floats = np.issubdtype(inputs.dtype, np.floating)
+            reverse = floats and inputs.shape[-1] == full.output_dim
+        indices, hidden = np.empty(0, "int32"), np.empty((0, full.output_dim), "float32")
+        if reverse:
+            hidden = inputs.reshape(-1, full.output_dim)
+        else:
+            indices = inputs
+        # The table of tied weights is fitted to how often each of its rows is looked up.
+        rows = super().rows(full, indices, **call)
+        return rows if full.tie_weights else {**rows, "reverse_embeddings": [hidden]}
+
+    def statistics(self, name: str, block: np.ndarray) -> Moments | Frequencies:
+        return Moments(block) if name == "reverse_embeddings" else Frequencies(block)
+
+
+@register(keras.layers.ReversibleEmbedding, converter=ReversibleEmbeddingConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearReversibleEmbedding(BilinearEmbedding):
     """A `BilinearEmbedding` with the arguments of `keras.layers.ReversibleEmbedding`.
@@ -64,9 +92,6 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.ReversibleEmbedding
-    _full_kernels = (("embeddings", "_kernel"), ("reverse_embeddings", "_reverse_kernel"))
-
     def __init__(
         self,
         input_dim: int,
@@ -108,13 +133,18 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         super().build(input_shape)
         if not self.tie_weights:
             # Neither regularized nor constrained, as in Keras.
-            self._reverse_kernel = KroneckerKernel(
-                self,
+            self._reverse_kernel = self.add_kernel(
+                "reverse_embeddings",
                 self._factorization.transposed,
                 self.embeddings_initializer,
                 implementation=self._kernel_implementation,
-                name="reverse_embeddings",
             )
+
+    def factorize(self, input_shape: tuple | None = None) -> dict[str, Factorization]:
+        kernels = super().factorize(input_shape)
+        if self.tie_weights:
+            return kernels
+        return {**kernels, "reverse_embeddings": self._factorization.transposed}
 
     @property
     def reverse_embeddings(self):
@@ -144,21 +174,3 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         if self.tie_weights:
             return super()._project_back(hidden)
         return self._reverse_kernel.project(hidden)
-
-    @classmethod
-    def _kernel_inputs(cls, layer, inputs, reverse=None, **options):
-        if reverse is None:  # inputs without a call
-            floats = np.issubdtype(inputs.dtype, np.floating)
-            reverse = floats and inputs.shape[-1] == layer.output_dim
-        indices, hidden = np.empty(0, "int32"), np.empty((0, layer.output_dim), "float32")
-        if reverse:
-            hidden = inputs.reshape(-1, layer.output_dim)
-        else:
-            indices = inputs
-        # The table of tied weights is fitted to how often each of its rows is looked up.
-        rows = super()._kernel_inputs(layer, indices, **options)
-        return rows if layer.tie_weights else {**rows, "reverse_embeddings": [hidden]}
-
-    @staticmethod
-    def _moments(name, kernel):
-        return Moments(kernel) if name == "reverse_embeddings" else Frequencies(kernel)

@@ -1,9 +1,11 @@
 import keras
 from keras import ops
 
-from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN
+from keras_bilinear.layers.converter import register
+from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN, RecurrentConverter
 
 
+@register(keras.layers.SimpleRNNCell, converter=RecurrentConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearSimpleRNNCell(BilinearCell, keras.layers.SimpleRNNCell):
     """One step of a simple recurrent layer whose kernels are sums of Kronecker products.
@@ -23,7 +25,6 @@ class BilinearSimpleRNNCell(BilinearCell, keras.layers.SimpleRNNCell):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.SimpleRNNCell
     gates = 1
 
     def dropout_masks(self, inputs, state, training):
@@ -45,6 +46,7 @@ class BilinearSimpleRNNCell(BilinearCell, keras.layers.SimpleRNNCell):
         return step
 
 
+@register(keras.layers.SimpleRNN, converter=RecurrentConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearSimpleRNN(keras.layers.SimpleRNN, BilinearRNN):
     """A simple recurrent layer whose kernels are sums of Kronecker products, each gate's its own.
@@ -74,6 +76,5 @@ class BilinearSimpleRNN(keras.layers.SimpleRNN, BilinearRNN):
         Bilinear Projections", section III, arXiv:2011.01391.
     """
 
-    full_class = keras.layers.SimpleRNN
     cell_class = BilinearSimpleRNNCell
     __init__ = BilinearRNN.__init__

@@ -13,8 +13,8 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear.kronecker.nearest import arrange
-from keras_bilinear.layers.base import BilinearLayer
-from keras_bilinear.rewriting.sites import counterpart, walk
+from keras_bilinear.layers.converter import full_converter, is_bilinear
+from keras_bilinear.rewriting.sites import walk
 
 # A rewritten network has larger gradients at first, and too much costs less than too little:
 # see `benchmarks/first_steps.py`.
@@ -34,21 +34,21 @@ def of_kernels(model: keras.Model, moments: dict) -> dict:
         product of one number of a left and one of a right factor, and the mean is `None`.
     """
     found = {}
-    for path, layer in _layers(model):
-        if isinstance(layer, BilinearLayer):
-            for name, kernel in layer._kernels.items():
+    for path, layer, holder in _layers(model):
+        if is_bilinear(layer):
+            for name, kernel in layer.kernels.items():
                 if id(kernel.left) in moments and id(kernel.right) in moments:
                     squares = (moments[id(one)][1] for one in (kernel.left, kernel.right))
                     found[path, name] = None, _squares_of_kernel(kernel, *squares)
-        elif cls := counterpart(layer):
-            for name, _ in cls._full_kernels:
-                if (key := id(getattr(layer, name, None))) in moments:
+        elif converter := full_converter(type(layer)):
+            for name in converter.kernel_names:
+                if (key := id(getattr(holder, name, None))) in moments:
                     found[path, name] = tuple(
-                        cls._kernel_from_full(layer, values) for values in moments[key]
+                        converter.to_matrix(layer, values) for values in moments[key]
                     )
         else:
             continue
-        if (key := id(getattr(layer, "bias", None))) in moments:
+        if (key := id(getattr(holder, "bias", None))) in moments:
             found[path, "bias"] = moments[key]
     return found
 
@@ -64,23 +64,22 @@ def of_factors(model: keras.Model, known: dict) -> dict:
         The squares by the ids of the variables.
     """
     found = {}
-    for path, layer in _layers(model):
-        if not isinstance(layer, BilinearLayer):
+    for path, layer, holder in _layers(model):
+        if not is_bilinear(layer):
             continue
-        for name, kernel in layer._kernels.items():
+        for name, kernel in layer.kernels.items():
             if (path, name) in known:
                 left, right = _squares_of_factors(kernel, *known[path, name])
                 found |= {id(kernel.left): left, id(kernel.right): right}
         if (path, "bias") in known:
-            _, found[id(layer.bias)] = known[path, "bias"]
+            _, found[id(holder.bias)] = known[path, "bias"]
     return {key: CAUTION * squares for key, squares in found.items()}
 
 
 def _layers(model):
-    """Paths and layers, of recurrent layers the cells, which have the kernels."""
+    """Paths, layers, and what has their weights: of recurrent layers the cells."""
     for site in walk(model):
-        is_recurrent = isinstance(site.layer, keras.layers.RNN)
-        yield site.path, site.layer.cell if is_recurrent else site.layer
+        yield site.path, site.layer, getattr(site.layer, "cell", site.layer)
 
 
 def _squares_of_kernel(kernel, left, right):

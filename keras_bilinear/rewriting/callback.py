@@ -36,12 +36,13 @@ from keras_bilinear.keras_private.training import (
     retrace,
     strategy_scope,
 )
+from keras_bilinear.layers.converter import full_converter
 from keras_bilinear.rewriting import adam
 from keras_bilinear.rewriting.owners import remember
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import check_budget, plan_rewrite
 from keras_bilinear.rewriting.rewrite import expand_layers, rewrite_layers
-from keras_bilinear.rewriting.sites import counterpart, walk
+from keras_bilinear.rewriting.sites import walk
 
 # So many training examples are calibration data, where none are given.
 EXAMPLES = 1024
@@ -244,7 +245,7 @@ class BilinearRewrite(keras.callbacks.Callback):
                     low_rank=self.low_rank,
                 )
                 self._put_back_unchanged(before, plan)
-                full = [site for site in walk(target) if counterpart(site.layer)]
+                full = [site for site in walk(target) if full_converter(type(site.layer))]
                 rewrite_layers(target, full, plan, batches)
         except Exception as error:
             text = (

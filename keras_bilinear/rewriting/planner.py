@@ -12,12 +12,12 @@ from keras_bilinear.kronecker.factorization import (
     exact_factors,
 )
 from keras_bilinear.kronecker.nearest import input_index
+from keras_bilinear.layers.converter import full_converter
 from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
 from keras_bilinear.rewriting.prediction import predict_errors
 from keras_bilinear.rewriting.sites import (
     Site,
     check_built,
-    counterpart,
     reason_to_leave,
     tied_variables,
     walk,
@@ -216,8 +216,7 @@ def plan_layer(site: Site, reason: str = "") -> LayerPlan:
     """
     layer, factorizations = site.layer, []
     if not reason:
-        like = counterpart(layer)._like(layer)
-        factorizations = [kernel.factorization for kernel in like._kernels.values()]
+        factorizations = [*full_converter(type(layer)).factorizations(layer).values()]
     return LayerPlan(
         path=site.path,
         type=type(layer).__name__,

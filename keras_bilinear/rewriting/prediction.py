@@ -6,10 +6,9 @@ import numpy as np
 
 from keras_bilinear.data import model_batches
 from keras_bilinear.kronecker.nearest import input_index, remaining_energies
-from keras_bilinear.layers.calibration import Calibration, collect
+from keras_bilinear.layers.calibration import calibrations_of, collect
+from keras_bilinear.layers.converter import full_converter
 from keras_bilinear.rewriting.sites import (
-    can_calibrate,
-    counterpart,
     walk,
 )
 
@@ -27,8 +26,9 @@ def predict_errors(model, plan, candidates, calibration_data):
     batches = model_batches(calibration_data, model)
     if batches is None:
         return
-    layers = {path: sites[path] for path in candidates if can_calibrate(sites[path])}
-    calibrations = {path: Calibration(counterpart(layer), layer) for path, layer in layers.items()}
+    layers = {path: sites[path] for path in candidates}
+    calibrations = calibrations_of(layers)
+    layers = {path: layers[path] for path in calibrations}
     for batch in batches:
         for path, calls in collect(model, layers, batch).items():
             for inputs, options in calls:
@@ -84,7 +84,7 @@ def _is_behind(layer, factors, rank):
 
 def _kernel_errors(layer, factorizations, ranks):
     """`{rank: error}` of the kernels of a full layer."""
-    parts = counterpart(layer)._kernel_parts(layer)
+    parts = full_converter(type(layer)).kernels(layer)
     left, total = np.zeros(max(ranks) + 1), 0.0
     for kernels, factorization in zip(parts.values(), factorizations, strict=True):
         energies = remaining_energies(kernels, factorization, max(ranks))

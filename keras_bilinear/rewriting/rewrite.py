@@ -12,17 +12,14 @@ from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import become, refresh, restore, snapshot
 from keras_bilinear.keras_private.training import compile_alike
 from keras_bilinear.kronecker.factorization import check_positive_int
-from keras_bilinear.layers.base import BilinearLayer
-from keras_bilinear.layers.calibration import Calibration, collect
-from keras_bilinear.layers.recurrent import BilinearRNN
+from keras_bilinear.layers.calibration import calibrations_of, collect
+from keras_bilinear.layers.converter import full_converter, is_bilinear
 from keras_bilinear.rewriting.owners import forget, remember
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import plan_layer, plan_rewrite
 from keras_bilinear.rewriting.sites import (
     Site,
-    can_calibrate,
     check_built,
-    counterpart,
     is_leaf,
     reason_to_leave,
     tied_variables,
@@ -136,7 +133,7 @@ def rewrite_layers(
 def _make_bilinear(site, plan, calibration):
     input_factors, output_factors = plan.factors
     try:
-        bilinear = counterpart(site.layer)._from_full(
+        bilinear = full_converter(type(site.layer)).from_full(
             site.layer,
             calibration,
             rank=plan.rank,
@@ -246,7 +243,7 @@ def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
         model: the model.
         sites: its layers; those that are full already stay what they are.
     """
-    sites = [site for site in sites if isinstance(site.layer, BilinearLayer | BilinearRNN)]
+    sites = [site for site in sites if is_bilinear(site.layer)]
     for site in sites:
         become(site.layer, site.layer.expand())
     forget(sites)
@@ -281,7 +278,7 @@ def _check_plan(model, plan):
                 f"The plan is not one of the model {model.name!r}, whose layer {path!r} has "
                 f"{found[path].count_params():,} parameters, and not {layer.full_parameters:,}."
             )
-        if layer.rank is not None and not counterpart(found[path]):
+        if layer.rank is not None and not full_converter(type(found[path])):
             raise ValueError(f"The layer {path!r} cannot be rewritten: {layer.reason}.")
         most = max((kernel.sufficient_rank for kernel in layer.factorizations), default=0)
         if layer.rank is not None and layer.rank > most and not layer.scaled:
@@ -312,8 +309,9 @@ def _calibrate(model, full, group, batches):
     """
     if batches is None:
         return {}
-    layers = {site.path: site.layer for site in group if can_calibrate(site.layer)}
-    calibrations = {path: Calibration(counterpart(layer), layer) for path, layer in layers.items()}
+    layers = {site.path: site.layer for site in group}
+    calibrations = calibrations_of(layers)
+    layers = {path: layers[path] for path in calibrations}
     for batch in batches:
         seen = collect(model, layers, batch)
         rewritten = snapshot(layer for layer, *_ in full)

@@ -2,26 +2,13 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import keras
 
-from keras_bilinear import layers
 from keras_bilinear.keras_private.graph import own_variables, sublayers
-from keras_bilinear.layers.base import BilinearLayer
-from keras_bilinear.layers.recurrent import BilinearRNN
+from keras_bilinear.layers.converter import full_converter, is_bilinear
 
-# The bilinear class for each stock class.
-_COUNTERPARTS = {
-    bilinear.full_class: bilinear
-    for bilinear in vars(layers).values()
-    if isinstance(bilinear, type) and issubclass(bilinear, BilinearLayer | BilinearRNN)
-}
-# Wider layers are not fitted to their inputs.
-MOST_INPUTS = 16_384
-# Kernels of stock layers, as the arguments for their constraints call them.
-_KERNELS = ("kernel", "recurrent", "embeddings")
 # Layers that read or write the kernel of a layer they hold.
 _MEDDLERS = (keras.layers.SpectralNormalization,)
 _DEPTHWISE = (
@@ -92,29 +79,9 @@ def walk(model: keras.Model, weightless: bool = False) -> Iterator[Site]:
     return visit(model, "", ())
 
 
-def counterpart(layer: keras.Layer) -> type | None:
-    """The bilinear class that stands for the class of a full layer; `None` if there is none."""
-    return look_up(type(layer), _COUNTERPARTS)
-
-
-def look_up(cls: type, table: dict):
-    """What a table has for a class; `None` if it has nothing.
-
-    A subclass that adds nothing but its name, as KerasHub has one, is its base.
-    """
-    while cls not in table and len(cls.__bases__) == 1 and _is_only_a_name(cls):
-        (cls,) = cls.__bases__
-    return table.get(cls)
-
-
-def _is_only_a_name(cls):
-    about_it = ("__annotations__", "__doc__", "__module__", "_api_export")
-    return all(name.startswith(about_it) for name in vars(cls))
-
-
 def is_leaf(layer):
     """Whether a layer is rewritten, expanded or left alone as a whole."""
-    if counterpart(layer) or isinstance(layer, BilinearLayer | BilinearRNN):
+    if full_converter(type(layer)) or is_bilinear(layer):
         return True
     return not any(child.weights or not child.built for child in sublayers(layer))
 
@@ -127,11 +94,12 @@ def reason_to_leave(site: Site, tied: set) -> str:
         tied: ids of the variables that several layers of the model have.
     """
     layer = site.layer
-    if isinstance(layer, BilinearLayer | BilinearRNN):
+    if is_bilinear(layer):
         return "bilinear already"
     if isinstance(layer, _DEPTHWISE):
         return "depthwise: one small filter for each channel, little to save"
-    if not counterpart(layer):
+    converter = full_converter(type(layer))
+    if converter is None:
         return "no projection in it that a bilinear layer stands for"
     if not layer.built:
         return "not built: call the model on data first"
@@ -140,25 +108,7 @@ def reason_to_leave(site: Site, tied: set) -> str:
             return f"{type(owner).__name__} works on its kernel"
     if any(id(variable) in tied for variable in layer.variables):
         return "shares a variable with another layer"
-    if layer.dtype_policy.quantization_mode is not None:
-        return "quantized"
-    if any(getattr(layer, f"{name}_constraint", None) for name in _KERNELS):
-        return "has a constraint, which factors do not keep"
-    if getattr(layer, "lora_enabled", False):
-        return "has LoRA enabled"
-    return ""
-
-
-def can_calibrate(layer: keras.Layer) -> bool:
-    """Whether a full layer can be fitted to its inputs.
-
-    A cell, which sees one step, cannot; nor can a layer whose Gram matrix would
-    take gigabytes.
-    """
-    if isinstance(layer, keras.layers.Embedding):
-        return True
-    inputs = math.prod(layer.kernel.shape[:-1]) if hasattr(layer, "kernel") else 0
-    return hasattr(counterpart(layer), "_kernel_inputs") and inputs <= MOST_INPUTS
+    return converter.reason_to_leave(layer)
 
 
 def tied_variables(model: keras.Model) -> set:

@@ -15,10 +15,8 @@ import numpy as np
 from keras import layers, ops
 
 from keras_bilinear.keras_private.graph import nodes, output_operations
+from keras_bilinear.layers.converter import bilinear_converter, full_converter
 
-_RECURRENT = (layers.SimpleRNN, layers.GRU, layers.LSTM)
-_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_HIDDEN = (layers.Dense, layers.Embedding, *_CONVOLUTIONS, *_RECURRENT)
 # Layers that do the same to each channel, and put out as many.
 _TRANSPARENT = (
     layers.ActivityRegularization,
@@ -84,7 +82,7 @@ def hidden_layers(model: keras.Model) -> dict[str, Hidden]:
         once = calls[id(operation)] == 1 and len(inputs) == 1
         # Here the last axis has the channels.
         once = once and getattr(operation, "data_format", None) != "channels_first"
-        if once and type(operation) in _HIDDEN and getattr(operation, "groups", 1) == 1:
+        if once and _can_be_wider(operation) and getattr(operation, "groups", 1) == 1:
             for name, positions in origins:
                 found[name].consumers[operation.name] = positions
             if _has_copies(operation):
@@ -102,6 +100,16 @@ def hidden_layers(model: keras.Model) -> dict[str, Hidden]:
         if id(operation) in source:
             found[source[id(operation)][0]].visible = True
     return {name: one for name, one in found.items() if one.consumers and not one.visible}
+
+
+def _can_be_wider(operation):
+    """Whether an operation is a layer of exactly a class that a plan may widen."""
+    converter = full_converter(type(operation))
+    return (
+        converter is not None
+        and converter.full_class is type(operation)
+        and converter.width is not None
+    )
 
 
 def _has_copies(layer):
@@ -166,7 +174,8 @@ def widen(
             return layer
         config = keras.layers.serialize(layer)
         if layer.name in scales:
-            config["config"] |= _wide_arguments(config["config"], *scales[layer.name])
+            width = bilinear_converter(type(layer)).width
+            config["config"] |= _wide_arguments(config["config"], width, *scales[layer.name])
         if layer.name in scales or layer.name in producers:
             config.pop("build_config", None)
         return keras.layers.deserialize(config)
@@ -193,8 +202,7 @@ def give_weights(layer: keras.Layer, weights: list) -> None:
         layer.finalize_state()
 
 
-def _wide_arguments(config, input_scale, output_scale):
-    (width,) = {"units", "filters", "output_dim"} & config.keys()
+def _wide_arguments(config, width, input_scale, output_scale):
     return {
         width: config[width] * output_scale**2,
         "input_factors": [input_scale * size for size in config["input_factors"]],
@@ -208,13 +216,13 @@ def _cell(layer):
 
 
 def _widen_layer(narrow, wide, input_scale, output_scale, rng):
-    narrow, wide = _cell(narrow), _cell(wide)
-    kernels = zip(narrow._kernels.values(), wide._kernels.values(), strict=True)
+    kernels = zip(narrow.kernels.values(), wide.kernels.values(), strict=True)
     for index, (kernel, wide_kernel) in enumerate(kernels):
         # The recurrent kernel gets the layer's own outputs.
         parts = output_scale if index else input_scale
         factors = (_shares(factor, parts, rng) for factor in kernel.read_factors())
         wide_kernel.assign_factors(*(np.repeat(one, output_scale, axis=-1) for one in factors))
+    narrow, wide = _cell(narrow), _cell(wide)
     if getattr(narrow, "bias", None) is not None:
         bias = ops.convert_to_numpy(narrow.bias)
         wide.bias.assign(_copies(bias, narrow.output_factors, output_scale))

@@ -12,6 +12,7 @@ from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.fit import _solve_symmetric, fit_errors, fit_kronecker_sum
 from keras_bilinear.kronecker.nearest import arrange, nearest_kronecker_sum
 from keras_bilinear.kronecker.statistics import Frequencies, Moments
+from keras_bilinear.layers.converter import full_converter
 
 WINDOWS = {"dense": ((), ()), "channel": ((1, 1), (3, 2)), "spatial": ((3, 1), (1, 2))}
 
@@ -269,7 +270,7 @@ def test_calibration_sees_the_patches_of_a_convolution(dimensions, arguments, mo
     if keras.config.backend() == "tensorflow" and "data_format" in arguments:
         pytest.skip("TensorFlow convolves with the channels first on a GPU only")
     layer = getattr(keras.layers, f"Conv{dimensions}D")(6, 3, use_bias=False, **arguments)
-    bilinear = getattr(keras_bilinear, f"BilinearConv{dimensions}D")
+    converter = full_converter(type(layer))
     shape = (2, *(7, 8, 9)[:dimensions], 3)
     if "data_format" in arguments:
         shape = (2, 3, *shape[1:-1])
@@ -278,15 +279,14 @@ def test_calibration_sees_the_patches_of_a_convolution(dimensions, arguments, mo
     if "data_format" in arguments:
         expected = np.moveaxis(expected, 1, -1)
     kernel = keras.ops.convert_to_numpy(layer.kernel)
-    parts = bilinear._kernel_inputs(layer, x)["kernel"]
+    parts = converter.rows(layer, x)["kernel"]
     parts = [
-        rows @ part
-        for rows, part in zip(parts, bilinear._kernel_parts(layer)["kernel"], strict=True)
+        rows @ part for rows, part in zip(parts, converter.kernels(layer)["kernel"], strict=True)
     ]
     actual = np.concatenate(parts, axis=1).reshape(expected.shape)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("keras_bilinear.layers.conv.MOST_PATCHES", 5)
-    few = bilinear._kernel_inputs(layer, x)["kernel"][0]
+    few = converter.rows(layer, x)["kernel"][0]
     assert few.shape == (5, kernel.size // 6)
 
 
@@ -313,8 +313,7 @@ def test_calibration_sees_the_states_of_a_sequence(kind, arguments, masked):
     after = keras.ops.convert_to_numpy(after)
     seen = np.ones((3, 4), bool) if mask is None else mask
     seen = seen[:, ::-1] if layer.go_backwards else seen
-    bilinear = getattr(keras_bilinear, f"Bilinear{kind}")
-    rows = bilinear._kernel_inputs(layer, x, mask=mask, initial_state=first)
+    rows = full_converter(type(layer)).rows(layer, x, mask=mask, initial_state=first)
     inputs, states = rows["kernel"][0], rows["recurrent_kernel"][0]
     assert all(part is inputs for part in rows["kernel"])
     output, _ = layer.cell(inputs, [keras.ops.convert_to_tensor(states)])

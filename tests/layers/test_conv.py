@@ -41,7 +41,7 @@ def make(dimensions, channels, *arguments, **options):
 def stock_layer(layer):
     """The stock layer with the kernel that NumPy makes of the layer's factors."""
     config = layer.get_config()
-    for name in layer._own_arguments:
+    for name in layer.own_arguments:
         del config[name]
     stock = layer.full_class.from_config(config)
     kernel = oracle.full_kernel(layer)

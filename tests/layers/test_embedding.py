@@ -17,6 +17,7 @@ from keras_bilinear import (
     rewrite_model,
 )
 from keras_bilinear.layers.calibration import Calibration, collect
+from keras_bilinear.layers.converter import full_converter
 
 SHAPES = [(50, 10), (53, 11), (1, 10), (50, 1), (1, 1), (7, 64)]
 IMPLEMENTATIONS = ["factorized", "materialized"]
@@ -218,7 +219,7 @@ def test_the_call_says_which_way_an_embedding_goes():
     hidden = keras.layers.Dense(16, activation="tanh")(layer(inputs))
     model = keras.Model(inputs, layer(hidden, reverse=True))
     x = draw_indices(50, 20, 16).astype("float32")
-    calibration = Calibration(BilinearReversibleEmbedding, layer)
+    calibration = Calibration(full_converter(type(layer)), layer)
     for one, options in collect(model, {"": layer}, x)[""]:
         calibration.add(one, **options)
     counts = {name: parts[0].count for name, parts in calibration.moments.items()}

@@ -65,7 +65,7 @@ KINDS = [*LAYERS, "gru, reset before"]
 def stock_layer(layer):
     """The stock layer with the kernels that NumPy makes of the layer's factors."""
     config = layer.get_config()
-    for name in layer.cell._own_arguments:
+    for name in layer.cell.own_arguments:
         del config[name]
     stock = layer.full_class.from_config(config)
     width = layer.cell.factorization.input_dim

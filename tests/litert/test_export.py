@@ -410,7 +410,7 @@ def test_onnx_files_take_images_of_any_size(tmp_path, pattern):
 
 
 def kernels(layer):
-    return getattr(layer, "cell", layer)._kernels.values()
+    return layer.kernels.values()
 
 
 @on_tensorflow

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from keras import layers, ops, tree
 
-from keras_bilinear import BilinearDense, BilinearRewrite
+from keras_bilinear import BilinearRewrite
 from keras_bilinear.keras_private import graph
-from keras_bilinear.layers.base import BilinearLayer
-from keras_bilinear.layers.recurrent import BilinearRNN
+from keras_bilinear.layers.converter import is_bilinear
+from keras_bilinear.layers.dense import DenseConverter
 from keras_bilinear.rewriting import callback
 from keras_bilinear.rewriting.sites import walk
 
@@ -53,9 +53,7 @@ def predict(model, x=X):
 
 
 def bilinear(model):
-    return [
-        site.path for site in walk(model) if isinstance(site.layer, BilinearLayer | BilinearRNN)
-    ]
+    return [site.path for site in walk(model) if is_bilinear(site.layer)]
 
 
 def targets(model, x):
@@ -330,12 +328,14 @@ def test_a_step_that_fails_leaves_the_model_as_it_was(on_error, monkeypatch, cap
     model = model_kinds.subclassed()[0]
     model.compile("adam", "mse", jit_compile=False)
     x, y = model_kinds.VECTORS, np.ones((40, 12), "float32")
-    dense = BilinearDense._from_full.__func__
+    from_full = DenseConverter.from_full
 
-    def second_fails(cls, layer, *arguments, **options):
-        return fails() if len(bilinear(model)) == 2 else dense(cls, layer, *arguments, **options)
+    def second_fails(self, layer, *arguments, **options):
+        if len(bilinear(model)) == 2:
+            fails()
+        return from_full(self, layer, *arguments, **options)
 
-    monkeypatch.setattr(BilinearDense, "_from_full", classmethod(second_fails))
+    monkeypatch.setattr(DenseConverter, "from_full", second_fails)
     fit(model, epochs=1, x=x, y=y)
     weights, types = model.get_weights(), [type(site.layer) for site in walk(model)]
     optimizer = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
