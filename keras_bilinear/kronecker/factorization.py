@@ -182,6 +182,7 @@ class Factorization:
     @classmethod
     def create(
         cls,
+        *,
         input_dim,
         output_dim,
         input_factors=None,
@@ -279,9 +280,10 @@ class Factorization:
         term, and the other one takes these numbers to all outputs: two plain layers,
         one after the other. `None` for groups, and where both factors have a window.
 
-        >>> Factorization.create(784, 1024).low_rank_factors
+        >>> Factorization.create(input_dim=784, output_dim=1024).low_rank_factors
         ((784, 1), (1, 1024))
-        >>> Factorization.create(64, 128, left_window=(1, 1), right_window=(3, 3)).low_rank_factors
+        >>> windows = {"left_window": (1, 1), "right_window": (3, 3)}
+        >>> Factorization.create(input_dim=64, output_dim=128, **windows).low_rank_factors
         ((1, 64), (128, 1))
         """
         if self.groups > 1 or math.prod(self.left_window) > 1:

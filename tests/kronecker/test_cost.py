@@ -10,11 +10,16 @@ from keras_bilinear.kronecker.target import convolution_library
 
 pytestmark = pytest.mark.usefixtures("cpu_costs")
 
-WINDOWS = {"channel": ((1, 1), (3, 3)), "spatial": ((3, 1), (1, 3))}
+WINDOWS = {
+    "channel": {"left_window": (1, 1), "right_window": (3, 3)},
+    "spatial": {"left_window": (3, 1), "right_window": (1, 3)},
+}
 
 
 def plan(channels, filters, rank=1, pattern="channel", groups=1):
-    return Factorization.create(channels, filters, None, None, rank, *WINDOWS[pattern], groups)
+    return Factorization.create(
+        input_dim=channels, output_dim=filters, rank=rank, groups=groups, **WINDOWS[pattern]
+    )
 
 
 @pytest.mark.parametrize("library", cost.NANOSECONDS)
@@ -51,36 +56,45 @@ def test_choices_are_those_of_the_predicted_times(strides):
 
 
 def test_a_dense_projection_goes_by_its_macs():
-    dense = Factorization.create(64, 8, (32, 2), (2, 4))
+    dense = Factorization.create(
+        input_dim=64, output_dim=8, input_factors=(32, 2), output_factors=(2, 4)
+    )
     assert cost.choose_order(dense, "auto") == "left"
-    assert cost.choose_order(Factorization.create(64, 64, rank=50), "auto") is None
+    assert (
+        cost.choose_order(Factorization.create(input_dim=64, output_dim=64, rank=50), "auto")
+        is None
+    )
 
 
 @pytest.mark.parametrize("backend", cost.GPU_LEAST_MACS)
 def test_on_a_gpu_only_large_kernels_are_factorized(backend, monkeypatch):
     monkeypatch.setattr(cost, "runtime", lambda: backend)
     monkeypatch.setattr(cost, "on_gpu", lambda: True)
-    large = Factorization.create(4096, 4096)
+    large = Factorization.create(input_dim=4096, output_dim=4096)
     assert cost.choose_order(large, "auto") == large.order
-    assert cost.choose_order(Factorization.create(4096, 4096, rank=30), "auto") is None
-    assert cost.choose_order(Factorization.create(512, 512), "auto") is None
+    assert (
+        cost.choose_order(Factorization.create(input_dim=4096, output_dim=4096, rank=30), "auto")
+        is None
+    )
+    assert cost.choose_order(Factorization.create(input_dim=512, output_dim=512), "auto") is None
     assert cost.choose_order(plan(64, 64), "auto", (1, 1)) is None
     assert cost.choose_order(plan(2048, 2048), "auto", (1, 1)) in cost.FACTORIZED
-    gates = Factorization.create(1024, 1024, gates=4)
+    gates = Factorization.create(input_dim=1024, output_dim=1024, gates=4)
     assert cost.choose_order(gates, "auto") is None
     assert cost.choose_order(gates, "factorized") == gates.order
 
 
 def test_small_products_of_gates_count_more_than_those_of_low_rank():
-    def gates(rank, *factors):
-        return Factorization.create(1024, 1024, *factors, rank=rank, gates=3)
+    def gates(**options):
+        return Factorization.create(input_dim=1024, output_dim=1024, gates=3, **options)
 
-    low_rank, square = gates(256, (1024, 1), (1, 1024)), gates(8)
+    low_rank = gates(rank=256, input_factors=(1024, 1), output_factors=(1, 1024))
+    square = gates(rank=8)
     for one in (low_rank, square):
         assert one.macs < one.full_macs < cost.SMALL_PRODUCT * one.macs
     assert cost.choose_order(low_rank, "auto") == low_rank.order
     assert cost.choose_order(square, "auto") is None
-    assert cost.choose_order(gates(1), "auto") == square.order
+    assert cost.choose_order(gates(rank=1), "auto") == square.order
 
 
 def test_files_hold_what_is_smaller():
@@ -88,13 +102,19 @@ def test_files_hold_what_is_smaller():
         for implementation in ("auto", "factorized", "materialized"):
             assert cost.choose_order(plan(64, 64, 4), implementation, (1, 1)) == "right"
             assert cost.choose_order(plan(64, 64, 60), implementation, (1, 1)) is None
-        few_out = Factorization.create(64, 8, (8, 8), (2, 4), 1, *WINDOWS["channel"])
+        few_out = Factorization.create(
+            input_dim=64,
+            output_dim=8,
+            input_factors=(8, 8),
+            output_factors=(2, 4),
+            **WINDOWS["channel"],
+        )
         assert cost.choose_order(few_out, "auto", (1, 1)) == "left"
 
 
 def test_gates_are_factorized_where_that_saves_much():
     for rank, order in ((1, "left"), (8, None)):
-        gates = Factorization.create(1024, 1024, rank=rank, gates=4)
+        gates = Factorization.create(input_dim=1024, output_dim=1024, rank=rank, gates=4)
         assert cost.choose_order(gates, "auto") == order
         assert cost.choose_order(gates, "factorized") == "left"
 
@@ -104,20 +124,20 @@ def test_gates_of_narrow_layers_are_materialized(monkeypatch, backend):
     monkeypatch.setattr(cost, "runtime", lambda: backend)
     monkeypatch.setattr(cost, "on_gpu", lambda: False)
     for units, order in ((64, None), (128, None if backend == "torch" else "left"), (512, "left")):
-        gates = Factorization.create(units, units, gates=4)
+        gates = Factorization.create(input_dim=units, output_dim=units, gates=4)
         assert cost.choose_order(gates, "auto") == order
         assert cost.choose_order(gates, "factorized") == "left"
 
 
 def test_large_steps_of_a_loop_project_their_inputs(monkeypatch):
-    plan = Factorization.create(128, 256, rank=4, gates=4)
+    plan = Factorization.create(input_dim=128, output_dim=256, rank=4, gates=4)
     for backend, pays in (("tensorflow", True), ("jax", True), ("torch", False)):
         monkeypatch.setattr(cost, "runtime", lambda backend=backend: backend)
         assert cost.pays_in_steps(plan, None, 64) is pays
         assert cost.pays_in_steps(plan, None, None) is pays
         assert not cost.pays_in_steps(plan, "left", 64)
         assert not cost.pays_in_steps(plan, None, 1)
-    large = Factorization.create(512, 1024, rank=4, gates=4)
+    large = Factorization.create(input_dim=512, output_dim=1024, rank=4, gates=4)
     assert cost.pays_in_steps(large, "left", 64)
     monkeypatch.setattr(cost, "on_gpu", lambda: True)
     assert not cost.pays_in_steps(large, "left", 64)
@@ -125,7 +145,7 @@ def test_large_steps_of_a_loop_project_their_inputs(monkeypatch):
 
 def test_files_project_the_inputs_of_a_loop_before_it():
     with exporting():
-        large = Factorization.create(512, 1024, rank=4, gates=4)
+        large = Factorization.create(input_dim=512, output_dim=1024, rank=4, gates=4)
         assert not cost.pays_in_steps(large, "left", 64)
 
 

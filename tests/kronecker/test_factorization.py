@@ -59,7 +59,7 @@ def test_a_square_is_split_into_its_root(root):
 
 @given(SMALL, SMALL, st.integers(1, 4))
 def test_parameters_count_the_numbers_in_both_factors(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
     left, right = np.zeros(plan.left_shape), np.zeros(plan.right_shape)
     assert left.shape[0] == right.shape[0] == rank
     assert plan.parameters == left.size + right.size
@@ -80,15 +80,25 @@ def count_macs(plan, order):
 
 @given(SMALL, SMALL, st.integers(1, 3))
 def test_macs_are_those_of_the_cheaper_order(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
     macs = {order: count_macs(plan, order) for order in ("left", "right")}
     assert plan.macs == macs[plan.order] == min(macs.values())
     assert plan.full_macs == input_dim * output_dim
 
 
 def test_order_follows_the_factors():
-    assert Factorization.create(64, 8, (32, 2), (2, 4)).order == "left"
-    assert Factorization.create(64, 8, (2, 32), (4, 2)).order == "right"
+    assert (
+        Factorization.create(
+            input_dim=64, output_dim=8, input_factors=(32, 2), output_factors=(2, 4)
+        ).order
+        == "left"
+    )
+    assert (
+        Factorization.create(
+            input_dim=64, output_dim=8, input_factors=(2, 32), output_factors=(4, 2)
+        ).order
+        == "right"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,8 +115,13 @@ def test_order_follows_the_factors():
     ],
 )
 def test_attainable_rank_is_that_of_a_random_kernel(input_factors, output_factors, rank):
-    sizes = math.prod(input_factors), math.prod(output_factors)
-    plan = Factorization.create(*sizes, input_factors, output_factors, rank)
+    plan = Factorization.create(
+        input_dim=math.prod(input_factors),
+        output_dim=math.prod(output_factors),
+        input_factors=input_factors,
+        output_factors=output_factors,
+        rank=rank,
+    )
     random = np.random.default_rng(0)
     kernel = oracle.kronecker_sum(
         random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
@@ -116,7 +131,7 @@ def test_attainable_rank_is_that_of_a_random_kernel(input_factors, output_factor
 
 @given(SMALL, SMALL)
 def test_sufficient_rank_is_that_of_the_rearranged_kernel(input_dim, output_dim):
-    plan = Factorization.create(input_dim, output_dim)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim)
     (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
     assert plan.sufficient_rank == np.linalg.matrix_rank(
         np.random.default_rng(0).normal(size=(d1 * u1, d2 * u2))
@@ -125,8 +140,8 @@ def test_sufficient_rank_is_that_of_the_rearranged_kernel(input_dim, output_dim)
 
 @given(SMALL, SMALL, st.integers(1, 3))
 def test_transposed_swaps_input_and_output(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim, output_dim, rank=rank)
-    other = Factorization.create(output_dim, input_dim, rank=rank)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
+    other = Factorization.create(input_dim=output_dim, output_dim=input_dim, rank=rank)
     assert plan.transposed == other
     assert plan.transposed.transposed == plan
     assert plan.transposed.parameters == plan.parameters
@@ -136,10 +151,24 @@ def test_transposed_swaps_input_and_output(input_dim, output_dim, rank):
 def test_factors_of_low_rank_are_two_plain_products(input_dim, output_dim, rank):
     for window, inputs in (((), input_dim), ((3, 2), 6 * input_dim)):
         ones = (1,) * len(window)
-        square = Factorization.create(input_dim, output_dim, None, None, rank, ones, window)
+        square = Factorization.create(
+            input_dim=input_dim,
+            output_dim=output_dim,
+            rank=rank,
+            left_window=ones,
+            right_window=window,
+        )
         assert not square.is_low_rank
         factors = square.low_rank_factors
-        plan = Factorization.create(input_dim, output_dim, *factors, rank, ones, window)
+        plan = Factorization.create(
+            input_dim=input_dim,
+            output_dim=output_dim,
+            input_factors=factors[0],
+            output_factors=factors[1],
+            rank=rank,
+            left_window=ones,
+            right_window=window,
+        )
         assert plan.is_low_rank
         assert plan.parameters == rank * (inputs + output_dim)
         assert plan.macs == plan.parameters
@@ -149,7 +178,7 @@ def test_factors_of_low_rank_are_two_plain_products(input_dim, output_dim, rank)
     assert square.gate.low_rank_factors == factors
     gates = dataclasses.replace(plan, left_window=(), right_window=(), gates=3)
     assert gates.low_rank_factors == ((input_dim, 1), (1, output_dim))
-    other = Factorization.create(input_dim, output_dim, rank=rank, groups=2)
+    other = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank, groups=2)
     assert other.low_rank_factors is None
     assert not other.is_low_rank
 
@@ -163,18 +192,32 @@ def test_a_recurrent_kernel_has_the_same_factors_on_both_sides_or_is_of_low_rank
 
 
 def test_given_factors_are_kept():
-    plan = Factorization.create(12, 10, (4, 3), np.array([5, 2]), np.int64(2))
+    plan = Factorization.create(
+        input_dim=12,
+        output_dim=10,
+        input_factors=(4, 3),
+        output_factors=np.array([5, 2]),
+        rank=np.int64(2),
+    )
     assert (plan.input_factors, plan.output_factors, plan.rank) == ((4, 3), (5, 2), 2)
     assert all(type(n) is int for n in (*plan.output_factors, plan.rank))
 
 
-WINDOWS = [((1,), (3,)), ((3,), (1,)), ((1, 1), (3, 3)), ((3, 1), (1, 3)), ((2, 1, 1), (1, 2, 3))]
+WINDOWS = [
+    {"left_window": (1,), "right_window": (3,)},
+    {"left_window": (3,), "right_window": (1,)},
+    {"left_window": (1, 1), "right_window": (3, 3)},
+    {"left_window": (3, 1), "right_window": (1, 3)},
+    {"left_window": (2, 1, 1), "right_window": (1, 2, 3)},
+]
 
 
 @pytest.mark.parametrize("windows", WINDOWS)
 @given(SMALL, SMALL, st.integers(1, 3), st.integers(1, 3))
 def test_a_convolution_counts_the_numbers_in_both_factors(windows, channels, filters, rank, groups):
-    plan = Factorization.create(channels, filters, None, None, rank, *windows, groups)
+    plan = Factorization.create(
+        input_dim=channels, output_dim=filters, rank=rank, groups=groups, **windows
+    )
     left, right = np.zeros(plan.left_shape), np.zeros(plan.right_shape)
     assert left.shape[0] == right.shape[0] == rank
     assert plan.parameters == left.size + right.size
@@ -187,10 +230,10 @@ def test_a_convolution_counts_the_numbers_in_both_factors(windows, channels, fil
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("channels", [(3, 32), (7, 11), (37, 13), (13, 128), (127, 128), (1, 64)])
 def test_channels_are_never_split_without_compression(windows, channels):
-    plan = Factorization.create(*channels, None, None, 1, *windows)
+    plan = Factorization.create(input_dim=channels[0], output_dim=channels[1], **windows)
     near_square = [choose_factors(size) for size in channels]
     orders = itertools.product(*((split, split[::-1]) for split in near_square))
-    least = min(Factorization(*channels, *pair, 1, *windows).parameters for pair in orders)
+    least = min(Factorization(*channels, *pair, **windows).parameters for pair in orders)
     assert plan.parameters <= 2.5 * least
     assert plan.parameters < plan.full_parameters / 2 or max(channels) < 12
 
@@ -201,7 +244,14 @@ def test_channels_are_never_split_without_compression(windows, channels):
 )
 @pytest.mark.parametrize("rank", [1, 2])
 def test_attainable_rank_of_a_convolution_is_that_of_a_random_kernel(windows, pair, rank):
-    plan = Factorization.create(*map(math.prod, pair), *pair, rank, *windows)
+    plan = Factorization.create(
+        input_dim=math.prod(pair[0]),
+        output_dim=math.prod(pair[1]),
+        input_factors=pair[0],
+        output_factors=pair[1],
+        rank=rank,
+        **windows,
+    )
     random = np.random.default_rng(0)
     kernel = oracle.kronecker_sum(
         random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
@@ -212,21 +262,23 @@ def test_attainable_rank_of_a_convolution_is_that_of_a_random_kernel(windows, pa
 
 @given(SMALL, SMALL)
 def test_aligned_factors_reach_the_rank_of_every_near_square_order(channels, filters):
-    windows = (1, 1), (3, 3)
+    windows = {"left_window": (1, 1), "right_window": (3, 3)}
     best = Factorization(
-        channels, filters, *choose_aligned_factors(channels, filters, *windows), 1, *windows
+        channels, filters, *choose_aligned_factors(channels, filters, **windows), **windows
     )
     for inputs in (choose_factors(channels), choose_factors(channels)[::-1]):
         for outputs in (choose_factors(filters), choose_factors(filters)[::-1]):
-            other = Factorization(channels, filters, inputs, outputs, 1, *windows)
+            other = Factorization(channels, filters, inputs, outputs, **windows)
             assert best.attainable_rank >= other.attainable_rank
 
 
 def test_a_window_of_one_is_split_as_a_dense_projection():
-    plan = Factorization.create(128, 200, left_window=(1, 1), right_window=(1, 1))
+    plan = Factorization.create(
+        input_dim=128, output_dim=200, left_window=(1, 1), right_window=(1, 1)
+    )
     assert plan.pointwise
     assert (plan.input_factors, plan.output_factors) == (choose_factors(128), choose_factors(200))
-    assert not Factorization.create(12, 12, groups=2).pointwise
+    assert not Factorization.create(input_dim=12, output_dim=12, groups=2).pointwise
 
 
 @pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS)
@@ -275,7 +327,7 @@ def test_choose_factors_refuses(value):
 )
 def test_factorization_refuses_factors(argument, value, rule):
     with pytest.raises(ValueError, match=f"`{argument}.*{re.escape(rule)}.*Received: {argument}"):
-        Factorization.create(12, 12, **{argument: value})
+        Factorization.create(input_dim=12, output_dim=12, **{argument: value})
 
 
 def test_check_factors_without_a_size_accepts_any_pair():
@@ -284,8 +336,8 @@ def test_check_factors_without_a_size_accepts_any_pair():
 
 
 def test_gates_have_factors_of_their_own():
-    plan = Factorization.create(12, 20, rank=3, gates=4)
-    gate = Factorization.create(12, 20, rank=3)
+    plan = Factorization.create(input_dim=12, output_dim=20, rank=3, gates=4)
+    gate = Factorization.create(input_dim=12, output_dim=20, rank=3)
     assert plan.gate == gate
     assert plan.left_shape == (4, *gate.left_shape)
     assert plan.right_shape == (4, *gate.right_shape)

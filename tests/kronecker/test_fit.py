@@ -14,7 +14,11 @@ from keras_bilinear.kronecker.nearest import arrange, nearest_kronecker_sum
 from keras_bilinear.kronecker.statistics import Frequencies, Moments
 from keras_bilinear.layers.converter import full_converter
 
-WINDOWS = {"dense": ((), ()), "channel": ((1, 1), (3, 2)), "spatial": ((3, 1), (1, 2))}
+WINDOWS = {
+    "dense": {},
+    "channel": {"left_window": (1, 1), "right_window": (3, 2)},
+    "spatial": {"left_window": (3, 1), "right_window": (1, 2)},
+}
 
 
 def problem(rng, plan, examples=300):
@@ -68,7 +72,9 @@ def test_errors_are_those_of_the_examples_and_not_above_the_nearest_sums(
     inputs, outputs, rank, pattern, groups, centred, seed
 ):
     groups = 1 if pattern == "dense" else groups
-    plan = Factorization.create(inputs, outputs, None, None, rank, *WINDOWS[pattern], groups)
+    plan = Factorization.create(
+        input_dim=inputs, output_dim=outputs, rank=rank, groups=groups, **WINDOWS[pattern]
+    )
     kernel, rows, moments = problem(np.random.default_rng(seed), plan)
     fit = fit_kronecker_sum(moments, plan, centred)
     error = relative_error(plan, rows, moments, fit, centred)
@@ -87,7 +93,7 @@ def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
     monkeypatch.setattr("keras_bilinear.kronecker.fit.TOLERANCE", 0.0)
     monkeypatch.setattr("keras_bilinear.kronecker.fit.LEAST_PRIOR", 0.0)
     monkeypatch.setattr("keras_bilinear.kronecker.fit.PRIOR", 0.0)
-    plan = Factorization.create(12, 9, None, None, 2, *WINDOWS[pattern], 1)
+    plan = Factorization.create(input_dim=12, output_dim=9, rank=2, **WINDOWS[pattern])
     rng = np.random.default_rng(0)
     _, rows, moments = problem(rng, plan)
     fit = fit_kronecker_sum(moments, plan, centred, sweeps=2000)
@@ -105,11 +111,21 @@ def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
 
 
 def low_rank_plan(window, rank, swapped=False):
-    plan = Factorization.create(12, 9, None, None, rank, (1,) * len(window), window)
+    plan = Factorization.create(
+        input_dim=12, output_dim=9, rank=rank, left_window=(1,) * len(window), right_window=window
+    )
     inputs, outputs = plan.low_rank_factors
     if swapped:
         inputs, outputs = inputs[::-1], outputs[::-1]
-    plan = Factorization.create(12, 9, inputs, outputs, rank, (1,) * len(window), window)
+    plan = Factorization.create(
+        input_dim=12,
+        output_dim=9,
+        input_factors=inputs,
+        output_factors=outputs,
+        rank=rank,
+        left_window=(1,) * len(window),
+        right_window=window,
+    )
     assert plan.is_low_rank
     return plan
 
@@ -151,7 +167,9 @@ def test_kernels_of_low_rank_are_fitted_to_inputs_that_hardly_vary():
     x = (100 * rng.uniform(1, 2, 200) + 1e-4 * rng.normal(size=(600, 200))).astype("float32")
     moments = Moments(kernel)
     moments.add(x, x)
-    plan = Factorization.create(200, 9, (200, 1), (1, 9), 4)
+    plan = Factorization.create(
+        input_dim=200, output_dim=9, input_factors=(200, 1), output_factors=(1, 9), rank=4
+    )
     gram, *_ = moments.second(centred=True)
     assert np.linalg.eigvalsh(gram)[0] < 0  # by rounding
     fit = fit_kronecker_sum([moments], plan, centred=True)
@@ -175,7 +193,9 @@ def test_kernels_of_low_rank_are_fitted_to_targets_of_other_inputs():
 def test_tables_of_low_rank_are_weighted_by_the_use_of_their_rows():
     rng = np.random.default_rng(0)
     kernel, indices = rng.normal(size=(30, 8)), rng.zipf(1.5, size=50_000) % 30
-    plan = Factorization.create(30, 8, (30, 1), (1, 8), 2)
+    plan = Factorization.create(
+        input_dim=30, output_dim=8, input_factors=(30, 1), output_factors=(1, 8), rank=2
+    )
     frequencies = Frequencies(kernel)
     frequencies.add(indices)
     fit = fit_kronecker_sum([frequencies], plan)
@@ -191,7 +211,10 @@ def test_tables_of_low_rank_are_weighted_by_the_use_of_their_rows():
 
 def test_frequencies_are_moments_of_single_rows():
     rng = np.random.default_rng(0)
-    kernel, plan = rng.normal(size=(23, 10)), Factorization.create(23, 10, rank=2)
+    kernel, plan = (
+        rng.normal(size=(23, 10)),
+        Factorization.create(input_dim=23, output_dim=10, rank=2),
+    )
     indices = rng.zipf(1.5, size=1000) % 23
     frequencies, moments = Frequencies(kernel), Moments(kernel)
     frequencies.add(indices)
@@ -209,7 +232,10 @@ def test_frequencies_are_moments_of_single_rows():
 
 def test_targets_may_come_from_other_inputs():
     rng = np.random.default_rng(0)
-    kernel, plan = rng.normal(size=(16, 16)), Factorization.create(16, 16, rank=16)
+    kernel, plan = (
+        rng.normal(size=(16, 16)),
+        Factorization.create(input_dim=16, output_dim=16, rank=16),
+    )
     x, mixing = rng.normal(size=(400, 16)), 2 * np.eye(16) + 0.1 * rng.normal(size=(16, 16))
     moments = Moments(kernel)
     moments.add(x @ mixing, x)
@@ -221,7 +247,10 @@ def test_targets_may_come_from_other_inputs():
 
 def test_what_examples_do_not_show_stays_near_the_kernel():
     rng = np.random.default_rng(0)
-    kernel, plan = rng.normal(size=(16, 16)), Factorization.create(16, 16, rank=4)
+    kernel, plan = (
+        rng.normal(size=(16, 16)),
+        Factorization.create(input_dim=16, output_dim=16, rank=4),
+    )
     moments = Moments(kernel)
     x = np.zeros((3, 16))
     x[:, 0] = 1
@@ -235,7 +264,10 @@ def test_what_examples_do_not_show_stays_near_the_kernel():
 
 def test_an_input_that_is_always_zero_does_no_harm():
     rng = np.random.default_rng(0)
-    kernel, plan = rng.normal(size=(12, 12)), Factorization.create(12, 12, rank=2)
+    kernel, plan = (
+        rng.normal(size=(12, 12)),
+        Factorization.create(input_dim=12, output_dim=12, rank=2),
+    )
     moments = Moments(kernel)
     x = np.zeros((50, 12))
     moments.add(x, x)
@@ -246,7 +278,15 @@ def test_an_input_that_is_always_zero_does_no_harm():
 
 
 def test_arranged_kernels_are_those_of_the_axes():
-    plan = Factorization.create(6, 4, (2, 3), (2, 2), 1, (3, 1), (1, 2))
+    plan = Factorization.create(
+        input_dim=6,
+        output_dim=4,
+        input_factors=(2, 3),
+        output_factors=(2, 2),
+        rank=1,
+        left_window=(3, 1),
+        right_window=(1, 2),
+    )
     kernel = np.arange(3 * 2 * 6 * 4).reshape(3, 2, 6, 4)
     arranged = arrange(kernel.reshape(-1, 4), plan).reshape(3, 2, 2, 3, 2, 2)
     expected = kernel.reshape(3, 2, 2, 3, 2, 2).transpose(0, 2, 1, 3, 4, 5)

@@ -37,7 +37,7 @@ def singular_values(kernel, plan):
 
 @given(DIMS, DIMS, st.integers(1, 6), st.integers(0, 99))
 def test_residual_is_that_of_the_truncated_svd(input_dim, output_dim, rank, seed):
-    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
     kernel = random_kernel(plan, seed)
     best = np.linalg.norm(singular_values(kernel, plan)[rank:])
     np.testing.assert_allclose(residual(kernel, plan), best, rtol=1e-9, atol=1e-10)
@@ -45,7 +45,7 @@ def test_residual_is_that_of_the_truncated_svd(input_dim, output_dim, rank, seed
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 def test_residual_of_a_kernel_of_very_different_singular_values(rank):
-    plan = Factorization.create(36, 36, rank=rank)
+    plan = Factorization.create(input_dim=36, output_dim=36, rank=rank)
     random = np.random.default_rng(0)
     left, _ = np.linalg.qr(random.normal(size=(36, 6)))
     right, _ = np.linalg.qr(random.normal(size=(36, 6)))
@@ -58,9 +58,9 @@ def test_residual_of_a_kernel_of_very_different_singular_values(rank):
 
 @given(DIMS, DIMS, st.integers(0, 3))
 def test_exact_at_the_sufficient_rank_and_beyond(input_dim, output_dim, more):
-    plan = Factorization.create(input_dim, output_dim)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim)
     rank = plan.sufficient_rank + more
-    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
     kernel = random_kernel(plan)
     assert residual(kernel, plan) < 1e-12 * np.linalg.norm(kernel)
 
@@ -69,13 +69,21 @@ def test_exact_at_the_sufficient_rank_and_beyond(input_dim, output_dim, more):
     ("input_factors", "output_factors"), [((2, 30), (3, 4)), ((30, 2), (4, 3)), ((1, 60), (12, 1))]
 )
 def test_exact_with_one_side_larger(input_factors, output_factors):
-    rank = Factorization.create(60, 12, input_factors, output_factors).sufficient_rank
-    plan = Factorization.create(60, 12, input_factors, output_factors, rank)
+    rank = Factorization.create(
+        input_dim=60, output_dim=12, input_factors=input_factors, output_factors=output_factors
+    ).sufficient_rank
+    plan = Factorization.create(
+        input_dim=60,
+        output_dim=12,
+        input_factors=input_factors,
+        output_factors=output_factors,
+        rank=rank,
+    )
     assert residual(random_kernel(plan), plan) < 1e-11
 
 
 def test_exact_for_a_sum_of_as_many_terms():
-    plan = Factorization.create(30, 42, rank=3)
+    plan = Factorization.create(input_dim=30, output_dim=42, rank=3)
     random = np.random.default_rng(0)
     kernel = oracle.kronecker_sum(
         random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
@@ -94,10 +102,11 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("options", CONVOLUTIONS)
 @pytest.mark.parametrize("dims", [(6, 8), (7, 5)])
 def test_kernels_with_windows_and_groups(dims, options):
-    plan = Factorization.create(*dims, **options)
+    sizes = dict(zip(("input_dim", "output_dim"), dims, strict=True))
+    plan = Factorization.create(**sizes, **options)
     kernel = np.random.default_rng(0).normal(size=plan.full_shape)
     ranks = range(1, plan.sufficient_rank + 1)
-    plans = [Factorization.create(*dims, rank=rank, **options) for rank in ranks]
+    plans = [Factorization.create(**sizes, rank=rank, **options) for rank in ranks]
     errors = [residual(kernel, plan) for plan in plans]
     assert (np.diff(errors) < 0).all()
     assert errors[-1] < 1e-12 * np.linalg.norm(kernel)
@@ -115,15 +124,16 @@ def test_kernels_with_windows_and_groups(dims, options):
 
 @pytest.mark.parametrize("dims", [(36, 49), (17, 13), (3, 50), (101, 7)])
 def test_error_falls_with_the_rank(dims):
-    ranks = range(1, Factorization.create(*dims).sufficient_rank)
-    plans = [Factorization.create(*dims, rank=rank) for rank in ranks]
+    sizes = dict(zip(("input_dim", "output_dim"), dims, strict=True))
+    ranks = range(1, Factorization.create(**sizes).sufficient_rank)
+    plans = [Factorization.create(**sizes, rank=rank) for rank in ranks]
     errors = [residual(random_kernel(plan), plan) for plan in plans]
     assert (np.diff(errors) < 0).all()
 
 
 @given(DIMS, DIMS, st.integers(1, 5))
 def test_never_worse_than_random_factors_at_their_best_scale(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
     kernel = random_kernel(plan)
     random = np.random.default_rng(1)
     guess = oracle.kronecker_sum(
@@ -136,7 +146,7 @@ def test_never_worse_than_random_factors_at_their_best_scale(input_dim, output_d
 
 @given(DIMS, DIMS, st.integers(1, 5))
 def test_both_factors_of_a_term_have_the_same_norm(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim, output_dim, rank=rank)
+    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
     left, right = nearest_kronecker_sum(random_kernel(plan), plan)
     norms = [np.linalg.norm(factor, axis=(1, 2)) for factor in (left, right)]
     np.testing.assert_allclose(*norms, rtol=1e-9, atol=1e-12)
@@ -144,20 +154,20 @@ def test_both_factors_of_a_term_have_the_same_norm(input_dim, output_dim, rank):
 
 @pytest.mark.parametrize("rank", [1, 3, 200])
 def test_zero_kernel_gives_zero_factors(rank):
-    plan = Factorization.create(12, 10, rank=rank)
+    plan = Factorization.create(input_dim=12, output_dim=10, rank=rank)
     for factor in nearest_kronecker_sum(np.zeros((12, 10)), plan):
         np.testing.assert_array_equal(factor, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int32"])
 def test_any_real_dtype(dtype):
-    plan = Factorization.create(12, 10, rank=10)
+    plan = Factorization.create(input_dim=12, output_dim=10, rank=10)
     kernel = (10 * random_kernel(plan)).astype(dtype)
     assert residual(kernel, plan) < 1e-10
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_any_scale(scale):
-    plan = Factorization.create(13, 10, rank=10)
+    plan = Factorization.create(input_dim=13, output_dim=10, rank=10)
     kernel = scale * random_kernel(plan)
     assert residual(kernel, plan) < 1e-11 * scale

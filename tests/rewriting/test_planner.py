@@ -365,14 +365,14 @@ def test_layers_that_cannot_be_rewritten_take_no_rank():
 def test_remaining_energies_are_those_of_the_nearest_sums(gates, large, monkeypatch):
     monkeypatch.setattr("keras_bilinear.kronecker.nearest.LARGE", large)
     rng = np.random.default_rng(0)
-    plan = Factorization.create(64, 100, rank=1, gates=gates)
+    plan = Factorization.create(input_dim=64, output_dim=100, rank=1, gates=gates)
     # Singular values that fall, as those of trained kernels do.
     scales = np.exp(-np.arange(64) / 8)[:, None]
     parts = [np.linalg.qr(rng.normal(size=(64, 64)))[0] @ (scales * rng.normal(size=(64, 100)))]
     parts *= max(1, gates)
     energies = remaining_energies(parts, plan, 6)
     for rank in range(1, 7):
-        one = Factorization.create(64, 100, rank=rank)
+        one = Factorization.create(input_dim=64, output_dim=100, rank=rank)
         left, right = nearest_kronecker_sum(parts[0], one)
         rest = parts[0] - sum(np.kron(a, b) for a, b in zip(left, right, strict=True))
         expected = len(parts) * np.sum(rest**2)
