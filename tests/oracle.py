@@ -31,19 +31,19 @@ def full_kernel(layer):
     """The kernel of a layer: padding is at the end of the channels of each group."""
     plan = layer.factorization
     kernel = layer._kernel.gain * kronecker_sum(*factors(layer))
-    by_group = (*kernel.shape[:-1], plan.groups, plan.padded_output_dim)
+    by_group = (*kernel.shape[:-1], plan.blocks, plan.padded_output_dim)
     kernel = kernel.reshape(by_group)[..., : plan.input_dim, :, : plan.output_dim]
     return kernel.reshape(plan.full_shape)
 
 
 def pad_like(kernel, plan):
     """Pads a full kernel with zeros to the size that the factors hold."""
-    kernel = kernel.reshape(*kernel.shape[:-1], plan.groups, plan.output_dim)
+    kernel = kernel.reshape(*kernel.shape[:-1], plan.blocks, plan.output_dim)
     padding = [(0, 0)] * kernel.ndim
     padding[-3] = (0, plan.padded_input_dim - plan.input_dim)
     padding[-1] = (0, plan.padded_output_dim - plan.output_dim)
     padded = np.pad(kernel, padding)
-    return padded.reshape(*padded.shape[:-2], plan.groups * plan.padded_output_dim)
+    return padded.reshape(*padded.shape[:-2], plan.blocks * plan.padded_output_dim)
 
 
 def gate_kernels(kernel):

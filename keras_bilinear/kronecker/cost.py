@@ -133,7 +133,7 @@ def count_macs(plan, order, strides):
     """
     if plan.pointwise:
         return plan.full_macs if order is None else plan.macs
-    return plan.groups * sum(step.macs for step in _steps(plan, order, strides))
+    return plan.blocks * sum(step.macs for step in _steps(plan, order, strides))
 
 
 def count_between(plan, order, strides):
@@ -142,7 +142,7 @@ def count_between(plan, order, strides):
     Arguments as of `count_macs`, but for `None`.
     """
     first = 1 if plan.pointwise else _steps(plan, order, strides)[0].positions
-    return plan.groups * first * plan.between(order)
+    return plan.blocks * first * plan.between(order)
 
 
 def work(plan, order, strides):
@@ -167,7 +167,7 @@ def work(plan, order, strides):
         if plan.rank > 1 or not (first.multiplies or last.multiplies):
             moved += first.positions * first.outputs
     numbers = macs, patches, outputs, multiplied, moved
-    return Work(*(plan.groups * number for number in numbers), chained=len(steps) - 1)
+    return Work(*(plan.blocks * number for number in numbers), chained=len(steps) - 1)
 
 
 def seconds(plan, order, strides, coefficients=None):
@@ -210,7 +210,7 @@ def choose_order(plan, implementation, strides=()):
     if implementation == "auto" and on_gpu() and not _pays_on_gpu(plan, strides):
         return None
     if plan.pointwise:
-        least = STEP_LEAST_SAVED[runtime()] if plan.gates else 0
+        least = 0 if plan.share_right else STEP_LEAST_SAVED[runtime()]
         pays = implementation == "factorized" or saved_macs(plan) >= least
         return plan.order if pays else None
     ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)
@@ -244,12 +244,12 @@ def step_macs(plan, order, batch_size):
 
 
 def _weight_of_small_products(plan):
-    return SMALL_PRODUCT if plan.gates and not plan.is_low_rank else 1
+    return 1 if plan.share_right or plan.is_low_rank else SMALL_PRODUCT
 
 
 def _pays_on_gpu(plan, strides):
     """Whether a GPU is faster with the factors of this kernel than with the kernel."""
-    if plan.gates:
+    if not plan.share_right:  # the gates of a recurrent layer
         return False
     full = count_macs(plan, None, strides)
     factorized = min(count_macs(plan, order, strides) for order in FACTORIZED)

@@ -150,23 +150,25 @@ def _splits(size):
 class Factorization:
     """The shapes of `Y = sum_r L_r^T X R_r`, and all that follows from them.
 
-    In a convolution each factor is one as well, with a window of its own; along
-    each axis at least one of both windows has the size 1. The groups of a
-    grouped convolution share the right factor and have their own left ones,
-    side by side. Without windows, it is a dense projection. The gates of a
-    recurrent layer lie side by side in its kernel, and each has both factors of
-    its own.
+    In a convolution each factor is a convolution as well, with a window of its own;
+    along each axis at least one of both windows has the size 1. Without windows, it
+    is a dense projection.
+
+    A kernel may hold several blocks, matrices that lie side by side. The groups of a
+    convolution share the right factor, and their left factors lie side by side in one
+    tensor. The gates of a recurrent cell have both factors of their own, stacked along a
+    leading axis, which is there for a single gate too.
 
     Attributes:
-        input_dim: true input width, `D_in`; the channels of one group.
-        output_dim: true output width, `D_out`; the filters of one group.
+        input_dim: true input width, `D_in`; the channels of one block.
+        output_dim: true output width, `D_out`; the filters of one block.
         input_factors: `(d1, d2)` with `d1 * d2 >= D_in`.
         output_factors: `(u1, u2)` with `u1 * u2 >= D_out`.
         rank: number of Kronecker terms.
         left_window: window of the left factor along each spatial axis.
         right_window: window of the right factor, likewise.
-        groups: number of groups of a convolution.
-        gates: number of gates of a recurrent layer; 0 for any other layer.
+        blocks: number of matrices side by side: groups of a convolution, gates of a cell.
+        share_right: whether the blocks share the right factor, as groups do and gates do not.
     """
 
     input_dim: int
@@ -176,8 +178,8 @@ class Factorization:
     rank: int = 1
     left_window: tuple = ()
     right_window: tuple = ()
-    groups: int = 1
-    gates: int = 0
+    blocks: int = 1
+    share_right: bool = True
 
     @classmethod
     def create(
@@ -190,8 +192,8 @@ class Factorization:
         rank=1,
         left_window=(),
         right_window=(),
-        groups=1,
-        gates=0,
+        blocks=1,
+        share_right=True,
     ):
         """Checks the arguments and chooses the factors that are `None`.
 
@@ -212,28 +214,42 @@ class Factorization:
             rank=check_positive_int("rank", rank),
             left_window=left_window,
             right_window=right_window,
-            groups=groups,
-            gates=gates,
+            blocks=blocks,
+            share_right=share_right,
         )
 
     @property
     def left_shape(self):
         d1, u1 = self.input_factors[0], self.output_factors[0]
-        return (*self._gates, self.rank, *self.left_window, d1, self.groups * u1)
+        side_by_side = self.blocks if self.share_right else 1
+        return (*self._stacked, self.rank, *self.left_window, d1, side_by_side * u1)
 
     @property
     def right_shape(self):
         d2, u2 = self.input_factors[1], self.output_factors[1]
-        return (*self._gates, self.rank, *self.right_window, d2, u2)
+        return (*self._stacked, self.rank, *self.right_window, d2, u2)
 
     @property
-    def _gates(self):
-        return (self.gates,) if self.gates else ()
+    def _stacked(self):
+        """The leading axis of the factors, which blocks have that share none."""
+        return () if self.share_right else (self.blocks,)
 
     @property
-    def gate(self):
-        """The factorization of one gate."""
-        return dataclasses.replace(self, gates=0)
+    def block(self):
+        """The factorization of a single block."""
+        return dataclasses.replace(self, blocks=1, share_right=True)
+
+    @property
+    def coupled(self):
+        """The factorization of the blocks that are solved for together.
+
+        All of them, where they share the right factor; else a single block.
+        """
+        return self if self.share_right else self.block
+
+    def couple(self, blocks):
+        """Lists of those of some values, one for each block, that are solved for together."""
+        return [blocks] if self.share_right else [[block] for block in blocks]
 
     @property
     def window(self):
@@ -243,16 +259,12 @@ class Factorization:
     @property
     def pointwise(self):
         """Whether it is a dense projection, of vectors or of each position."""
-        return math.prod(self.window) == self.groups == 1
+        return math.prod(self.window) == 1 and (self.blocks == 1 or not self.share_right)
 
     @property
     def full_shape(self):
         """The shape of the full kernel."""
-        return (
-            *self.window,
-            self.input_dim,
-            math.prod(self._gates) * self.groups * self.output_dim,
-        )
+        return (*self.window, self.input_dim, self.blocks * self.output_dim)
 
     @property
     def padded_input_dim(self):
@@ -286,7 +298,8 @@ class Factorization:
         >>> Factorization.create(input_dim=64, output_dim=128, **windows).low_rank_factors
         ((1, 64), (128, 1))
         """
-        if self.groups > 1 or math.prod(self.left_window) > 1:
+        grouped = self.share_right and self.blocks > 1
+        if grouped or math.prod(self.left_window) > 1:
             return None
         if self.pointwise:
             return (self.input_dim, 1), (1, self.output_dim)
@@ -302,7 +315,7 @@ class Factorization:
 
     @property
     def attainable_rank(self):
-        """The highest matrix rank of a materialized kernel, of one group or gate.
+        """The highest matrix rank of one block of the materialized kernel.
 
         Where sizes are padded, the true one may be some lower.
         """
@@ -315,17 +328,18 @@ class Factorization:
     @property
     def sufficient_rank(self):
         """The rank at which every full kernel is stored exactly."""
-        return min(math.prod(shape[1:]) for shape in (self.gate.left_shape, self.gate.right_shape))
+        return min(
+            math.prod(shape[1:]) for shape in (self.coupled.left_shape, self.coupled.right_shape)
+        )
 
     def _macs(self, order):
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
         left, right = math.prod(self.left_window) * d1, math.prod(self.right_window) * d2
         left_first, right_first = u1 * (d2 * left + u2 * right), u2 * (d1 * right + u1 * left)
-        terms = math.prod(self._gates) * self.groups * self.rank
-        return terms * (left_first if order == "left" else right_first)
+        return self.blocks * self.rank * (left_first if order == "left" else right_first)
 
     def between(self, order):
-        """Numbers between both factors, for one vector or position and one group or gate."""
+        """Numbers between both factors, for one vector or position and one block."""
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
         return self.rank * (u1 * d2 if order == "left" else d1 * u2)
 

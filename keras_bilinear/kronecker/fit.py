@@ -56,8 +56,8 @@ def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
     weighs more the fewer examples there are.
 
     Args:
-        moments: `Moments` of the examples, or `Frequencies`; one for each group.
-        factorization: a `Factorization` without gates.
+        moments: `Moments` of the examples, or `Frequencies`; one for each block.
+        factorization: a `Factorization` whose blocks share the right factor.
         centred: whether a bias takes the means.
         sweeps: at most so many; each solves for both factors.
 
@@ -124,16 +124,16 @@ def _fit(problems, starts, sweeps):
 
 @dataclasses.dataclass(frozen=True)
 class _Factors:
-    """`left`: for each group `(rank, a, u)`; `right`: `(rank, b, v)`."""
+    """`left`: for each block `(rank, a, u)`; `right`: `(rank, b, v)`."""
 
     left: list
     right: np.ndarray
 
     @classmethod
     def of(cls, left, right, plan):
-        left = left.reshape(plan.rank, -1, plan.groups, plan.output_factors[0])
+        left = left.reshape(plan.rank, -1, plan.blocks, plan.output_factors[0])
         right = right.reshape(plan.rank, -1, plan.output_factors[1])
-        return cls([left[:, :, group] for group in range(plan.groups)], right)
+        return cls([left[:, :, block] for block in range(plan.blocks)], right)
 
     def first(self, rank):
         """The first terms, which are the largest of those to begin with."""
@@ -145,7 +145,7 @@ class _Factors:
 
 
 class _Problem:
-    """The least squares of one group, its axes arranged as those of the factors."""
+    """The least squares of one block, its axes arranged as those of the factors."""
 
     def __init__(self, moments, plan, centred):
         kernel = np.asarray(moments.kernel, "float64")
@@ -286,7 +286,7 @@ def _nearest_in_metric(plan, problems):
     left, right = leading_terms(np.stack(kernels, 1).reshape(-1, b * v), plan.rank)
     left = left.reshape(plan.rank, a, len(problems), u)
     return _Factors(
-        [np.matmul(back, left[:, :, group]) for group, (_, back) in enumerate(of_left)],
+        [np.matmul(back, left[:, :, block]) for block, (_, back) in enumerate(of_left)],
         np.matmul(inverse, right.reshape(plan.rank, b, v)),
     )
 

@@ -177,8 +177,8 @@ def _with_seed_offset(initializer, offset):
     return type(initializer).from_config({**initializer.get_config(), "seed": seed + offset})
 
 
-def split_into_gates(initializer, gates):
-    """The initializers of each gate's part of a kernel; an identity stands in the first one."""
+def split_into_blocks(initializer, blocks):
+    """The initializer of each block of a kernel; an identity stands in the first block."""
     if isinstance(initializer, keras.initializers.Identity):
-        return [initializer, *[keras.initializers.Zeros()] * (gates - 1)]
-    return [_with_seed_offset(initializer, 100 * gate) for gate in range(gates)]
+        return [initializer, *[keras.initializers.Zeros()] * (blocks - 1)]
+    return [_with_seed_offset(initializer, 100 * block) for block in range(blocks)]

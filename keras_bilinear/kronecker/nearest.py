@@ -24,32 +24,29 @@ def nearest_kronecker_sum(kernel, factorization):
 
     Args:
         kernel: of `factorization.full_shape`, any real dtype.
-        factorization: a `Factorization` of that shape, without gates.
+        factorization: a `Factorization` of that shape, whose blocks share the right factor.
 
     Returns:
         `(left, right)`, float64, of `factorization.left_shape` and
         `right_shape`. Both factors of a term have the same norm.
     """
     plan = factorization
-    parts = np.split(np.asarray(kernel).reshape(-1, plan.full_shape[-1]), plan.groups, axis=1)
-    left, right = leading_terms(_rearrange(parts, plan), plan.rank)
+    blocks = np.split(np.asarray(kernel).reshape(-1, plan.full_shape[-1]), plan.blocks, axis=1)
+    left, right = leading_terms(_rearrange(blocks, plan), plan.rank)
     return left.reshape(plan.left_shape), right.reshape(plan.right_shape)
 
 
-def remaining_energies(parts, factorization, most):
+def remaining_energies(blocks, factorization, most):
     """What the nearest sums of 0, 1, ... `most` terms leave of a kernel: squared norms.
 
     Args:
-        parts: the kernels of its groups or gates, `(inputs, outputs)`.
+        blocks: the matrices in the kernel, each `(inputs, outputs)`.
         factorization: a `Factorization`; its rank does not matter.
         most: the largest number of terms.
     """
-    plan = factorization.gate
-    # Gates have terms of their own, groups share them.
-    matrices = [[part] for part in parts] if factorization.gates else [parts]
     left = np.zeros(most + 1)
-    for one in matrices:
-        matrix = _rearrange(one, plan)
+    for coupled in factorization.couple(blocks):
+        matrix = _rearrange(coupled, factorization.coupled)
         taken = np.zeros(most + 1)
         energies = _leading_energies(matrix, most)
         taken[1 : len(energies) + 1] = energies
@@ -57,10 +54,10 @@ def remaining_energies(parts, factorization, most):
     return left
 
 
-def _rearrange(parts, plan):
-    """The kernels of all groups as a matrix: rows of the left factor, columns of the right one."""
-    dtype = "float64" if parts[0].size <= LARGE_KERNEL else "float32"
-    kernels = np.stack([arrange(np.asarray(part, dtype), plan) for part in parts])
+def _rearrange(blocks, plan):
+    """Blocks that share a right factor as a matrix: a row for each number of the left factor."""
+    dtype = "float64" if blocks[0].size <= LARGE_KERNEL else "float32"
+    kernels = np.stack([arrange(np.asarray(block, dtype), plan) for block in blocks])
     rows = math.prod(plan.left_shape[1:])
     return kernels.transpose(1, 0, 3, 2, 4).reshape(rows, -1)
 
@@ -86,7 +83,7 @@ def leading_terms(matrix, rank):
 
 
 def arrange(values, plan):
-    """The numbers of one group's kernel, `(inputs, outputs)`, arranged as its factors are.
+    """The numbers of one block of a kernel, `(inputs, outputs)`, arranged as its factors are.
 
     Returns:
         `(a, b, u, v)`: inputs of the left and of the right factor, then their

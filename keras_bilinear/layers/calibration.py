@@ -73,10 +73,10 @@ class Calibration:
             sweeps: see `keras_bilinear.kronecker.fit.fit_kronecker_sum`.
         """
         found = []
-        for plan, parts in zip(factorizations, self.statistics.values(), strict=True):
-            problems = [[one] for one in parts] if plan.gates else [parts]
+        for factorization, parts in zip(factorizations, self.statistics.values(), strict=True):
             found += [
-                fit_errors(problem, plan.gate, ranks, self.has_bias, sweeps) for problem in problems
+                fit_errors(coupled, factorization.coupled, ranks, self.has_bias, sweeps)
+                for coupled in factorization.couple(parts)
             ]
         return {
             rank: float(np.sqrt(np.mean([errors[rank] ** 2 for errors in found]))) for rank in ranks

@@ -207,7 +207,7 @@ class BilinearConv(BilinearLayer):
                 self.filters // self.groups,
                 left_window=left_window,
                 right_window=right_window,
-                groups=self.groups,
+                blocks=self.groups,
             )
         }
 

@@ -9,7 +9,7 @@ from keras_bilinear.kronecker import products
 from keras_bilinear.kronecker.convolution import convolve
 from keras_bilinear.kronecker.cost import choose_order, count_between, count_macs
 from keras_bilinear.kronecker.fit import fit_kronecker_sum
-from keras_bilinear.kronecker.initializers import FactorInitializers, split_into_gates
+from keras_bilinear.kronecker.initializers import FactorInitializers, split_into_blocks
 from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
 from keras_bilinear.kronecker.target import EXPORTED, differentiable, exporting, runtime
 
@@ -49,24 +49,28 @@ class KroneckerKernel:
         strides=(),
         name="kernel",
     ):
-        plan, window = factorization.gate, math.prod(factorization.window)
-        gates = factorization.gates
+        coupled, window = factorization.coupled, math.prod(factorization.window)
+        stacked = not factorization.share_right
         initializers = [
             FactorInitializers(
-                one,
-                plan.left_shape,
-                plan.right_shape,
-                fan_in=window * plan.input_dim,
-                fan_out=window * plan.groups * plan.output_dim * max(1, gates),
+                of_block,
+                coupled.left_shape,
+                coupled.right_shape,
+                fan_in=window * factorization.input_dim,
+                fan_out=window * factorization.blocks * factorization.output_dim,
             )
-            for one in (split_into_gates(initializer, gates) if gates else [initializer])
+            for of_block in (
+                split_into_blocks(initializer, factorization.blocks) if stacked else [initializer]
+            )
         ]
 
         def initialize(side):
-            def of_all_gates(shape, dtype=None):
-                return ops.stack([getattr(one, side)(shape[1:], dtype) for one in initializers])
+            def of_all_blocks(shape, dtype=None):
+                return ops.stack(
+                    [getattr(of_block, side)(shape[1:], dtype) for of_block in initializers]
+                )
 
-            return of_all_gates if gates else getattr(initializers[0], side)
+            return of_all_blocks if stacked else getattr(initializers[0], side)
 
         self.factorization = factorization
         self.gain = initializers[0].gain
@@ -127,7 +131,7 @@ class KroneckerKernel:
         """What two factors stand for, of any rank and without gain."""
         plan = self.factorization
         kernel = products.materialize(left, right)
-        leading = (*plan.window, plan.padded_input_dim, plan.groups)
+        leading = (*plan.window, plan.padded_input_dim, plan.blocks)
         kernel = ops.reshape(kernel, (*leading, plan.padded_output_dim))
         kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
         return ops.reshape(kernel, plan.full_shape)
@@ -172,7 +176,7 @@ class KroneckerKernel:
         """The convolution of `x` with the kernel.
 
         Args:
-            x: `(n, *positions, groups * input_dim)`, or with the channels first.
+            x: `(n, *positions, blocks * input_dim)`, or with the channels first.
             data_format: `"channels_last"` or `"channels_first"`.
             **options: `strides`, `padding` and `dilation_rate` of `keras.ops.conv`.
         """
@@ -189,25 +193,25 @@ class KroneckerKernel:
             steps = (slice(None, None, step) for step in options["strides"])
             y = self.project(x[(slice(None), *steps)])
         else:
-            y = self._convolve_groups(x, **options)
+            y = self._convolve_blocks(x, **options)
         y = ops.cast(y, dtype)
         return ops.transpose(y, (0, len(y.shape) - 1, *axes)) if channels_first else y
 
-    def _convolve_groups(self, x, **options):
+    def _convolve_blocks(self, x, **options):
         plan = self.factorization
         leading = ops.shape(x)[:-1]
         padding = plan.padded_input_dim - plan.input_dim
         if padding:
-            x = ops.reshape(x, (*leading, plan.groups, plan.input_dim))
+            x = ops.reshape(x, (*leading, plan.blocks, plan.input_dim))
             x = ops.pad(x, ((0, 0),) * (len(leading) + 1) + ((0, padding),))
-        x = ops.reshape(x, (*leading, plan.groups, *plan.input_factors))
+        x = ops.reshape(x, (*leading, plan.blocks, *plan.input_factors))
         left, right = self.factors()
-        y = convolve(x, left, right, self.order, plan.groups, **options)
+        y = convolve(x, left, right, self.order, plan.blocks, **options)
         leading = ops.shape(y)[:-3]
         if plan.padded_output_dim != plan.output_dim:
-            y = ops.reshape(y, (*leading, plan.groups, plan.padded_output_dim))
+            y = ops.reshape(y, (*leading, plan.blocks, plan.padded_output_dim))
             y = y[..., : plan.output_dim]
-        return ops.reshape(y, (*leading, plan.groups * plan.output_dim))
+        return ops.reshape(y, (*leading, plan.blocks * plan.output_dim))
 
     def rows(self, indices):
         """Rows of the kernel: `indices.shape + (output_dim,)`."""
@@ -224,11 +228,11 @@ class KroneckerKernel:
         """Stores the Kronecker sum that is fitted to examples.
 
         Args:
-            moments: one of `keras_bilinear.kronecker.fit` for each group or gate.
+            moments: one of `keras_bilinear.kronecker.fit` for each block.
             centred: whether a bias takes the means.
 
         Returns:
-            For each group or gate what is to be added to the bias, side by side.
+            For each block what is to be added to the bias, side by side.
         """
         self._fit(moments, centred)
         if not centred:
@@ -295,7 +299,7 @@ class GateKernel(KroneckerKernel):
 
     def _pick(self, left, right, gates):
         """The factors of some gates that are neighbours, or of all."""
-        if not gates or len(gates) == self.factorization.gates:
+        if not gates or len(gates) == self.factorization.blocks:
             return left, right
         return left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
 
@@ -306,7 +310,7 @@ class GateKernel(KroneckerKernel):
         is computed here, once, and not at each call of the function.
         """
         plan = self.factorization
-        gates = gates or range(plan.gates)
+        gates = gates or range(plan.blocks)
         if self.materialized:
             kernel = self.materialize(gates)
             return lambda x: split_blocks(ops.matmul(x, kernel), len(gates))
@@ -316,11 +320,12 @@ class GateKernel(KroneckerKernel):
     def assign(self, kernel):
         plan = self.factorization
         self._assign_gates(
-            nearest_kronecker_sum(part, plan.gate) for part in np.split(kernel, plan.gates, axis=1)
+            nearest_kronecker_sum(block, plan.block)
+            for block in np.split(kernel, plan.blocks, axis=1)
         )
 
     def _fit(self, moments, centred):
-        fits = [fit_kronecker_sum([one], self.factorization.gate, centred) for one in moments]
+        fits = [fit_kronecker_sum([one], self.factorization.block, centred) for one in moments]
         self._assign_gates((fit.left, fit.right) for fit in fits)
 
     def _assign_gates(self, pairs):

@@ -176,13 +176,16 @@ class BilinearCell(BilinearLayer):
                 f"Received: input_shape={input_shape}"
             )
         return {
-            "kernel": self.factorization_of(input_shape[-1], self.units, gates=self.gates),
+            "kernel": self.factorization_of(
+                input_shape[-1], self.units, blocks=self.gates, share_right=False
+            ),
             "recurrent_kernel": self.factorization_of(
                 self.units,
                 self.units,
                 input_factors=recurrent_input_factors(self.units, self.output_factors),
                 rank=self.recurrent_rank or self.rank,
-                gates=self.gates,
+                blocks=self.gates,
+                share_right=False,
             ),
         }
 

@@ -84,7 +84,7 @@ def _layers(model):
 
 def _squares_of_kernel(kernel, left, right):
     """Mean squares of the gradients of a kernel from those of its factors."""
-    axis = int(kernel.factorization.gates > 0)  # that of the terms
+    axis = 0 if kernel.factorization.share_right else 1  # that of the terms
     left, right = left.sum(axis, keepdims=True), right.sum(axis, keepdims=True)
     size = 1.0
     for squares, factor in ((left, kernel.left), (right, kernel.right)):
@@ -129,18 +129,18 @@ def pull_back(kernel, values, left, right):
         The gradients of `left` and of `right`.
     """
     plan = kernel.factorization
-    count, rank = max(plan.gates, plan.groups), plan.rank
-    parts = np.split(values.reshape(-1, values.shape[-1]), count, axis=1)
-    parts = np.stack([arrange(part, plan.gate) for part in parts])
-    _, a, b, u, v = parts.shape
-    if plan.gates:
-        lefts, rights = left.reshape(count, rank, a, u), right.reshape(count, rank, b, v)
-    else:  # groups have the right factor in common
+    count, rank = plan.blocks, plan.rank
+    blocks = np.split(values.reshape(-1, values.shape[-1]), count, axis=1)
+    blocks = np.stack([arrange(block, plan.block) for block in blocks])
+    _, a, b, u, v = blocks.shape
+    if plan.share_right:
         lefts = left.reshape(rank, a, count, u).transpose(2, 0, 1, 3)
         rights = np.broadcast_to(right.reshape(rank, b, v), (count, rank, b, v))
-    of_lefts = np.einsum("gabuv,grbv->grau", parts, rights, optimize=True)
-    of_rights = np.einsum("gabuv,grau->grbv", parts, lefts, optimize=True)
-    if not plan.gates:
+    else:
+        lefts, rights = left.reshape(count, rank, a, u), right.reshape(count, rank, b, v)
+    of_lefts = np.einsum("gabuv,grbv->grau", blocks, rights, optimize=True)
+    of_rights = np.einsum("gabuv,grau->grbv", blocks, lefts, optimize=True)
+    if plan.share_right:
         of_lefts, of_rights = of_lefts.transpose(1, 2, 0, 3), of_rights.sum(0)
     return of_lefts.reshape(left.shape), of_rights.reshape(right.shape)
 

@@ -98,7 +98,7 @@ class LayerPlan:
                     input_factors=recurrent_input_factors(one.output_dim, outputs),
                     output_factors=outputs,
                 )
-                if one.gates
+                if not one.share_right
                 # A projection back to the vocabulary has them the other way round.
                 else dataclasses.replace(one, input_factors=outputs, output_factors=inputs)
                 for one in others
@@ -261,12 +261,17 @@ def _text(factors):
 
 
 def _layer_plan(content):
-    factorizations = [
-        Factorization(**{key: tuple(v) if isinstance(v, list) else v for key, v in one.items()})
-        for one in content["factorizations"]
-    ]
+    factorizations = [_factorization(shapes) for shapes in content["factorizations"]]
     errors = {
         ((tuple(inputs), tuple(outputs)), rank): error
         for inputs, outputs, rank, error in content["errors"]
     }
     return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
+
+
+def _factorization(content):
+    content = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    if "gates" in content:  # a plan that was saved before there were `blocks`
+        groups, gates = content.pop("groups"), content.pop("gates")
+        content |= {"blocks": gates or groups, "share_right": not gates}
+    return Factorization(**content)

@@ -18,7 +18,7 @@ WINDOWS = {
 
 def plan(channels, filters, rank=1, pattern="channel", groups=1):
     return Factorization.create(
-        input_dim=channels, output_dim=filters, rank=rank, groups=groups, **WINDOWS[pattern]
+        input_dim=channels, output_dim=filters, rank=rank, blocks=groups, **WINDOWS[pattern]
     )
 
 
@@ -79,14 +79,16 @@ def test_on_a_gpu_only_large_kernels_are_factorized(backend, monkeypatch):
     assert cost.choose_order(Factorization.create(input_dim=512, output_dim=512), "auto") is None
     assert cost.choose_order(plan(64, 64), "auto", (1, 1)) is None
     assert cost.choose_order(plan(2048, 2048), "auto", (1, 1)) in cost.FACTORIZED
-    gates = Factorization.create(input_dim=1024, output_dim=1024, gates=4)
+    gates = Factorization.create(input_dim=1024, output_dim=1024, blocks=4, share_right=False)
     assert cost.choose_order(gates, "auto") is None
     assert cost.choose_order(gates, "factorized") == gates.order
 
 
 def test_small_products_of_gates_count_more_than_those_of_low_rank():
     def gates(**options):
-        return Factorization.create(input_dim=1024, output_dim=1024, gates=3, **options)
+        return Factorization.create(
+            input_dim=1024, output_dim=1024, blocks=3, share_right=False, **options
+        )
 
     low_rank = gates(rank=256, input_factors=(1024, 1), output_factors=(1, 1024))
     square = gates(rank=8)
@@ -114,7 +116,9 @@ def test_files_hold_what_is_smaller():
 
 def test_gates_are_factorized_where_that_saves_much():
     for rank, order in ((1, "left"), (8, None)):
-        gates = Factorization.create(input_dim=1024, output_dim=1024, rank=rank, gates=4)
+        gates = Factorization.create(
+            input_dim=1024, output_dim=1024, rank=rank, blocks=4, share_right=False
+        )
         assert cost.choose_order(gates, "auto") == order
         assert cost.choose_order(gates, "factorized") == "left"
 
@@ -124,20 +128,22 @@ def test_gates_of_narrow_layers_are_materialized(monkeypatch, backend):
     monkeypatch.setattr(cost, "runtime", lambda: backend)
     monkeypatch.setattr(cost, "on_gpu", lambda: False)
     for units, order in ((64, None), (128, None if backend == "torch" else "left"), (512, "left")):
-        gates = Factorization.create(input_dim=units, output_dim=units, gates=4)
+        gates = Factorization.create(input_dim=units, output_dim=units, blocks=4, share_right=False)
         assert cost.choose_order(gates, "auto") == order
         assert cost.choose_order(gates, "factorized") == "left"
 
 
 def test_large_steps_of_a_loop_project_their_inputs(monkeypatch):
-    plan = Factorization.create(input_dim=128, output_dim=256, rank=4, gates=4)
+    plan = Factorization.create(input_dim=128, output_dim=256, rank=4, blocks=4, share_right=False)
     for backend, pays in (("tensorflow", True), ("jax", True), ("torch", False)):
         monkeypatch.setattr(cost, "runtime", lambda backend=backend: backend)
         assert cost.pays_in_steps(plan, None, 64) is pays
         assert cost.pays_in_steps(plan, None, None) is pays
         assert not cost.pays_in_steps(plan, "left", 64)
         assert not cost.pays_in_steps(plan, None, 1)
-    large = Factorization.create(input_dim=512, output_dim=1024, rank=4, gates=4)
+    large = Factorization.create(
+        input_dim=512, output_dim=1024, rank=4, blocks=4, share_right=False
+    )
     assert cost.pays_in_steps(large, "left", 64)
     monkeypatch.setattr(cost, "on_gpu", lambda: True)
     assert not cost.pays_in_steps(large, "left", 64)
@@ -145,7 +151,9 @@ def test_large_steps_of_a_loop_project_their_inputs(monkeypatch):
 
 def test_files_project_the_inputs_of_a_loop_before_it():
     with exporting():
-        large = Factorization.create(input_dim=512, output_dim=1024, rank=4, gates=4)
+        large = Factorization.create(
+            input_dim=512, output_dim=1024, rank=4, blocks=4, share_right=False
+        )
         assert not cost.pays_in_steps(large, "left", 64)
 
 

@@ -175,10 +175,10 @@ def test_factors_of_low_rank_are_two_plain_products(input_dim, output_dim, rank)
         assert plan.between(plan.order) == rank
         assert plan.attainable_rank == min(rank, inputs, output_dim)
     assert plan.low_rank_factors == factors
-    assert square.gate.low_rank_factors == factors
-    gates = dataclasses.replace(plan, left_window=(), right_window=(), gates=3)
+    assert square.block.low_rank_factors == factors
+    gates = dataclasses.replace(plan, left_window=(), right_window=(), blocks=3, share_right=False)
     assert gates.low_rank_factors == ((input_dim, 1), (1, output_dim))
-    other = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank, groups=2)
+    other = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank, blocks=2)
     assert other.low_rank_factors is None
     assert not other.is_low_rank
 
@@ -216,7 +216,7 @@ WINDOWS = [
 @given(SMALL, SMALL, st.integers(1, 3), st.integers(1, 3))
 def test_a_convolution_counts_the_numbers_in_both_factors(windows, channels, filters, rank, groups):
     plan = Factorization.create(
-        input_dim=channels, output_dim=filters, rank=rank, groups=groups, **windows
+        input_dim=channels, output_dim=filters, rank=rank, blocks=groups, **windows
     )
     left, right = np.zeros(plan.left_shape), np.zeros(plan.right_shape)
     assert left.shape[0] == right.shape[0] == rank
@@ -278,7 +278,7 @@ def test_a_window_of_one_is_split_as_a_dense_projection():
     )
     assert plan.pointwise
     assert (plan.input_factors, plan.output_factors) == (choose_factors(128), choose_factors(200))
-    assert not Factorization.create(input_dim=12, output_dim=12, groups=2).pointwise
+    assert not Factorization.create(input_dim=12, output_dim=12, blocks=2).pointwise
 
 
 @pytest.mark.parametrize("value", NOT_POSITIVE_INTEGERS)
@@ -336,9 +336,9 @@ def test_check_factors_without_a_size_accepts_any_pair():
 
 
 def test_gates_have_factors_of_their_own():
-    plan = Factorization.create(input_dim=12, output_dim=20, rank=3, gates=4)
+    plan = Factorization.create(input_dim=12, output_dim=20, rank=3, blocks=4, share_right=False)
     gate = Factorization.create(input_dim=12, output_dim=20, rank=3)
-    assert plan.gate == gate
+    assert plan.block == gate
     assert plan.left_shape == (4, *gate.left_shape)
     assert plan.right_shape == (4, *gate.right_shape)
     assert plan.full_shape == (12, 80)

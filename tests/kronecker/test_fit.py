@@ -24,7 +24,7 @@ WINDOWS = {
 def problem(rng, plan, examples=300):
     """A kernel, and for each group examples whose directions differ in size."""
     kernel = rng.normal(size=plan.full_shape)
-    parts = np.split(kernel.reshape(-1, plan.full_shape[-1]), plan.groups, axis=1)
+    parts = np.split(kernel.reshape(-1, plan.full_shape[-1]), plan.blocks, axis=1)
     inputs = len(parts[0])
     rows = [
         rng.normal(size=(examples, inputs)) @ rng.normal(size=(inputs, inputs)) + 1 for _ in parts
@@ -41,9 +41,9 @@ def problem(rng, plan, examples=300):
 def kernels(plan, left, right):
     """The kernel of each group that two factors stand for."""
     kernel = oracle.kronecker_sum(left, right)
-    kernel = kernel.reshape(*kernel.shape[:-1], plan.groups, plan.padded_output_dim)
+    kernel = kernel.reshape(*kernel.shape[:-1], plan.blocks, plan.padded_output_dim)
     kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
-    return kernel.reshape(-1, plan.groups, plan.output_dim).transpose(1, 0, 2)
+    return kernel.reshape(-1, plan.blocks, plan.output_dim).transpose(1, 0, 2)
 
 
 def relative_error(plan, rows, moments, fit, centred):
@@ -73,7 +73,7 @@ def test_errors_are_those_of_the_examples_and_not_above_the_nearest_sums(
 ):
     groups = 1 if pattern == "dense" else groups
     plan = Factorization.create(
-        input_dim=inputs, output_dim=outputs, rank=rank, groups=groups, **WINDOWS[pattern]
+        input_dim=inputs, output_dim=outputs, rank=rank, blocks=groups, **WINDOWS[pattern]
     )
     kernel, rows, moments = problem(np.random.default_rng(seed), plan)
     fit = fit_kronecker_sum(moments, plan, centred)

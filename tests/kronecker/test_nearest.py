@@ -94,8 +94,8 @@ def test_exact_for_a_sum_of_as_many_terms():
 CONVOLUTIONS = [
     {"left_window": (1, 1), "right_window": (3, 3)},
     {"left_window": (3, 1), "right_window": (1, 2)},
-    {"left_window": (1,), "right_window": (5,), "groups": 3},
-    {"left_window": (2, 1, 1), "right_window": (1, 2, 2), "groups": 2},
+    {"left_window": (1,), "right_window": (5,), "blocks": 3},
+    {"left_window": (2, 1, 1), "right_window": (1, 2, 2), "blocks": 2},
 ]
 
 

@@ -195,7 +195,7 @@ def test_kernels_of_low_rank(kind):
     assert all(kernel.is_low_rank for kernel in kernels)
     assert kernels[1].input_factors == (UNITS, 1)
     assert layer.count_params() == sum(
-        kernel.gates * kernel.rank * (kernel.input_dim + UNITS) for kernel in kernels
+        kernel.blocks * kernel.rank * (kernel.input_dim + UNITS) for kernel in kernels
     ) + sum(np.size(weight) for weight in layer.get_weights()[4:])
 
 
@@ -247,7 +247,7 @@ def test_gradients(kind, implementation, in_steps, monkeypatch):
     expected = []
     pairs = (layer.cell._kernel, layer.cell._recurrent_kernel)
     for kernel, full in zip(pairs, kernels, strict=True):
-        plan, (_, left, right) = kernel.factorization.gate, oracle.gate_kernels(kernel)
+        plan, (_, left, right) = kernel.factorization.block, oracle.gate_kernels(kernel)
         of_gates = [
             oracle.factor_gradients(oracle.pad_like(part, plan), one_left, one_right)
             for part, one_left, one_right in zip(

@@ -103,7 +103,7 @@ def test_from_factors_to_the_same_factors(kind):
     moments, expected = {}, {}
     for kernel in kernels(layer).values():
         squares = [np.square(normal(one.shape)) for one in arrays(kernel)]
-        axis = int(kernel.factorization.gates > 0)
+        axis = 0 if kernel.factorization.share_right else 1
         full = kernel.full(*(one.sum(axis, keepdims=True) for one in squares))
         full = ops.convert_to_numpy(full)
         pulled = adam.pull_back(kernel, full, *map(np.square, arrays(kernel)))

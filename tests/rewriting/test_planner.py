@@ -259,6 +259,58 @@ def test_plans_are_edited_and_kept_as_json(tmp_path):
         plan[path].ranks = 3
 
 
+# What version 0.1.0 wrote for the network below, with rank 1.
+OLD_PLAN = """{
+ "other_parameters": 0,
+ "layers": [
+  {"path": "conv", "type": "Conv2D", "full_parameters": 440, "factorizations": [
+    {"input_dim": 6, "output_dim": 4, "input_factors": [3, 2], "output_factors": [2, 2],
+     "rank": 1, "left_window": [1, 1], "right_window": [3, 3], "groups": 2, "gates": 0}],
+   "rank": 1, "reason": "", "errors": [[[3, 2], [2, 2], 1, 0.9140115133251144]],
+   "scale": 1, "input_scale": 1},
+  {"path": "lstm", "type": "LSTM", "full_parameters": 1600, "factorizations": [
+    {"input_dim": 8, "output_dim": 16, "input_factors": [2, 4], "output_factors": [4, 4],
+     "rank": 1, "left_window": [], "right_window": [], "groups": 1, "gates": 4},
+    {"input_dim": 16, "output_dim": 16, "input_factors": [4, 4], "output_factors": [4, 4],
+     "rank": 1, "left_window": [], "right_window": [], "groups": 1, "gates": 4}],
+   "rank": 1, "reason": "", "errors": [[[2, 4], [4, 4], 1, 0.8761262098472442]],
+   "scale": 1, "input_scale": 1},
+  {"path": "rnn", "type": "SimpleRNN", "full_parameters": 528, "factorizations": [
+    {"input_dim": 16, "output_dim": 16, "input_factors": [4, 4], "output_factors": [4, 4],
+     "rank": 1, "left_window": [], "right_window": [], "groups": 1, "gates": 1},
+    {"input_dim": 16, "output_dim": 16, "input_factors": [4, 4], "output_factors": [4, 4],
+     "rank": 1, "left_window": [], "right_window": [], "groups": 1, "gates": 1}],
+   "rank": 1, "reason": "", "errors": [[[4, 4], [4, 4], 1, 0.8661262098472442]],
+   "scale": 1, "input_scale": 1},
+  {"path": "dense", "type": "Dense", "full_parameters": 170, "factorizations": [
+    {"input_dim": 16, "output_dim": 10, "input_factors": [4, 4], "output_factors": [2, 5],
+     "rank": 1, "left_window": [], "right_window": [], "groups": 1, "gates": 0}],
+   "rank": 1, "reason": "", "errors": [[[4, 4], [2, 5], 1, 0.865362083636579]],
+   "scale": 1, "input_scale": 1}
+ ]
+}"""
+
+
+def test_plans_that_told_groups_and_gates_apart_are_read():
+    model = keras.Sequential(
+        [
+            keras.Input((6, 8, 12)),
+            layers.Conv2D(8, 3, groups=2, name="conv"),
+            layers.Reshape((-1, 8)),
+            layers.LSTM(16, return_sequences=True, name="lstm"),
+            layers.SimpleRNN(16, name="rnn"),
+            layers.Dense(10, name="dense"),
+        ]
+    )
+    old, new = RewritePlan.from_json(OLD_PLAN), plan_rewrite(model, rank=1)
+    for path in ("conv", "lstm", "rnn", "dense"):
+        assert old[path].factorizations == new[path].factorizations
+    assert old.parameters == new.parameters
+    assert old["lstm"].error == 0.8761262098472442
+    assert RewritePlan.from_json(old.to_json()).to_json() == old.to_json()
+    assert keras_bilinear.rewrite_model(model, old).count_params() == old.parameters
+
+
 def test_factors_are_edited():
     model = mlp(64, 100, 64)
     plan = plan_rewrite(model, budget=0.3)
@@ -365,7 +417,8 @@ def test_layers_that_cannot_be_rewritten_take_no_rank():
 def test_remaining_energies_are_those_of_the_nearest_sums(gates, large, monkeypatch):
     monkeypatch.setattr("keras_bilinear.kronecker.nearest.LARGE", large)
     rng = np.random.default_rng(0)
-    plan = Factorization.create(input_dim=64, output_dim=100, rank=1, gates=gates)
+    blocks = {"blocks": gates, "share_right": False} if gates else {}
+    plan = Factorization.create(input_dim=64, output_dim=100, rank=1, **blocks)
     # Singular values that fall, as those of trained kernels do.
     scales = np.exp(-np.arange(64) / 8)[:, None]
     parts = [np.linalg.qr(rng.normal(size=(64, 64)))[0] @ (scales * rng.normal(size=(64, 100)))]
