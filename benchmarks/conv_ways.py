@@ -29,10 +29,11 @@ from keras_bilinear.benchmark.cases import ConvCase
 from keras_bilinear.benchmark.worker import Steps, median_seconds
 from keras_bilinear.files import staged
 from keras_bilinear.kronecker import cost
+from keras_bilinear.kronecker.factorization import FACTORIZED, Order
 from keras_bilinear.kronecker.target import convolution_library
 
 MEASURE = flags.DEFINE_boolean("measure", True, "time the ways, not only fit the model anew")
-WAYS = (*cost.FACTORIZED, None)
+WAYS = tuple(Order)
 # The rates of a machine without delays: three passes of 1e11 MACs a second.
 LEAST = cost.Work(0.03, 0.001, 0.001, 0.001, 0.001, 0.001)
 
@@ -108,7 +109,7 @@ def fit(times):
     apart, from where nonnegative least squares of the relative errors lead.
     """
     coefficients = []
-    for ways in (cost.FACTORIZED, (None,)):
+    for ways in (FACTORIZED, (Order.MATERIALIZED,)):
         work, seconds = [], []
         for case, both in zip(FIT, times, strict=True):
             plan, strides = planned(case)
@@ -193,9 +194,7 @@ def main(argv):
         ]
         for case, both, chosen, _, slow in rows:
             cells = [f"{f * 1e9:.0f} / {s * 1e9:.0f}" for f, s in both]
-            lines.append(
-                f"| {case} | {' | '.join(cells)} | {chosen or 'materialized'} | {slow:.2f} |"
-            )
+            lines.append(f"| {case} | {' | '.join(cells)} | {chosen.value} | {slow:.2f} |")
     print("\n".join(line for line in lines if not line.startswith("|")))
     with staged(tables.RESULTS) as folder:
         (folder / f"conv_ways_{library}.md").write_text("\n".join(lines) + "\n")

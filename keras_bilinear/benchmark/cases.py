@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 from keras_bilinear.kronecker import cost
+from keras_bilinear.kronecker.factorization import Order
 
 # Every import of Keras stands in a function: a benchmark's parent process has no backend.
 
@@ -154,7 +155,7 @@ class ConvCase(Case):
         plan = getattr(layer, "factorization", None)
         if plan:
             strides = (self.strides,) * (len(self.batch) - 1)
-            macs = min(cost.count_macs(plan, way, strides) for way in (*cost.FACTORIZED, None))
+            macs = min(cost.count_macs(plan, order, strides) for order in Order)
         else:
             macs = math.prod(layer.kernel.shape)
         return positions * macs, inputs, outputs, layer.count_params()

@@ -4,6 +4,7 @@ import math
 
 from keras import ops
 
+from keras_bilinear.kronecker.factorization import Order
 from keras_bilinear.kronecker.target import EXPORTED, holds_integers, runtime
 
 
@@ -18,7 +19,7 @@ def convolve(x, left, right, order, groups=1, **options):
         x: `(n, *positions, groups, d1, d2)`.
         left: `(rank, *left_window, d1, groups * u1)`.
         right: `(rank, *right_window, d2, u2)`.
-        order: the factor to apply first, `"left"` or `"right"`.
+        order: an `Order`, not `MATERIALIZED`.
         groups: number of groups of channels.
         **options: `strides`, `dilation_rate` (one number an axis) and `padding`
             of the whole convolution.
@@ -38,7 +39,7 @@ def convolve(x, left, right, order, groups=1, **options):
     of_right = [not mine for mine in of_left]
     left_options, right_options = _on_axes(of_left, **options), _on_axes(of_right, **options)
     apply_left = _convolve_groups if any(of_left) else _multiply
-    if order == "left":
+    if order is Order.LEFT_FIRST:
         x = apply_left(x, left, ("d1",), ("u1", "rank"), axes, "d2", left_options)
         inputs = _with_terms("d2")
         x = _convolve(x, right, inputs, ("u2",), axes, ("n", "group", "u1"), right_options)

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 
+from keras_bilinear.kronecker.factorization import FACTORIZED, Order
 from keras_bilinear.kronecker.target import EXPORTED, convolution_library, on_gpu, runtime
-
-FACTORIZED = ("left", "right")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ class _Step:
 
 def _steps(plan, order, strides):
     whole = math.prod(strides)
-    if order is None:
+    if order is Order.MATERIALIZED:
         out = plan.output_dim
         return (_Step(1, whole, math.prod(plan.window), plan.input_dim, out, out),)
     (d1, d2), (u1, u2), rank = plan.input_factors, plan.output_factors, plan.rank
@@ -108,7 +107,7 @@ def _steps(plan, order, strides):
     own = math.prod(s for s, size in zip(strides, plan.left_window, strict=True) if size > 1)
     left, right = (own, windows[0]), (whole // own, windows[1])
     product, between = windows[0] == 1, plan.between(order)
-    if order == "left":
+    if order is Order.LEFT_FIRST:
         return (
             _Step(right[0], *left, d1 * d2, u1 * rank, between, product),
             _Step(1, *right, between, u2, u1 * u2),
@@ -127,19 +126,18 @@ def count_macs(plan, order, strides):
 
     Args:
         plan: a `Factorization` with windows.
-        order: the factor to apply first, `"left"` or `"right"`, or `None` for the
-            materialized kernel.
+        order: an `Order`.
         strides: one number for each axis.
     """
     if plan.pointwise:
-        return plan.full_macs if order is None else plan.macs
+        return plan.full_macs if order is Order.MATERIALIZED else plan.macs
     return plan.blocks * sum(step.macs for step in _steps(plan, order, strides))
 
 
 def count_between(plan, order, strides):
     """Numbers between both factors of a convolution for each output position.
 
-    Arguments as of `count_macs`, but for `None`.
+    Arguments as of `count_macs`, but for a materialized kernel, which has none.
     """
     first = 1 if plan.pointwise else _steps(plan, order, strides)[0].positions
     return plan.blocks * first * plan.between(order)
@@ -160,7 +158,7 @@ def work(plan, order, strides):
         outputs += step.positions * step.outputs
     moved = 0
     # Those of a kernel of low rank lie in memory as both factors take them.
-    if order is not None and not plan.is_low_rank:
+    if order is not Order.MATERIALIZED and not plan.is_low_rank:
         first, last = steps
         moved = math.prod(strides) * first.inputs + last.outputs
         # A matrix product of rank 1 takes its operand as the convolution leaves it.
@@ -173,7 +171,7 @@ def work(plan, order, strides):
 def seconds(plan, order, strides, coefficients=None):
     """Predicted time for each output position, in arbitrary units of this library."""
     factorized, materialized = coefficients or NANOSECONDS[convolution_library()]
-    rates = materialized if order is None else factorized
+    rates = materialized if order is Order.MATERIALIZED else factorized
     each = zip(
         dataclasses.astuple(work(plan, order, strides)), dataclasses.astuple(rates), strict=True
     )
@@ -181,7 +179,7 @@ def seconds(plan, order, strides, coefficients=None):
 
 
 def choose_order(plan, implementation, strides=()):
-    """The order of the factors, or `None` where the kernel is to be materialized.
+    """The `Order` in which a kernel is applied to inputs the fastest.
 
     A dense projection goes by its MACs, and so do the gates of a recurrent layer,
     whose small products, but for those of low rank, count `SMALL_PRODUCT` times, and
@@ -201,19 +199,19 @@ def choose_order(plan, implementation, strides=()):
     """
     if runtime() == EXPORTED:
         if plan.parameters >= plan.full_parameters:
-            return None
+            return Order.MATERIALIZED
         if plan.pointwise:
             return plan.order
-        return min(("right", "left"), key=lambda order: count_macs(plan, order, strides))
+        return min(reversed(FACTORIZED), key=lambda order: count_macs(plan, order, strides))
     if implementation == "materialized":
-        return None
+        return Order.MATERIALIZED
     if implementation == "auto" and on_gpu() and not _pays_on_gpu(plan, strides):
-        return None
+        return Order.MATERIALIZED
     if plan.pointwise:
         least = 0 if plan.share_right else STEP_LEAST_SAVED[runtime()]
         pays = implementation == "factorized" or saved_macs(plan) >= least
-        return plan.order if pays else None
-    ways = FACTORIZED if implementation == "factorized" else (*FACTORIZED, None)
+        return plan.order if pays else Order.MATERIALIZED
+    ways = FACTORIZED if implementation == "factorized" else Order
     return min(ways, key=lambda order: seconds(plan, order, strides))
 
 
@@ -229,7 +227,7 @@ def pays_in_steps(plan, order, batch_size):
 
     Args:
         plan: the `Factorization` of its input kernel.
-        order: the factor to apply first, or `None` for the materialized kernel.
+        order: an `Order`.
         batch_size: `None` where it is not known.
     """
     if runtime() == EXPORTED or on_gpu():
@@ -239,7 +237,11 @@ def pays_in_steps(plan, order, batch_size):
 
 def step_macs(plan, order, batch_size):
     """Multiplications of the inputs of one time step, as `LOOP_LEAST_MACS` counts them."""
-    macs = plan.full_macs if order is None else plan.macs / _weight_of_small_products(plan)
+    macs = (
+        plan.full_macs
+        if order is Order.MATERIALIZED
+        else plan.macs / _weight_of_small_products(plan)
+    )
     return (batch_size or 32) * macs
 
 
@@ -251,6 +253,6 @@ def _pays_on_gpu(plan, strides):
     """Whether a GPU is faster with the factors of this kernel than with the kernel."""
     if not plan.share_right:  # the gates of a recurrent layer
         return False
-    full = count_macs(plan, None, strides)
+    full = count_macs(plan, Order.MATERIALIZED, strides)
     factorized = min(count_macs(plan, order, strides) for order in FACTORIZED)
     return full >= GPU_LEAST_MACS[runtime()] and factorized <= GPU_SHARE * full

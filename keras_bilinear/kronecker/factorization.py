@@ -1,9 +1,25 @@
 """Integers first: the shapes of a bilinear projection, before any tensor exists."""
 
 import dataclasses
+import enum
 import itertools
 import math
 import operator
+
+
+class Order(enum.Enum):
+    """How a Kronecker sum is applied to inputs."""
+
+    LEFT_FIRST = "left"
+    """The left factor first, then the right one."""
+    RIGHT_FIRST = "right"
+    """The right factor first, then the left one."""
+    MATERIALIZED = "materialized"
+    """The kernel is formed, and applied as that of the full layer."""
+
+
+FACTORIZED = (Order.LEFT_FIRST, Order.RIGHT_FIRST)
+
 
 # A split that stores the size exactly needs no padding, so it is worth up to
 # this much more than the smallest sum of two factors.
@@ -336,17 +352,18 @@ class Factorization:
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
         left, right = math.prod(self.left_window) * d1, math.prod(self.right_window) * d2
         left_first, right_first = u1 * (d2 * left + u2 * right), u2 * (d1 * right + u1 * left)
-        return self.blocks * self.rank * (left_first if order == "left" else right_first)
+        return self.blocks * self.rank * (left_first if order is Order.LEFT_FIRST else right_first)
 
     def between(self, order):
         """Numbers between both factors, for one vector or position and one block."""
         (d1, d2), (u1, u2) = self.input_factors, self.output_factors
-        return self.rank * (u1 * d2 if order == "left" else d1 * u2)
+        return self.rank * (u1 * d2 if order is Order.LEFT_FIRST else d1 * u2)
 
     @property
     def order(self):
-        """The side to contract first, `"left"` or `"right"`: the one with fewer MACs."""
-        return "left" if self._macs("left") <= self._macs("right") else "right"
+        """The order of the two factors that takes fewer MACs."""
+        left_first, right_first = map(self._macs, FACTORIZED)
+        return Order.LEFT_FIRST if left_first <= right_first else Order.RIGHT_FIRST
 
     @property
     def macs(self):

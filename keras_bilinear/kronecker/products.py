@@ -10,6 +10,7 @@ import operator
 
 from keras import ops
 
+from keras_bilinear.kronecker.factorization import Order
 from keras_bilinear.kronecker.target import EXPORTED, on_gpu, runtime
 
 # On a CPU XLA is slow at one small product of matrices for each row, in its gradient.
@@ -27,7 +28,7 @@ def project(x, left, right, order):
         x: `(..., d1 * d2)`.
         left: `(rank, d1, u1)`.
         right: `(rank, d2, u2)`.
-        order: the side to contract first, `"left"` or `"right"`.
+        order: an `Order`, not `MATERIALIZED`.
 
     Returns:
         `(n, u1 * u2)`, where `n` is the product of the leading dimensions of `x`.
@@ -44,7 +45,7 @@ def projection(left, right, order):
     Args:
         left: `(gates, rank, d1, u1)`.
         right: `(gates, rank, d2, u2)`.
-        order: the side to contract first, `"left"` or `"right"`.
+        order: an `Order`, not `MATERIALIZED`.
 
     Returns:
         A function from `(..., d1 * d2)` to a list, one for each gate, of
@@ -53,7 +54,7 @@ def projection(left, right, order):
     # Numbers, where those that PyTorch traces are tensors.
     gates, rank, d1, u1 = map(int, left.shape)
     d2, u2 = map(int, right.shape[2:])
-    if order == "left":
+    if order is Order.LEFT_FIRST:
         left = ops.reshape(ops.transpose(left, (0, 3, 1, 2)), (gates * u1 * rank, d1))
         right = _unstack(ops.reshape(right, (gates, rank * d2, u2)))
 

@@ -8,6 +8,7 @@ from keras import ops
 from keras_bilinear.kronecker import products
 from keras_bilinear.kronecker.convolution import convolve
 from keras_bilinear.kronecker.cost import choose_order, count_between, count_macs
+from keras_bilinear.kronecker.factorization import Order
 from keras_bilinear.kronecker.fit import fit_kronecker_sum
 from keras_bilinear.kronecker.initializers import FactorInitializers, split_into_blocks
 from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
@@ -105,13 +106,13 @@ class KroneckerKernel:
 
     @property
     def order(self):
-        """The side to contract first, `"left"` or `"right"`; `None` forms the kernel."""
+        """The `Order` in which the factors are applied."""
         return self._exported_order if runtime() == EXPORTED else self._order
 
     @property
     def materialized(self):
         """Whether the full kernel is formed at each call."""
-        return self.order is None
+        return self.order is Order.MATERIALIZED
 
     @property
     def macs(self):

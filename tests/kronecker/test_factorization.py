@@ -10,7 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from keras_bilinear.kronecker.factorization import (
+    FACTORIZED,
     Factorization,
+    Order,
     check_factors,
     check_positive_int,
     choose_aligned_factors,
@@ -73,7 +75,7 @@ def count_macs(plan, order):
     """Counts one multiplication for each pair of numbers that meet in `sum_r L_r^T X R_r`."""
     (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
     first, second = (
-        ((u1, d2, d1), (u1, u2, d2)) if order == "left" else ((d1, u2, d2), (u1, u2, d1))
+        ((u1, d2, d1), (u1, u2, d2)) if order is Order.LEFT_FIRST else ((d1, u2, d2), (u1, u2, d1))
     )
     return sum(1 for shape in (first, second) for _ in np.ndindex(plan.rank, *shape))
 
@@ -81,7 +83,7 @@ def count_macs(plan, order):
 @given(SMALL, SMALL, st.integers(1, 3))
 def test_macs_are_those_of_the_cheaper_order(input_dim, output_dim, rank):
     plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
-    macs = {order: count_macs(plan, order) for order in ("left", "right")}
+    macs = {order: count_macs(plan, order) for order in FACTORIZED}
     assert plan.macs == macs[plan.order] == min(macs.values())
     assert plan.full_macs == input_dim * output_dim
 
@@ -91,13 +93,13 @@ def test_order_follows_the_factors():
         Factorization.create(
             input_dim=64, output_dim=8, input_factors=(32, 2), output_factors=(2, 4)
         ).order
-        == "left"
+        is Order.LEFT_FIRST
     )
     assert (
         Factorization.create(
             input_dim=64, output_dim=8, input_factors=(2, 32), output_factors=(4, 2)
         ).order
-        == "right"
+        is Order.RIGHT_FIRST
     )
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_bilinear.kronecker import products
-
-ORDERS = ["left", "right"]
+from keras_bilinear.kronecker.factorization import FACTORIZED
 
 
 @st.composite
@@ -43,7 +42,7 @@ def test_transpose(case):
     )
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", FACTORIZED)
 @given(case=cases(), batch=st.integers(0, 4))
 def test_project(order, case, batch):
     left, right, random = case
@@ -66,7 +65,7 @@ def test_rows_flattens_the_indices():
     assert tuple(products.rows(np.zeros((2, 5), "int32"), left, right).shape) == (10, 4)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", FACTORIZED)
 @given(case=cases(), batch=st.integers(1, 3))
 def test_gradients_of_project(order, case, batch):
     left, right, random = case

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_bilinear import BilinearConv1D, BilinearConv2D, BilinearConv3D, exporting
+from keras_bilinear.kronecker.factorization import Order
 
 LAYERS = {1: BilinearConv1D, 2: BilinearConv2D, 3: BilinearConv3D}
 PATTERNS = ["channel", "spatial"]
 IMPLEMENTATIONS = ["factorized", "materialized"]
 # The options are the same for every backend, and JAX compiles for each.
-WAYS = [("left", "channel"), ("right", "spatial")]
+WAYS = [(Order.LEFT_FIRST, "channel"), (Order.RIGHT_FIRST, "spatial")]
 if BACKEND == "tensorflow":
-    WAYS += [("right", "channel"), ("left", "spatial")]
+    WAYS += [(Order.RIGHT_FIRST, "channel"), (Order.LEFT_FIRST, "spatial")]
 # For strides up to 3: where padding "same" would have to crop two positions or more,
 # TensorFlow without oneDNN takes others than with it in three dimensions.
 SIZES = (7, 8, 10)

@@ -11,6 +11,7 @@ from keras_bilinear import (
     BilinearSimpleRNN,
 )
 from keras_bilinear.kronecker import convolution, products
+from keras_bilinear.kronecker.factorization import FACTORIZED
 from keras_bilinear.reports.summary import count_macs
 
 
@@ -60,7 +61,7 @@ def test_macs_of_bilinear_dense_are_the_multiplications_it_does(
 
 
 @pytest.mark.parametrize("pattern", ["channel", "spatial"])
-@pytest.mark.parametrize("order", ["left", "right"])
+@pytest.mark.parametrize("order", FACTORIZED)
 @pytest.mark.parametrize("options", [{}, {"strides": 2}, {"groups": 3}, {"strides": (2, 1)}])
 def test_macs_of_a_bilinear_convolution_are_the_multiplications_it_does(
     options, order, pattern, counted

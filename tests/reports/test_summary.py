@@ -15,6 +15,7 @@ from keras_bilinear import (
     rewrite_model,
     summarize,
 )
+from keras_bilinear.kronecker.factorization import Order
 from keras_bilinear.reports import summary, timing
 
 
@@ -73,7 +74,8 @@ def test_what_lies_between_both_factors_counts():
     conv = BilinearConv2D(16, 3, output_factors=(2, 8), rank=2, strides=2, **options)
     model = keras.Sequential([keras.Input((6, 6, 16)), conv])
     # The left factor comes first, at every position: only the right one has a window.
-    between = {"left": 36 * 2 * 2 * 4, "right": 9 * 2 * 4 * 8}[conv._kernel.order]
+    left_first = conv._kernel.order is Order.LEFT_FIRST
+    between = 36 * 2 * 2 * 4 if left_first else 9 * 2 * 4 * 8
     (layer,) = summarize(model).layers
     assert layer.activation_bytes == 4 * (36 * 16 + between + 9 * 16)
 
