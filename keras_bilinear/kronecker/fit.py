@@ -43,7 +43,7 @@ class Fit:
     start_error: float
 
 
-def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
+def fit_kronecker_sum(statistics, factorization, centred=False, sweeps=SWEEPS):
     """Minimizes the mean of `|| y - x sum_r kron(L_r, R_r) ||^2` over examples.
 
     Alternating least squares: with one factor given, the other one is the
@@ -56,7 +56,7 @@ def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
     weighs more the fewer examples there are.
 
     Args:
-        moments: `Moments` of the examples, or `Frequencies`; one for each block.
+        statistics: `InputStatistics` of the examples, or `IndexCounts`; one for each block.
         factorization: a `Factorization` whose blocks share the right factor.
         centred: whether a bias takes the means.
         sweeps: at most so many; each solves for both factors.
@@ -64,22 +64,22 @@ def fit_kronecker_sum(moments, factorization, centred=False, sweeps=SWEEPS):
     Returns:
         A `Fit`, never of a larger error on the examples than the nearest sum.
     """
-    problems = [_Problem(one, factorization, centred) for one in moments]
+    problems = [_Problem(one, factorization, centred) for one in statistics]
     if factorization.is_low_rank:
         return _fit_low_rank(*problems, factorization)
-    starts = _starts(moments, problems, factorization)
+    starts = _starts(statistics, problems, factorization)
     best = _fit(problems, starts, sweeps)
     return Fit(*best.shaped(factorization), _error(problems, best), _error(problems, starts[0]))
 
 
-def fit_errors(moments, factorization, ranks, centred=False, sweeps=SWEEPS):
+def fit_errors(statistics, factorization, ranks, centred=False, sweeps=SWEEPS):
     """`{rank: error}` of `fit_kronecker_sum`, for several ranks."""
     plan = dataclasses.replace(factorization, rank=max(ranks))
-    problems = [_Problem(one, plan, centred) for one in moments]
+    problems = [_Problem(one, plan, centred) for one in statistics]
     if plan.is_low_rank:
         *_, errors = low_rank_terms(*problems, plan.rank)
         return {rank: errors[rank] for rank in ranks}
-    starts = _starts(moments, problems, plan)
+    starts = _starts(statistics, problems, plan)
     return {
         rank: _error(problems, _fit(problems, [one.first(rank) for one in starts], sweeps))
         for rank in ranks
@@ -99,9 +99,9 @@ def _fit_low_rank(problem, plan):
     return Fit(left.reshape(plan.left_shape), right.reshape(plan.right_shape), error, start_error)
 
 
-def _starts(moments, problems, plan):
+def _starts(statistics, problems, plan):
     """Where a fit may begin: the nearest sum, and the nearest in the metric of the inputs."""
-    kernel = np.stack([one.kernel for one in moments], axis=1).reshape(plan.full_shape)
+    kernel = np.stack([one.kernel for one in statistics], axis=1).reshape(plan.full_shape)
     nearest = _Factors.of(*nearest_kronecker_sum(kernel, plan), plan)
     return [nearest, _nearest_in_metric(plan, problems)]
 
@@ -147,16 +147,16 @@ class _Factors:
 class _Problem:
     """The least squares of one block, its axes arranged as those of the factors."""
 
-    def __init__(self, moments, plan, centred):
-        kernel = np.asarray(moments.kernel, "float64")
-        gram, cross, squares = moments.second(centred)
+    def __init__(self, statistics, plan, centred):
+        kernel = np.asarray(statistics.kernel, "float64")
+        gram, cross, squares = statistics.second(centred)
         inputs, outputs = input_index(plan), output_index(plan)
         a, b = inputs.shape
         # Of the prior counts the size of the inputs, not which of them they are.
         diagonal = gram if gram.ndim == 1 else np.diagonal(gram)
-        prior = max(LEAST_PRIOR, PRIOR * len(diagonal) / moments.count)
+        prior = max(LEAST_PRIOR, PRIOR * len(diagonal) / statistics.count)
         # Inputs that are constant, or zero, show nothing but how their squares were rounded.
-        prior *= max(diagonal.mean(), 1e-3 * moments.size) or 1.0
+        prior *= max(diagonal.mean(), 1e-3 * statistics.size) or 1.0
         self.squares = squares.sum()
         self.prior, self.prior_squares = prior, np.square(kernel).sum()
         self.mask = (outputs >= 0).astype("float64")

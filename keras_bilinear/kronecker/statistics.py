@@ -6,7 +6,7 @@ import numpy as np
 LARGE_GRAM = 4096
 
 
-class Moments:
+class InputStatistics:
     """Sums over examples of the inputs and outputs of a kernel: all that its fit needs.
 
     Args:
@@ -74,8 +74,8 @@ def _floats(x):
     return x
 
 
-class Frequencies:
-    """As `Moments`, of an embedding: of `x x^T` there is only the diagonal.
+class IndexCounts:
+    """As `InputStatistics`, of an embedding: of `x x^T` there is only the diagonal.
 
     Args:
         kernel: `(input_dim, output_dim)`, of a full layer.

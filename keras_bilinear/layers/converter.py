@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear.kronecker.factorization import Factorization
-from keras_bilinear.kronecker.statistics import Frequencies, Moments
+from keras_bilinear.kronecker.statistics import IndexCounts, InputStatistics
 
 # Arguments of `keras.layers.Layer` that both layers have.
 _OF_EVERY_LAYER = ("name", "trainable", "dtype", "activity_regularizer")
@@ -128,9 +128,9 @@ class Converter:
         check_width(full, inputs, self.input_dim(full))
         return {self.kernel_names[0]: [inputs.reshape(-1, inputs.shape[-1])]}
 
-    def statistics(self, name: str, block: np.ndarray) -> Moments | Frequencies:
+    def statistics(self, name: str, block: np.ndarray) -> InputStatistics | IndexCounts:
         """Empty statistics of the rows of one block of the kernel of that name."""
-        return Moments(block)
+        return InputStatistics(block)
 
     def has_bias(self, full: keras.Layer) -> bool:
         """Whether a bias can take the mean of the error that a fit leaves."""

@@ -7,7 +7,7 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_positive_int
-from keras_bilinear.kronecker.statistics import Frequencies, Moments
+from keras_bilinear.kronecker.statistics import IndexCounts, InputStatistics
 from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.layers.converter import Converter, is_bilinear, register
 
@@ -31,8 +31,8 @@ class EmbeddingConverter(Converter):
             )
         return {"embeddings": [indices]}
 
-    def statistics(self, name: str, block: np.ndarray) -> Moments | Frequencies:
-        return Frequencies(block)
+    def statistics(self, name: str, block: np.ndarray) -> InputStatistics | IndexCounts:
+        return IndexCounts(block)
 
     def has_bias(self, full: keras.Layer) -> bool:
         return False

@@ -225,29 +225,29 @@ class KroneckerKernel:
         """Stores the Kronecker sum that is nearest to a full kernel."""
         self.assign_factors(*nearest_kronecker_sum(kernel, self.factorization))
 
-    def fit(self, moments, centred):
+    def fit(self, statistics, centred):
         """Stores the Kronecker sum that is fitted to examples.
 
         Args:
-            moments: one of `keras_bilinear.kronecker.fit` for each block.
+            statistics: one of `keras_bilinear.kronecker.fit` for each block.
             centred: whether a bias takes the means.
 
         Returns:
             For each block what is to be added to the bias, side by side.
         """
-        self._fit(moments, centred)
+        self._fit(statistics, centred)
         if not centred:
             return 0.0
         plan = self.factorization
         kernel = ops.convert_to_numpy(self.materialize()).astype("float64")
-        kernel = kernel.reshape(-1, len(moments), plan.output_dim)
-        means = [one.means() for one in moments]
+        kernel = kernel.reshape(-1, len(statistics), plan.output_dim)
+        means = [one.means() for one in statistics]
         return np.concatenate(
             [target - input @ kernel[:, i] for i, (input, target) in enumerate(means)]
         )
 
-    def _fit(self, moments, centred):
-        fit = fit_kronecker_sum(moments, self.factorization, centred)
+    def _fit(self, statistics, centred):
+        fit = fit_kronecker_sum(statistics, self.factorization, centred)
         self.assign_factors(fit.left, fit.right)
 
     def read_factors(self):
@@ -325,8 +325,8 @@ class GateKernel(KroneckerKernel):
             for block in np.split(kernel, plan.blocks, axis=1)
         )
 
-    def _fit(self, moments, centred):
-        fits = [fit_kronecker_sum([one], self.factorization.block, centred) for one in moments]
+    def _fit(self, statistics, centred):
+        fits = [fit_kronecker_sum([one], self.factorization.block, centred) for one in statistics]
         self._assign_gates((fit.left, fit.right) for fit in fits)
 
     def _assign_gates(self, pairs):

@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear.kronecker.factorization import Factorization
-from keras_bilinear.kronecker.statistics import Frequencies, Moments
+from keras_bilinear.kronecker.statistics import IndexCounts, InputStatistics
 from keras_bilinear.layers.converter import register
 from keras_bilinear.layers.embedding import BilinearEmbedding, EmbeddingConverter
 
@@ -32,8 +32,8 @@ class ReversibleEmbeddingConverter(EmbeddingConverter):
         rows = super().rows(full, indices, **call)
         return rows if full.tie_weights else {**rows, "reverse_embeddings": [hidden]}
 
-    def statistics(self, name: str, block: np.ndarray) -> Moments | Frequencies:
-        return Moments(block) if name == "reverse_embeddings" else Frequencies(block)
+    def statistics(self, name: str, block: np.ndarray) -> InputStatistics | IndexCounts:
+        return InputStatistics(block) if name == "reverse_embeddings" else IndexCounts(block)
 
 
 @register(keras.layers.ReversibleEmbedding, converter=ReversibleEmbeddingConverter)

@@ -11,7 +11,7 @@ import keras_bilinear
 from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.fit import _solve_symmetric, fit_errors, fit_kronecker_sum
 from keras_bilinear.kronecker.nearest import arrange, nearest_kronecker_sum
-from keras_bilinear.kronecker.statistics import Frequencies, Moments
+from keras_bilinear.kronecker.statistics import IndexCounts, InputStatistics
 from keras_bilinear.layers.converter import full_converter
 
 WINDOWS = {
@@ -29,13 +29,13 @@ def problem(rng, plan, examples=300):
     rows = [
         rng.normal(size=(examples, inputs)) @ rng.normal(size=(inputs, inputs)) + 1 for _ in parts
     ]
-    moments = []
+    statistics = []
     for part, x in zip(parts, rows, strict=True):
-        one = Moments(part)
+        one = InputStatistics(part)
         for half in np.array_split(x, 2):
             one.add(half, half)
-        moments.append(one)
-    return kernel, rows, moments
+        statistics.append(one)
+    return kernel, rows, statistics
 
 
 def kernels(plan, left, right):
@@ -46,10 +46,10 @@ def kernels(plan, left, right):
     return kernel.reshape(-1, plan.blocks, plan.output_dim).transpose(1, 0, 2)
 
 
-def relative_error(plan, rows, moments, fit, centred):
+def relative_error(plan, rows, statistics, fit, centred):
     squares, total = 0.0, 0.0
     fitted = kernels(plan, fit.left, fit.right)
-    for x, one, kernel in zip(rows, moments, fitted, strict=True):
+    for x, one, kernel in zip(rows, statistics, fitted, strict=True):
         target = x @ one.kernel
         error = target - x @ kernel
         if centred:
@@ -75,9 +75,9 @@ def test_errors_are_those_of_the_examples_and_not_above_the_nearest_sums(
     plan = Factorization.create(
         input_dim=inputs, output_dim=outputs, rank=rank, blocks=groups, **WINDOWS[pattern]
     )
-    kernel, rows, moments = problem(np.random.default_rng(seed), plan)
-    fit = fit_kronecker_sum(moments, plan, centred)
-    error = relative_error(plan, rows, moments, fit, centred)
+    kernel, rows, statistics = problem(np.random.default_rng(seed), plan)
+    fit = fit_kronecker_sum(statistics, plan, centred)
+    error = relative_error(plan, rows, statistics, fit, centred)
     np.testing.assert_allclose(fit.error, error, rtol=1e-3, atol=1e-6)
     assert fit.error <= fit.start_error
     nearest = nearest_kronecker_sum(kernel, plan)
@@ -95,9 +95,9 @@ def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
     monkeypatch.setattr("keras_bilinear.kronecker.fit.PRIOR", 0.0)
     plan = Factorization.create(input_dim=12, output_dim=9, rank=2, **WINDOWS[pattern])
     rng = np.random.default_rng(0)
-    _, rows, moments = problem(rng, plan)
-    fit = fit_kronecker_sum(moments, plan, centred, sweeps=2000)
-    best = relative_error(plan, rows, moments, fit, centred)
+    _, rows, statistics = problem(rng, plan)
+    fit = fit_kronecker_sum(statistics, plan, centred, sweeps=2000)
+    best = relative_error(plan, rows, statistics, fit, centred)
     assert best < 0.95 * fit.start_error
     for name in ("left", "right"):
         for _ in range(5):
@@ -107,7 +107,7 @@ def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
                 moved = type(fit)(
                     **{**sides, name: sides[name] + sign * step}, error=0, start_error=0
                 )
-                assert relative_error(plan, rows, moments, moved, centred) > best
+                assert relative_error(plan, rows, statistics, moved, centred) > best
 
 
 def low_rank_plan(window, rank, swapped=False):
@@ -138,10 +138,10 @@ def test_kernels_of_low_rank_are_the_singular_vectors_in_the_metric_of_the_examp
     window, swapped, centred
 ):
     plan = low_rank_plan(window, 3, swapped)
-    _, (x,), (moments,) = problem(np.random.default_rng(0), plan)
-    fit = fit_kronecker_sum([moments], plan, centred)
+    _, (x,), (statistics,) = problem(np.random.default_rng(0), plan)
+    fit = fit_kronecker_sum([statistics], plan, centred)
     fitted = kernels(plan, fit.left, fit.right)[0]
-    kernel = moments.kernel
+    kernel = statistics.kernel
     mean = x.mean(0) if centred else 0.0
     gram = (x - mean).T @ (x - mean) / len(x)
     # With the targets of the kernel itself, the prior adds to the metric and nothing else.
@@ -151,10 +151,10 @@ def test_kernels_of_low_rank_are_the_singular_vectors_in_the_metric_of_the_examp
     left, sizes, right = np.linalg.svd(root @ kernel, full_matrices=False)
     expected = inverse @ (left[:, :3] * sizes[:3]) @ right[:3]
     np.testing.assert_allclose(fitted, expected, atol=1e-8)
-    error = relative_error(plan, [x], [moments], fit, centred)
+    error = relative_error(plan, [x], [statistics], fit, centred)
     np.testing.assert_allclose(fit.error, error, rtol=1e-6)
     assert fit.error < fit.start_error
-    by_rank = fit_errors([moments], plan, [1, 2, 3, 9], centred)
+    by_rank = fit_errors([statistics], plan, [1, 2, 3, 9], centred)
     assert by_rank[3] == pytest.approx(fit.error)
     assert by_rank[1] > by_rank[2] > by_rank[3] > by_rank[9] == pytest.approx(0, abs=1e-6)
     norms = [np.sum(one**2, axis=tuple(range(1, one.ndim))) for one in (fit.left, fit.right)]
@@ -165,14 +165,14 @@ def test_kernels_of_low_rank_are_fitted_to_inputs_that_hardly_vary():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(200, 9)).astype("float32")
     x = (100 * rng.uniform(1, 2, 200) + 1e-4 * rng.normal(size=(600, 200))).astype("float32")
-    moments = Moments(kernel)
-    moments.add(x, x)
+    statistics = InputStatistics(kernel)
+    statistics.add(x, x)
     plan = Factorization.create(
         input_dim=200, output_dim=9, input_factors=(200, 1), output_factors=(1, 9), rank=4
     )
-    gram, *_ = moments.second(centred=True)
+    gram, *_ = statistics.second(centred=True)
     assert np.linalg.eigvalsh(gram)[0] < 0  # by rounding
-    fit = fit_kronecker_sum([moments], plan, centred=True)
+    fit = fit_kronecker_sum([statistics], plan, centred=True)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
     assert np.isfinite(fitted).all()
     assert np.linalg.norm(fitted) < 2 * np.linalg.norm(kernel)
@@ -183,9 +183,9 @@ def test_kernels_of_low_rank_are_fitted_to_targets_of_other_inputs():
     plan = low_rank_plan((), 9)
     kernel, x = rng.normal(size=(12, 9)), rng.normal(size=(40_000, 12))
     mixing = 2 * np.eye(12) + 0.1 * rng.normal(size=(12, 12))
-    moments = Moments(kernel)
-    moments.add(x @ mixing, x)
-    fit = fit_kronecker_sum([moments], plan)
+    statistics = InputStatistics(kernel)
+    statistics.add(x @ mixing, x)
+    fit = fit_kronecker_sum([statistics], plan)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
     np.testing.assert_allclose(mixing @ fitted, kernel, atol=0.02)
 
@@ -196,9 +196,9 @@ def test_tables_of_low_rank_are_weighted_by_the_use_of_their_rows():
     plan = Factorization.create(
         input_dim=30, output_dim=8, input_factors=(30, 1), output_factors=(1, 8), rank=2
     )
-    frequencies = Frequencies(kernel)
-    frequencies.add(indices)
-    fit = fit_kronecker_sum([frequencies], plan)
+    counts = IndexCounts(kernel)
+    counts.add(indices)
+    fit = fit_kronecker_sum([counts], plan)
     counts = np.bincount(indices, minlength=30) / len(indices)
     weights = np.sqrt(counts + 1e-3 * counts.mean())[:, None]
     left, sizes, right = np.linalg.svd(weights * kernel, full_matrices=False)
@@ -216,10 +216,10 @@ def test_frequencies_are_moments_of_single_rows():
         Factorization.create(input_dim=23, output_dim=10, rank=2),
     )
     indices = rng.zipf(1.5, size=1000) % 23
-    frequencies, moments = Frequencies(kernel), Moments(kernel)
-    frequencies.add(indices)
-    moments.add(np.eye(23)[indices], np.eye(23)[indices])
-    a, b = (fit_kronecker_sum([one], plan) for one in (frequencies, moments))
+    counts, statistics = IndexCounts(kernel), InputStatistics(kernel)
+    counts.add(indices)
+    statistics.add(np.eye(23)[indices], np.eye(23)[indices])
+    a, b = (fit_kronecker_sum([one], plan) for one in (counts, statistics))
     np.testing.assert_allclose(a.error, b.error, rtol=1e-6)
     np.testing.assert_allclose(
         oracle.kronecker_sum(a.left, a.right),
@@ -237,9 +237,9 @@ def test_targets_may_come_from_other_inputs():
         Factorization.create(input_dim=16, output_dim=16, rank=16),
     )
     x, mixing = rng.normal(size=(400, 16)), 2 * np.eye(16) + 0.1 * rng.normal(size=(16, 16))
-    moments = Moments(kernel)
-    moments.add(x @ mixing, x)
-    fit = fit_kronecker_sum([moments], plan)
+    statistics = InputStatistics(kernel)
+    statistics.add(x @ mixing, x)
+    fit = fit_kronecker_sum([statistics], plan)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
     # The prior holds to the kernel, which would answer twice as much.
     assert np.linalg.norm(x @ mixing @ fitted - x @ kernel) < 0.02 * np.linalg.norm(x @ kernel)
@@ -251,11 +251,11 @@ def test_what_examples_do_not_show_stays_near_the_kernel():
         rng.normal(size=(16, 16)),
         Factorization.create(input_dim=16, output_dim=16, rank=4),
     )
-    moments = Moments(kernel)
+    statistics = InputStatistics(kernel)
     x = np.zeros((3, 16))
     x[:, 0] = 1
-    moments.add(x, x)
-    fit = fit_kronecker_sum([moments], plan)
+    statistics.add(x, x)
+    fit = fit_kronecker_sum([statistics], plan)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
     nearest = oracle.kronecker_sum(*nearest_kronecker_sum(kernel, plan))
     assert fit.error < 0.1 * fit.start_error
@@ -268,10 +268,10 @@ def test_an_input_that_is_always_zero_does_no_harm():
         rng.normal(size=(12, 12)),
         Factorization.create(input_dim=12, output_dim=12, rank=2),
     )
-    moments = Moments(kernel)
+    statistics = InputStatistics(kernel)
     x = np.zeros((50, 12))
-    moments.add(x, x)
-    fit = fit_kronecker_sum([moments], plan)
+    statistics.add(x, x)
+    fit = fit_kronecker_sum([statistics], plan)
     assert fit.error == 0
     assert np.isfinite(fit.left).all()
     assert np.isfinite(fit.right).all()
