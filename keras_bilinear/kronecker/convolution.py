@@ -80,7 +80,7 @@ class _Named:
         return ops.reshape(tensor, [math.prod(self.sizes[n] for n in group) for group in groups])
 
     def pick(self, name, index):
-        """The part at one index of an axis."""
+        """The tensor at one index of an axis, without that axis."""
         tensor = ops.take(self.tensor, index, axis=self.names.index(name))
         return _Named(tensor, tuple(n for n in self.names if n != name), self.sizes)
 
@@ -152,7 +152,7 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
     """Convolves as `_convolve`, with a kernel for each group."""
     if x.sizes["group"] == 1:
         return _convolve(x, kernel, inputs, outputs, axes, ("n", other), options, ("group",))
-    parts = [
+    groups = [
         _convolve(
             x.pick("group", i),
             kernel.pick("group", i),
@@ -164,8 +164,8 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
         )
         for i in range(x.sizes["group"])
     ]
-    y = ops.stack([part.tensor for part in parts])
-    return _Named(y, ("group", *parts[0].names), _without(x.sizes, axes))
+    y = ops.stack([group.tensor for group in groups])
+    return _Named(y, ("group", *groups[0].names), _without(x.sizes, axes))
 
 
 def _multiply(x, kernel, inputs, outputs, axes, other, options):

@@ -60,16 +60,16 @@ def projection(left, right, order):
 
         def apply(x):
             x = _split(_multiply_each(left, ops.reshape(x, (-1, d1, d2))), gates, axis=1)
-            for part, matrix in zip(x, right, strict=True):
-                yield ops.matmul(ops.reshape(part, (-1, rank * d2)), matrix)
+            for block, matrix in zip(x, right, strict=True):
+                yield ops.matmul(ops.reshape(block, (-1, rank * d2)), matrix)
     else:
         right = ops.reshape(ops.transpose(right, (2, 0, 1, 3)), (d2, gates * rank * u2))
         left = _unstack(ops.reshape(ops.transpose(left, (0, 3, 2, 1)), (gates, u1, d1 * rank)))
 
         def apply(x):
             x = ops.reshape(ops.matmul(ops.reshape(x, (-1, d2)), right), (-1, d1, right.shape[1]))
-            for part, matrix in zip(_split(x, gates, axis=2), left, strict=True):
-                yield _multiply_each(matrix, ops.reshape(part, (-1, d1 * rank, u2)))
+            for block, matrix in zip(_split(x, gates, axis=2), left, strict=True):
+                yield _multiply_each(matrix, ops.reshape(block, (-1, d1 * rank, u2)))
 
     return lambda x: [ops.reshape(y, (-1, u1 * u2)) for y in apply(x)]
 

@@ -45,8 +45,8 @@ class Calibration:
         """
         examples = self._examples(inputs, options)
         full = examples if full_inputs is None else self._examples(full_inputs, options)
-        for name, parts in self.statistics.items():
-            for one, rows, full_rows in zip(parts, examples[name], full[name], strict=True):
+        for name, blocks in self.statistics.items():
+            for one, rows, full_rows in zip(blocks, examples[name], full[name], strict=True):
                 one.add(rows, full_rows)
 
     def _examples(self, inputs, options):
@@ -62,7 +62,7 @@ class Calibration:
 
     def has_examples(self) -> bool:
         """Whether each kernel has seen something."""
-        return all(one.count for parts in self.statistics.values() for one in parts)
+        return all(one.count for blocks in self.statistics.values() for one in blocks)
 
     def errors(self, factorizations, ranks, sweeps: int = 5) -> dict[int, float]:
         """The errors of the fit at some ranks: root mean square over the kernels, relative.
@@ -73,10 +73,10 @@ class Calibration:
             sweeps: see `keras_bilinear.kronecker.fit.fit_kronecker_sum`.
         """
         found = []
-        for factorization, parts in zip(factorizations, self.statistics.values(), strict=True):
+        for factorization, blocks in zip(factorizations, self.statistics.values(), strict=True):
             found += [
                 fit_errors(coupled, factorization.coupled, ranks, self.has_bias, sweeps)
-                for coupled in factorization.couple(parts)
+                for coupled in factorization.couple(blocks)
             ]
         return {
             rank: float(np.sqrt(np.mean([errors[rank] ** 2 for errors in found]))) for rank in ranks
@@ -88,8 +88,8 @@ class Calibration:
         Raises:
             ValueError: if there are none.
         """
-        for name, parts in self.statistics.items():
-            for one in parts:
+        for name, blocks in self.statistics.items():
+            for one in blocks:
                 if not one.count:
                     raise ValueError(
                         "`calibration_data` must have at least one example. Received: none that "

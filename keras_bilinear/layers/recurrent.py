@@ -251,7 +251,7 @@ class BilinearCell(BilinearLayer):
             return project
         biases = split_blocks(self._input_bias(), self.gates)
         return lambda inputs: [
-            ops.add(part, bias) for part, bias in zip(project(inputs), biases, strict=True)
+            ops.add(block, bias) for block, bias in zip(project(inputs), biases, strict=True)
         ]
 
     def projects_in_steps(self, batch_size):
@@ -267,9 +267,9 @@ class BilinearCell(BilinearLayer):
             gates = gates or range(self.gates)
             projections = [kernel.projection((gate,)) for gate in gates]
             return lambda x: [
-                part
+                block
                 for gate, project in zip(gates, projections, strict=True)
-                for part in project(ops.multiply(x, mask[gate]))
+                for block in project(ops.multiply(x, mask[gate]))
             ]
         project = kernel.projection(gates)
         return project if mask is None else lambda x: project(ops.multiply(x, mask))

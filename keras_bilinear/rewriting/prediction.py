@@ -84,9 +84,9 @@ def _is_behind(layer, factors, rank):
 
 def _kernel_errors(layer, factorizations, ranks):
     """`{rank: error}` of the kernels of a full layer."""
-    parts = full_converter(type(layer)).kernels(layer)
+    blocks = full_converter(type(layer)).kernels(layer)
     left, total = np.zeros(max(ranks) + 1), 0.0
-    for kernels, factorization in zip(parts.values(), factorizations, strict=True):
+    for kernels, factorization in zip(blocks.values(), factorizations, strict=True):
         energies = remaining_energies(kernels, factorization, max(ranks))
         # Each kernel counts the same, whatever its size.
         left += energies / energies[0] if energies[0] else 0

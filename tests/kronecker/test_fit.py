@@ -24,14 +24,14 @@ WINDOWS = {
 def problem(rng, plan, examples=300):
     """A kernel, and for each group examples whose directions differ in size."""
     kernel = rng.normal(size=plan.full_shape)
-    parts = np.split(kernel.reshape(-1, plan.full_shape[-1]), plan.blocks, axis=1)
-    inputs = len(parts[0])
+    blocks = np.split(kernel.reshape(-1, plan.full_shape[-1]), plan.blocks, axis=1)
+    inputs = len(blocks[0])
     rows = [
-        rng.normal(size=(examples, inputs)) @ rng.normal(size=(inputs, inputs)) + 1 for _ in parts
+        rng.normal(size=(examples, inputs)) @ rng.normal(size=(inputs, inputs)) + 1 for _ in blocks
     ]
     statistics = []
-    for part, x in zip(parts, rows, strict=True):
-        one = InputStatistics(part)
+    for block, x in zip(blocks, rows, strict=True):
+        one = InputStatistics(block)
         for half in np.array_split(x, 2):
             one.add(half, half)
         statistics.append(one)
@@ -319,11 +319,12 @@ def test_calibration_sees_the_patches_of_a_convolution(dimensions, arguments, mo
     if "data_format" in arguments:
         expected = np.moveaxis(expected, 1, -1)
     kernel = keras.ops.convert_to_numpy(layer.kernel)
-    parts = converter.rows(layer, x)["kernel"]
-    parts = [
-        rows @ part for rows, part in zip(parts, converter.kernels(layer)["kernel"], strict=True)
+    rows = converter.rows(layer, x)["kernel"]
+    outputs = [
+        of_block @ block
+        for of_block, block in zip(rows, converter.kernels(layer)["kernel"], strict=True)
     ]
-    actual = np.concatenate(parts, axis=1).reshape(expected.shape)
+    actual = np.concatenate(outputs, axis=1).reshape(expected.shape)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("keras_bilinear.layers.conv.MOST_PATCHES", 5)
     few = converter.rows(layer, x)["kernel"][0]
@@ -355,7 +356,7 @@ def test_calibration_sees_the_states_of_a_sequence(kind, arguments, masked):
     seen = seen[:, ::-1] if layer.go_backwards else seen
     rows = full_converter(type(layer)).rows(layer, x, mask=mask, initial_state=first)
     inputs, states = rows["kernel"][0], rows["recurrent_kernel"][0]
-    assert all(part is inputs for part in rows["kernel"])
+    assert all(of_block is inputs for of_block in rows["kernel"])
     output, _ = layer.cell(inputs, [keras.ops.convert_to_tensor(states)])
     np.testing.assert_allclose(
         keras.ops.convert_to_numpy(output), after[seen], rtol=1e-4, atol=1e-5

@@ -222,7 +222,7 @@ def test_the_call_says_which_way_an_embedding_goes():
     calibration = Calibration(full_converter(type(layer)), layer)
     for one, options in collect(model, {"": layer}, x)[""]:
         calibration.add(one, **options)
-    counts = {name: parts[0].count for name, parts in calibration.statistics.items()}
+    counts = {name: blocks[0].count for name, blocks in calibration.statistics.items()}
     assert counts == {"embeddings": 320, "reverse_embeddings": 320}
     plan = plan_rewrite(model, 0.5, layers={"embedding": 2}, calibration_data=x)
     plan["embedding"].factors = (50, 1), (1, 16)

@@ -249,8 +249,8 @@ def test_gradients(kind, implementation, in_steps, monkeypatch):
     for kernel, full in zip(pairs, kernels, strict=True):
         plan, (_, left, right) = kernel.factorization.block, oracle.gate_kernels(kernel)
         of_gates = [
-            oracle.factor_gradients(oracle.pad_like(part, plan), one_left, one_right)
-            for part, one_left, one_right in zip(
+            oracle.factor_gradients(oracle.pad_like(block, plan), one_left, one_right)
+            for block, one_left, one_right in zip(
                 np.split(full, len(left), axis=1), left, right, strict=True
             )
         ]

@@ -417,17 +417,17 @@ def test_layers_that_cannot_be_rewritten_take_no_rank():
 def test_remaining_energies_are_those_of_the_nearest_sums(gates, large, monkeypatch):
     monkeypatch.setattr("keras_bilinear.kronecker.nearest.LARGE", large)
     rng = np.random.default_rng(0)
-    blocks = {"blocks": gates, "share_right": False} if gates else {}
-    plan = Factorization.create(input_dim=64, output_dim=100, rank=1, **blocks)
+    options = {"blocks": gates, "share_right": False} if gates else {}
+    plan = Factorization.create(input_dim=64, output_dim=100, rank=1, **options)
     # Singular values that fall, as those of trained kernels do.
     scales = np.exp(-np.arange(64) / 8)[:, None]
-    parts = [np.linalg.qr(rng.normal(size=(64, 64)))[0] @ (scales * rng.normal(size=(64, 100)))]
-    parts *= max(1, gates)
-    energies = remaining_energies(parts, plan, 6)
+    blocks = [np.linalg.qr(rng.normal(size=(64, 64)))[0] @ (scales * rng.normal(size=(64, 100)))]
+    blocks *= max(1, gates)
+    energies = remaining_energies(blocks, plan, 6)
     for rank in range(1, 7):
         one = Factorization.create(input_dim=64, output_dim=100, rank=rank)
-        left, right = nearest_kronecker_sum(parts[0], one)
-        rest = parts[0] - sum(np.kron(a, b) for a, b in zip(left, right, strict=True))
-        expected = len(parts) * np.sum(rest**2)
+        left, right = nearest_kronecker_sum(blocks[0], one)
+        rest = blocks[0] - sum(np.kron(a, b) for a, b in zip(left, right, strict=True))
+        expected = len(blocks) * np.sum(rest**2)
         np.testing.assert_allclose(energies[rank], expected, rtol=1e-2)
-    np.testing.assert_allclose(energies[0], sum(np.sum(part**2) for part in parts))
+    np.testing.assert_allclose(energies[0], sum(np.sum(block**2) for block in blocks))
