@@ -56,3 +56,7 @@ __all__ = [
     "rewrite_model",
     "summarize",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
