@@ -8,7 +8,12 @@ from keras import initializers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
 from keras_bilinear.layers.calibration import calibrate
-from keras_bilinear.layers.converter import bilinear_converter, check_built, check_full
+from keras_bilinear.layers.converter import (
+    bilinear_converter,
+    check_built,
+    check_full,
+    converter_of,
+)
 from keras_bilinear.layers.kernel import KroneckerKernel
 
 IMPLEMENTATIONS = ("auto", "factorized", "materialized")
@@ -47,6 +52,7 @@ class BilinearLayer(keras.layers.Layer):
 
     full_class: type[keras.Layer]
     own_arguments: tuple[str, ...] = SHARED
+    _kernels: dict[str, KroneckerKernel]
 
     def __init__(
         self,
@@ -70,7 +76,6 @@ class BilinearLayer(keras.layers.Layer):
         self.input_factors = input_factors
         self.output_factors = output_factors
         self.implementation = implementation
-        self._kernel = None
         self._kernels = {}
 
     def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
@@ -175,7 +180,7 @@ class BilinearLayer(keras.layers.Layer):
     def kernel(self):
         """The kernel that the factors stand for, a new tensor of full size."""
         kernel = self._built_kernel().materialize()
-        return bilinear_converter(type(self)).from_matrix(self, kernel)
+        return converter_of(self).from_matrix(self, kernel)
 
     def _built_kernel(self) -> KroneckerKernel:
         check_built(self)
@@ -251,7 +256,7 @@ class BilinearLayer(keras.layers.Layer):
         Raises:
             AttributeError: if the layer is not built.
         """
-        return bilinear_converter(type(self)).expand(self)
+        return converter_of(self).expand(self)
 
 
 def convert(cls: type, full: keras.Layer, calibration_data: Any, **own: Any) -> keras.Layer:

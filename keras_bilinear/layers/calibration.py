@@ -10,7 +10,7 @@ from keras import ops
 from keras_bilinear.data import batches
 from keras_bilinear.keras_private.capture import record
 from keras_bilinear.kronecker.fit import fit_errors
-from keras_bilinear.layers.converter import Converter, full_converter
+from keras_bilinear.layers.converter import Converter, converter_of
 
 
 class Calibration:
@@ -130,7 +130,7 @@ def calibrations_of(layers: Mapping[str, keras.Layer]) -> dict[str, Calibration]
     Args:
         layers: built full layers, each with a converter.
     """
-    converters = {key: full_converter(type(layer)) for key, layer in layers.items()}
+    converters = {key: converter_of(layer) for key, layer in layers.items()}
     return {
         key: Calibration(converter, layers[key])
         for key, converter in converters.items()

@@ -10,8 +10,8 @@ from keras_bilinear.kronecker.factorization import Factorization, check_factors,
 from keras_bilinear.layers.base import SHARED, BilinearLayer, convert
 from keras_bilinear.layers.converter import (
     Converter,
-    bilinear_converter,
     check_width,
+    converter_of,
     is_bilinear,
     register,
 )
@@ -83,12 +83,11 @@ class BilinearConv(BilinearLayer):
         dilation_rate: an integer or one for each axis. Strides and dilation
             above 1 exclude each other.
         groups: positive integer that divides input channels and filters. The
-            groups share the right factor and have a left one each.
+            groups share the right factor, and each has a left factor of its own.
         activation: activation function; `None` applies none.
         use_bias: whether to add a bias for each filter.
         kernel_initializer: initializer of the full kernel. The factors start
-            such that the materialized kernel has the variance that it gives;
-            see `keras_bilinear.kronecker.initializers`.
+            such that their product has the variance that it gives.
         bias_initializer: initializer of the bias.
         kernel_regularizer: regularizer of each stored factor.
         bias_regularizer: regularizer of the bias.
@@ -97,15 +96,18 @@ class BilinearConv(BilinearLayer):
         bias_constraint: constraint of the bias.
         rank: positive integer, number of Kronecker terms.
         input_factors: `(c1, c2)` with a product of at least the input channels
-            of one group; they are padded with zeros where it is more. `None`
-            chooses both splits together, see
-            `keras_bilinear.kronecker.factorization.choose_aligned_factors`.
-        output_factors: `(u1, u2)`, likewise for the filters of one group.
+            of one group; the channels are padded with zeros where it is more.
+            `None` chooses both splits together: the near-square pair whose
+            kernel can have the highest matrix rank.
+        output_factors: `(u1, u2)` with a product of at least the filters of one
+            group; the filters are cut where it is more. `None` chooses them.
         implementation: `"factorized"` applies one factor after the other,
-            `"materialized"` forms the kernel first; `"auto"` takes what a model
-            fitted to measurements holds for faster on this backend; on a GPU it
-            forms all kernels but large ones.
-        pattern: `"channel"`, `"spatial"`, or `"auto"`, which is `"channel"`.
+            `"materialized"` forms the kernel first. `"auto"` takes the faster way
+            by a model that is fitted to measurements on this backend; on a GPU
+            it forms all kernels but large ones.
+        pattern: which factor has the window. `"channel"` gives it to the right
+            factor; `"spatial"` gives its first axis to the left factor and the
+            others to the right factor; `"auto"` is `"channel"`.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
@@ -268,7 +270,7 @@ class BilinearConv(BilinearLayer):
         return x
 
     def compute_output_shape(self, input_shape: tuple) -> tuple:
-        full = bilinear_converter(type(self)).unbuilt_full(self)
+        full = converter_of(self).unbuilt_full(self)
         return full.compute_output_shape(input_shape)
 
     def get_config(self) -> dict:
@@ -303,10 +305,32 @@ class BilinearConv(BilinearLayer):
         calibration_data=None,
         pattern: str = "auto",
     ) -> Self:
-        """Makes a bilinear layer from a built full one.
+        """Makes a bilinear layer from a built full layer.
 
-        As `BilinearDense.from_full`, with the factors aligned to the axes of the
-        kernel as `pattern` says.
+        The factors are the Kronecker sum nearest to the full kernel, in the shapes that
+        `pattern` gives them. With calibration data, the factors and the bias are fitted such
+        that the outputs before the activation differ least on them.
+
+        Args:
+            layer: a built layer of exactly the stock class. It stays as it is.
+            rank: number of Kronecker terms.
+            input_factors: `(c1, c2)`; `None` chooses them.
+            output_factors: `(u1, u2)`; `None` chooses them.
+            implementation: `"auto"`, `"factorized"` or `"materialized"`.
+            calibration_data: inputs of the layer: an array, or an iterable of arrays, each
+                of which is read once. `None` takes the nearest sum.
+            pattern: `"auto"`, `"channel"` or `"spatial"`.
+
+        Returns:
+            A built layer with the same name and options; a constraint of the kernel becomes
+            a constraint of each factor.
+
+        Raises:
+            TypeError: if `layer` is not of the stock class, or `calibration_data` is neither
+                an array nor iterable.
+            ValueError: if `layer` is not built, is quantized or holds NaN or infinite
+                weights; if there are no calibration data, or they are not finite or no
+                inputs of the layer; or if another argument is not valid.
         """
         return convert(
             cls,
@@ -356,15 +380,55 @@ def _patches(layer, inputs, most):
 class BilinearConv1D(BilinearConv):
     """A convolution over one axis whose kernel is a sum of Kronecker products.
 
-    It stands for `keras.layers.Conv1D` and takes its arguments, and `rank`,
-    `input_factors`, `output_factors`, `implementation` and `pattern`. What they
-    mean, and what is refused, says `keras_bilinear.layers.conv.BilinearConv`.
+    The layer stands for `keras.layers.Conv1D` and takes its arguments. The
+    channels are split into two axes each, and each factor is a small convolution
+    over its share of them. No patches are formed.
+
+    Args:
+        filters: positive integer, number of output channels.
+        kernel_size: size of the window, an integer.
+        strides: an integer.
+        padding: `"valid"`, `"same"` or `"causal"`.
+        data_format: `"channels_last"` or `"channels_first"`; `None` is
+            `keras.config.image_data_format()`.
+        dilation_rate: an integer. Strides and dilation above 1 exclude each
+            other.
+        groups: positive integer that divides input channels and filters. The
+            groups share the right factor, and each has a left factor of its own.
+        activation: activation function; `None` applies none.
+        use_bias: whether to add a bias for each filter.
+        kernel_initializer: initializer of the full kernel. The factors start
+            such that their product has the variance that it gives.
+        bias_initializer: initializer of the bias.
+        kernel_regularizer: regularizer of each stored factor.
+        bias_regularizer: regularizer of the bias.
+        activity_regularizer: regularizer of the output.
+        kernel_constraint: constraint of each stored factor.
+        bias_constraint: constraint of the bias.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(c1, c2)` with a product of at least the input channels
+            of one group; the channels are padded with zeros where it is more.
+            `None` chooses both splits together: the near-square pair whose
+            kernel can have the highest matrix rank.
+        output_factors: `(u1, u2)` with a product of at least the filters of one
+            group; the filters are cut where it is more. `None` chooses them.
+        implementation: `"factorized"` applies one factor after the other,
+            `"materialized"` forms the kernel first. `"auto"` takes the faster way
+            by a model that is fitted to measurements on this backend; on a GPU
+            it forms all kernels but large ones.
+        pattern: which factor has the window. `"channel"` gives it to the right
+            factor, `"spatial"` to the left factor; `"auto"` is `"channel"`.
+        **kwargs: arguments of `keras.layers.Layer`.
 
     Input shape:
         `(batch_size, steps, channels)`, or with the channels first.
 
     Output shape:
         `(batch_size, new_steps, filters)`, likewise.
+
+    Raises:
+        ValueError: if an argument is not valid, as in the stock layer, or if
+            the input does not fit.
 
     Example:
 
@@ -385,15 +449,56 @@ class BilinearConv1D(BilinearConv):
 class BilinearConv2D(BilinearConv):
     """A convolution over two axes whose kernel is a sum of Kronecker products.
 
-    It stands for `keras.layers.Conv2D` and takes its arguments, and `rank`,
-    `input_factors`, `output_factors`, `implementation` and `pattern`. What they
-    mean, and what is refused, says `keras_bilinear.layers.conv.BilinearConv`.
+    The layer stands for `keras.layers.Conv2D` and takes its arguments. The
+    channels are split into two axes each, and each factor is a small convolution
+    over its share of them. No patches are formed.
+
+    Args:
+        filters: positive integer, number of output channels.
+        kernel_size: size of the window, an integer or one for each axis.
+        strides: an integer or one for each axis.
+        padding: `"valid"` or `"same"`.
+        data_format: `"channels_last"` or `"channels_first"`; `None` is
+            `keras.config.image_data_format()`.
+        dilation_rate: an integer or one for each axis. Strides and dilation
+            above 1 exclude each other.
+        groups: positive integer that divides input channels and filters. The
+            groups share the right factor, and each has a left factor of its own.
+        activation: activation function; `None` applies none.
+        use_bias: whether to add a bias for each filter.
+        kernel_initializer: initializer of the full kernel. The factors start
+            such that their product has the variance that it gives.
+        bias_initializer: initializer of the bias.
+        kernel_regularizer: regularizer of each stored factor.
+        bias_regularizer: regularizer of the bias.
+        activity_regularizer: regularizer of the output.
+        kernel_constraint: constraint of each stored factor.
+        bias_constraint: constraint of the bias.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(c1, c2)` with a product of at least the input channels
+            of one group; the channels are padded with zeros where it is more.
+            `None` chooses both splits together: the near-square pair whose
+            kernel can have the highest matrix rank.
+        output_factors: `(u1, u2)` with a product of at least the filters of one
+            group; the filters are cut where it is more. `None` chooses them.
+        implementation: `"factorized"` applies one factor after the other,
+            `"materialized"` forms the kernel first. `"auto"` takes the faster way
+            by a model that is fitted to measurements on this backend; on a GPU
+            it forms all kernels but large ones.
+        pattern: which factor has the window. `"channel"` gives it to the right
+            factor; `"spatial"` gives its first axis to the left factor and the
+            others to the right factor; `"auto"` is `"channel"`.
+        **kwargs: arguments of `keras.layers.Layer`.
 
     Input shape:
         `(batch_size, rows, columns, channels)`, or with the channels first.
 
     Output shape:
         `(batch_size, new_rows, new_columns, filters)`, likewise.
+
+    Raises:
+        ValueError: if an argument is not valid, as in the stock layer, or if
+            the input does not fit.
 
     Example:
 
@@ -414,15 +519,56 @@ class BilinearConv2D(BilinearConv):
 class BilinearConv3D(BilinearConv):
     """A convolution over three axes whose kernel is a sum of Kronecker products.
 
-    It stands for `keras.layers.Conv3D` and takes its arguments, and `rank`,
-    `input_factors`, `output_factors`, `implementation` and `pattern`. What they
-    mean, and what is refused, says `keras_bilinear.layers.conv.BilinearConv`.
+    The layer stands for `keras.layers.Conv3D` and takes its arguments. The
+    channels are split into two axes each, and each factor is a small convolution
+    over its share of them. No patches are formed.
+
+    Args:
+        filters: positive integer, number of output channels.
+        kernel_size: size of the window, an integer or one for each axis.
+        strides: an integer or one for each axis.
+        padding: `"valid"` or `"same"`.
+        data_format: `"channels_last"` or `"channels_first"`; `None` is
+            `keras.config.image_data_format()`.
+        dilation_rate: an integer or one for each axis. Strides and dilation
+            above 1 exclude each other.
+        groups: positive integer that divides input channels and filters. The
+            groups share the right factor, and each has a left factor of its own.
+        activation: activation function; `None` applies none.
+        use_bias: whether to add a bias for each filter.
+        kernel_initializer: initializer of the full kernel. The factors start
+            such that their product has the variance that it gives.
+        bias_initializer: initializer of the bias.
+        kernel_regularizer: regularizer of each stored factor.
+        bias_regularizer: regularizer of the bias.
+        activity_regularizer: regularizer of the output.
+        kernel_constraint: constraint of each stored factor.
+        bias_constraint: constraint of the bias.
+        rank: positive integer, number of Kronecker terms.
+        input_factors: `(c1, c2)` with a product of at least the input channels
+            of one group; the channels are padded with zeros where it is more.
+            `None` chooses both splits together: the near-square pair whose
+            kernel can have the highest matrix rank.
+        output_factors: `(u1, u2)` with a product of at least the filters of one
+            group; the filters are cut where it is more. `None` chooses them.
+        implementation: `"factorized"` applies one factor after the other,
+            `"materialized"` forms the kernel first. `"auto"` takes the faster way
+            by a model that is fitted to measurements on this backend; on a GPU
+            it forms all kernels but large ones.
+        pattern: which factor has the window. `"channel"` gives it to the right
+            factor; `"spatial"` gives its first axis to the left factor and the
+            others to the right factor; `"auto"` is `"channel"`.
+        **kwargs: arguments of `keras.layers.Layer`.
 
     Input shape:
         `(batch_size, depth, rows, columns, channels)`, or with the channels first.
 
     Output shape:
         `(batch_size, new_depth, new_rows, new_columns, filters)`, likewise.
+
+    Raises:
+        ValueError: if an argument is not valid, as in the stock layer, or if
+            the input does not fit.
 
     Example:
 

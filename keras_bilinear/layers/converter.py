@@ -230,7 +230,7 @@ class Converter:
                 kernel.assign(weights[name])
                 continue
             missing = kernel.fit(calibration.statistics[name], calibration.has_bias)
-            if calibration.has_bias:
+            if bias is not None and calibration.has_bias:
                 bias = self.add_to_bias(bilinear, bias, missing, index)
         if bias is not None:
             self.holder(bilinear).bias.assign(bias)
@@ -371,6 +371,21 @@ def bilinear_converter(cls: type) -> Converter | None:
             found = _OF_BILINEAR[base]
             return found if base is cls else type(found)(found.full_class, cls)
     return None
+
+
+def converter_of(layer: keras.Layer) -> Converter:
+    """The converter of a layer, be it full or bilinear.
+
+    Raises:
+        TypeError: if no converter is registered for the class of the layer.
+    """
+    found = bilinear_converter(type(layer)) or full_converter(type(layer))
+    if found is None:
+        raise TypeError(
+            f"No converter is registered for the layer: call `keras_bilinear.register` first. "
+            f"Received: layer={layer!r} (of type {type(layer).__name__})"
+        )
+    return found
 
 
 def is_bilinear(layer: keras.Layer) -> bool:

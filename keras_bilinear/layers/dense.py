@@ -33,8 +33,7 @@ class BilinearDense(BilinearLayer):
         activation: activation function; `None` applies none.
         use_bias: whether to add a bias vector.
         kernel_initializer: initializer of the full kernel. The factors start
-            such that the materialized kernel has the variance that it gives;
-            see `keras_bilinear.kronecker.initializers`.
+            such that their product has the variance that it gives.
         bias_initializer: initializer of the bias.
         kernel_regularizer: regularizer of each stored factor.
         bias_regularizer: regularizer of the bias.
@@ -43,12 +42,12 @@ class BilinearDense(BilinearLayer):
         bias_constraint: constraint of the bias.
         rank: positive integer, number of Kronecker terms.
         input_factors: `(d1, d2)` with a product of at least the input width;
-            the input is padded with zeros where it is more. `None` chooses them
-            near-square.
-        output_factors: `(u1, u2)`, likewise for `units`; the output is cut
-            where their product is more.
+            the input is padded with zeros where it is more. `None` chooses
+            near-square factors.
+        output_factors: `(u1, u2)` with a product of at least `units`; the output
+            is cut where it is more. `None` chooses near-square factors.
         implementation: `"factorized"` multiplies by one factor after the other,
-            `"materialized"` forms the kernel first; `"auto"` takes the one with
+            `"materialized"` forms the kernel first. `"auto"` takes the way with
             fewer multiplications for each input row; on a GPU it forms all kernels
             but large ones.
         **kwargs: arguments of `keras.layers.Layer`.

@@ -152,8 +152,9 @@ class BilinearEinsumDense(BilinearLayer):
     """A dense layer over any axes whose kernel is a sum of Kronecker products.
 
     It stands for `keras.layers.EinsumDense`, from which Transformers are made.
-    The axes that the kernel takes from the inputs are one axis of a matrix, those
-    that it adds to the outputs the other one; see `BilinearDense`.
+    The axes that the kernel takes from the inputs make the rows of a matrix, the
+    axes that it adds to the outputs its columns. This matrix is the sum of
+    Kronecker products.
 
     Args:
         equation: an einsum of the inputs and the kernel, such as
@@ -163,8 +164,8 @@ class BilinearEinsumDense(BilinearLayer):
             an axis that is that of the inputs.
         activation: activation function; `None` applies none.
         bias_axes: axes of the outputs that the bias has; `None` for no bias.
-        kernel_initializer: initializer of the full kernel, as a matrix; see
-            `keras_bilinear.kronecker.initializers`.
+        kernel_initializer: initializer of the full kernel, as a matrix. The
+            factors start such that their product has the variance that it gives.
         bias_initializer: initializer of the bias.
         kernel_regularizer: regularizer of each stored factor.
         bias_regularizer: regularizer of the bias.
@@ -173,9 +174,12 @@ class BilinearEinsumDense(BilinearLayer):
         rank: positive integer, number of Kronecker terms.
         input_factors: `(d1, d2)` with a product of at least that of the axes
             taken from the inputs. `None` takes the axes themselves where they
-            are two, such as heads and their width, and else near-square ones.
-        output_factors: `(u1, u2)`, likewise for the axes added to the outputs.
-        implementation: as of `BilinearDense`.
+            are two, such as heads and their width, and else near-square factors.
+        output_factors: `(u1, u2)` with a product of at least that of the axes
+            added to the outputs. `None` chooses them likewise.
+        implementation: `"factorized"` multiplies by one factor after the other,
+            `"materialized"` forms the kernel first. `"auto"` takes the way with
+            fewer multiplications; on a GPU it forms all kernels but large ones.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Input shape:

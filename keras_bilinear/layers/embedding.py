@@ -68,8 +68,7 @@ class BilinearEmbedding(BilinearLayer):
         input_dim: positive integer, size of the vocabulary.
         output_dim: positive integer, width of the embedding.
         embeddings_initializer: initializer of the full table. The factors start
-            such that the table has the variance that it gives; see
-            `keras_bilinear.kronecker.initializers`.
+            such that the table has the variance that it gives.
         embeddings_regularizer: regularizer of each stored factor.
         embeddings_constraint: constraint of each stored factor.
         mask_zero: whether index 0 is padding that later layers must mask.
@@ -77,8 +76,9 @@ class BilinearEmbedding(BilinearLayer):
             the nearest sum of Kronecker products is stored.
         rank: positive integer, number of Kronecker terms.
         input_factors: `(v1, v2)` with a product of at least `input_dim`. `None`
-            chooses them near-square.
-        output_factors: `(u1, u2)`, likewise for `output_dim`.
+            chooses near-square factors.
+        output_factors: `(u1, u2)` with a product of at least `output_dim`. `None`
+            chooses near-square factors.
         implementation: `"auto"` and `"factorized"` form no table;
             `"materialized"` forms it at each call and gathers from it.
         **kwargs: arguments of `keras.layers.Layer`.

@@ -11,11 +11,52 @@ from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN, Recurrent
 @register(keras.layers.LSTMCell, converter=RecurrentConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
-    """One step of a long short-term memory whose kernels are sums of Kronecker products.
+    """One step of a long short-term memory with bilinear kernels.
 
-    It stands for `keras.layers.LSTMCell` and takes its arguments, and `rank`,
-    `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
+    The cell stands for `keras.layers.LSTMCell` and takes its arguments. Each gate's
+    input kernel and recurrent kernel are sums of Kronecker products. It runs in
+    `keras.layers.RNN`.
+
+    Args:
+        units: positive integer, number of units: the width of the output.
+        activation: activation function of the output; `None` applies none.
+        recurrent_activation: activation function of the gates; `None` applies none.
+        use_bias: whether to add a bias vector.
+        kernel_initializer: initializer of the full input kernel. The factors start such that
+            their product has the variance that it gives.
+        recurrent_initializer: initializer of the full recurrent kernel, likewise.
+        bias_initializer: initializer of the bias.
+        unit_forget_bias: whether the bias of the forget gate starts at 1.
+        kernel_regularizer: regularizer of each factor of the input kernel.
+        recurrent_regularizer: regularizer of each factor of the recurrent kernel.
+        bias_regularizer: regularizer of the bias.
+        kernel_constraint: constraint of each factor of the input kernel.
+        recurrent_constraint: constraint of each factor of the recurrent kernel.
+        bias_constraint: constraint of the bias.
+        dropout: float from 0 to 1, share of the inputs that training drops.
+        recurrent_dropout: float from 0 to 1, share of the state that training drops.
+        seed: integer, seed of the dropout; `None` draws one.
+        rank: positive integer, number of Kronecker terms of each gate's input kernel.
+        recurrent_rank: positive integer, number of terms of each gate's recurrent kernel;
+            `None` takes `rank`.
+        input_factors: `(d1, d2)` with a product of at least the number of features; `None`
+            chooses near-square factors.
+        output_factors: `(u1, u2)` with a product of at least `units`; `None` chooses
+            near-square factors. The recurrent kernel has them on both sides, reversed on
+            the side of the inputs when one factor is 1 (low rank).
+        implementation: `"factorized"` applies one factor after the other; `"materialized"`
+            forms the kernels, once for each call; `"auto"` takes what was measured to be
+            faster for batches and, on a GPU, forms the kernels and runs the stock layer's
+            loop.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: a tensor of shape `(batch_size, features)`.
+        states: the hidden and the carry state, two tensors of shape `(batch_size, units)`.
+        training: whether to drop inputs and states.
+
+    Raises:
+        ValueError: if an argument is not valid, or if the number of features is not known.
 
     Example:
 
@@ -60,11 +101,59 @@ class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
 @register(keras.layers.LSTM, converter=RecurrentConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
 class BilinearLSTM(keras.layers.LSTM, BilinearRNN):
-    """A long short-term memory whose kernels are sums of Kronecker products, each gate's its own.
+    """A long short-term memory with bilinear kernels.
 
-    It stands for `keras.layers.LSTM` and takes its arguments, and `rank`,
-    `recurrent_rank`, `input_factors`, `output_factors` and `implementation`, by
-    name. What they mean says `keras_bilinear.layers.recurrent.BilinearCell`.
+    The layer stands for `keras.layers.LSTM` and takes its arguments. Each gate's input
+    kernel and recurrent kernel are sums of Kronecker products. Masks, states, dropout
+    and `keras.layers.Bidirectional` work as in the stock layer.
+
+    Args:
+        units: positive integer, number of units: the width of the output.
+        activation: activation function of the output; `None` applies none.
+        recurrent_activation: activation function of the gates; `None` applies none.
+        use_bias: whether to add a bias vector.
+        kernel_initializer: initializer of the full input kernel. The factors start such that
+            their product has the variance that it gives.
+        recurrent_initializer: initializer of the full recurrent kernel, likewise.
+        bias_initializer: initializer of the bias.
+        unit_forget_bias: whether the bias of the forget gate starts at 1.
+        kernel_regularizer: regularizer of each factor of the input kernel.
+        recurrent_regularizer: regularizer of each factor of the recurrent kernel.
+        bias_regularizer: regularizer of the bias.
+        activity_regularizer: regularizer of the output.
+        kernel_constraint: constraint of each factor of the input kernel.
+        recurrent_constraint: constraint of each factor of the recurrent kernel.
+        bias_constraint: constraint of the bias.
+        dropout: float from 0 to 1, share of the inputs that training drops.
+        recurrent_dropout: float from 0 to 1, share of the state that training drops.
+        seed: integer, seed of the dropout; `None` draws one.
+        return_sequences: whether to return the outputs of all steps, not only the last one.
+        return_state: whether to return the last state as well.
+        go_backwards: whether to read the sequence from its end, and return it reversed.
+        stateful: whether the next batch starts with the last state of this batch.
+        unroll: whether to write the steps out instead of running a loop.
+        use_cudnn: whether to run the stock layer's cuDNN loop: `True`, `False`, or `"auto"`
+            where a GPU allows it.
+        rank: positive integer, number of Kronecker terms of each gate's input kernel.
+        recurrent_rank: positive integer, number of terms of each gate's recurrent kernel;
+            `None` takes `rank`.
+        input_factors: `(d1, d2)` with a product of at least the number of features; `None`
+            chooses near-square factors.
+        output_factors: `(u1, u2)` with a product of at least `units`; `None` chooses
+            near-square factors. The recurrent kernel has them on both sides, reversed on
+            the side of the inputs when one factor is 1 (low rank).
+        implementation: `"factorized"` applies one factor after the other; `"materialized"`
+            forms the kernels, once for each call; `"auto"` takes what was measured to be
+            faster for batches and, on a GPU, forms the kernels and runs the stock layer's
+            loop.
+        **kwargs: other arguments of the stock layer.
+
+    Call arguments:
+        sequences: a tensor of shape `(batch_size, timesteps, features)`.
+        initial_state: the states to start with; `None` starts with zeros.
+        mask: a boolean tensor of shape `(batch_size, timesteps)`; steps where it is false
+            are skipped. `None` skips none.
+        training: whether to drop inputs and states.
 
     Input shape:
         `(batch_size, timesteps, features)`.
@@ -73,6 +162,9 @@ class BilinearLSTM(keras.layers.LSTM, BilinearRNN):
         `(batch_size, units)`, or `(batch_size, timesteps, units)` with
         `return_sequences=True`; with `return_state=True` a tuple of this and
         the states.
+
+    Raises:
+        ValueError: if an argument is not valid, or if the number of features is not known.
 
     Example:
 

@@ -17,7 +17,7 @@ from keras_bilinear.kronecker.factorization import (
 )
 from keras_bilinear.kronecker.target import EXPORTED, on_gpu, runtime
 from keras_bilinear.layers.base import SHARED, BilinearLayer, convert
-from keras_bilinear.layers.converter import Converter, bilinear_converter, check_width
+from keras_bilinear.layers.converter import Converter, check_built, check_width, converter_of
 from keras_bilinear.layers.kernel import GateKernel, KroneckerKernel, split_blocks
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
@@ -84,7 +84,7 @@ class RecurrentConverter(Converter):
         else:
             first = ops.convert_to_numpy(tree.flatten(initial_state)[0])[:, None]
         # The state before a step is the output of the last step that was not masked.
-        after = np.maximum.accumulate(np.where(seen, range(1, seen.shape[1] + 1), 0), axis=1)
+        after = np.maximum.accumulate(np.where(seen, range(1, inputs.shape[1] + 1), 0), axis=1)
         before = np.pad(after, ((0, 0), (1, 0)))[:, :-1, None]
         states = np.take_along_axis(np.concatenate([first, outputs], axis=1), before, axis=1)
         inputs, states = inputs[seen], states[seen]
@@ -116,27 +116,28 @@ class RecurrentConverter(Converter):
 class BilinearCell(BilinearLayer):
     """Base of the bilinear cells: one step of a recurrent layer.
 
-    The gates lie side by side in the kernel and in the recurrent kernel of the
-    stock cell. Here each of them has factors of its own.
+    The gates lie side by side in the kernel and in the recurrent kernel of the stock cell. In
+    the bilinear cell each gate has factors of its own.
 
-    Subclasses also inherit from the stock cell, which checks and keeps its own
-    arguments. They say `gates`, how many there are, and `make_step(mask)`, what a
-    loop repeats: a function `(x, states) -> (output, states)` of what an
-    `input_projection` returns, where `mask` is the dropout mask of the state.
+    A subclass also inherits from the stock cell, which checks and keeps its own arguments. It
+    sets `gates`, the number of gates, and implements `make_step(mask)`. A loop repeats the
+    function that `make_step` returns: `(x, states) -> (output, states)`, with `x` from
+    `input_projection` and `mask` the dropout mask of the state.
 
     Args:
         *args: arguments of the stock cell.
-        rank: positive integer, number of Kronecker terms of each gate's kernel.
-        recurrent_rank: the same for the recurrent kernels; `None` is `rank`.
-        input_factors: `(d1, d2)` with a product of at least the width of the
-            input; `None` chooses near-square ones.
-        output_factors: `(u1, u2)`, likewise for the units; the recurrent kernels
-            have them on both sides. `(1, units)` makes these of low rank: they
-            have `(units, 1)` on the side of the inputs.
-        implementation: `"factorized"` applies one factor after the other,
-            `"materialized"` forms the kernels first, once for each call of the
-            layer; `"auto"` takes what was measured to be faster for a batch, and
-            forms them on a GPU, where the layer then runs the stock layer's loop.
+        rank: positive integer, number of Kronecker terms of each gate's input kernel.
+        recurrent_rank: positive integer, number of terms of each gate's recurrent kernel;
+            `None` takes `rank`.
+        input_factors: `(d1, d2)` with a product of at least the number of features; `None`
+            chooses near-square factors.
+        output_factors: `(u1, u2)` with a product of at least `units`; `None` chooses
+            near-square factors. The recurrent kernel has them on both sides, reversed on
+            the side of the inputs when one factor is 1 (low rank).
+        implementation: `"factorized"` applies one factor after the other; `"materialized"`
+            forms the kernels, once for each call; `"auto"` takes what was measured to be
+            faster for batches and, on a GPU, forms the kernels and runs the stock layer's
+            loop.
         **kwargs: arguments of the stock cell.
     """
 
@@ -167,7 +168,6 @@ class BilinearCell(BilinearLayer):
         check_factors("output_factors", output_factors, self.units)
         self.recurrent_rank = recurrent_rank
         self.bias = None
-        self._recurrent_kernel = None
 
     def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
         if input_shape[-1] is None:
@@ -226,14 +226,14 @@ class BilinearCell(BilinearLayer):
     @property
     def recurrent_factorization(self) -> Factorization:
         """The `Factorization` of the recurrent kernel."""
-        self._built_kernel()
-        return self._recurrent_kernel.factorization
+        check_built(self)
+        return self.kernels["recurrent_kernel"].factorization
 
     @property
     def recurrent_kernel(self):
         """The recurrent kernel that the factors stand for, a new tensor of full size."""
-        self._built_kernel()
-        return self._recurrent_kernel.materialize()
+        check_built(self)
+        return self.kernels["recurrent_kernel"].materialize()
 
     def input_projection(self, mask):
         """The part of a step that knows no state, for any number of steps at once.
@@ -301,10 +301,27 @@ class BilinearCell(BilinearLayer):
         output_factors: tuple | None = None,
         implementation: str = "auto",
     ) -> Self:
-        """Makes a bilinear cell from a built full one.
+        """Makes a bilinear cell from a built full cell.
 
-        As `BilinearDense.from_full`, gate by gate, without calibration data,
-        which `from_full` of the layers takes.
+        The factors of each gate are the Kronecker sum nearest to its full kernel. To fit them
+        to data, convert the layer that runs the cell: a cell alone sees one step.
+
+        Args:
+            layer: a built cell of exactly the stock class. It stays as it is.
+            rank: number of Kronecker terms of each gate's input kernel.
+            recurrent_rank: number of terms of each gate's recurrent kernel; `None` takes
+                `rank`.
+            input_factors: `(d1, d2)`; `None` chooses them.
+            output_factors: `(u1, u2)`; `None` chooses them.
+            implementation: `"auto"`, `"factorized"` or `"materialized"`.
+
+        Returns:
+            A built cell with the same name and options.
+
+        Raises:
+            TypeError: if `layer` is not of the stock class.
+            ValueError: if `layer` is not built or holds NaN or infinite weights, or if
+                another argument is not valid.
         """
         return convert(
             cls,
@@ -445,11 +462,34 @@ class BilinearRNN(keras.layers.RNN):
         implementation: str = "auto",
         calibration_data=None,
     ) -> Self:
-        """Makes a bilinear layer from a built full one.
+        """Makes a bilinear layer from a built full layer.
 
-        As `BilinearDense.from_full`, gate by gate. Calibration data are
-        sequences; the recurrent kernels are fitted on the states that the full
-        layer reaches in them.
+        The factors of each gate are the Kronecker sum nearest to its full kernel. With
+        calibration data, the factors and the bias are fitted such that the products with
+        both kernels differ least on them; the recurrent kernels on the states that the full
+        layer reaches.
+
+        Args:
+            layer: a built layer of exactly the stock class. It stays as it is.
+            rank: number of Kronecker terms of each gate's input kernel.
+            recurrent_rank: number of terms of each gate's recurrent kernel; `None` takes
+                `rank`.
+            input_factors: `(d1, d2)`; `None` chooses them.
+            output_factors: `(u1, u2)`; `None` chooses them.
+            implementation: `"auto"`, `"factorized"` or `"materialized"`.
+            calibration_data: inputs of the layer: an array of shape
+                `(sequences, timesteps, features)`, or an iterable of such arrays, each of
+                which is read once. `None` takes the nearest sums.
+
+        Returns:
+            A built layer with the same name and options.
+
+        Raises:
+            TypeError: if `layer` is not of the stock class, or `calibration_data` is neither
+                an array nor iterable.
+            ValueError: if `layer` is not built or holds NaN or infinite weights; if there
+                are no calibration data, or they are not finite or no inputs of the layer; or
+                if another argument is not valid.
         """
         return convert(
             cls,
@@ -468,7 +508,7 @@ class BilinearRNN(keras.layers.RNN):
         Raises:
             AttributeError: if the layer is not built.
         """
-        return bilinear_converter(type(self)).expand(self)
+        return converter_of(self).expand(self)
 
 
 def _after(project, step):

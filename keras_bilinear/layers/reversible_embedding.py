@@ -52,29 +52,34 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         tie_weights: whether the reverse projection has the weights of the
             embedding. If not, it has factors of its own, of the same rank and
             with the input and output factors the other way round.
-        embeddings_initializer: as of `BilinearEmbedding`.
-        embeddings_regularizer: as of `BilinearEmbedding`.
-        embeddings_constraint: as of `BilinearEmbedding`.
-        mask_zero: as of `BilinearEmbedding`.
+        embeddings_initializer: initializer of the full table. The factors start
+            such that the table has the variance that it gives.
+        embeddings_regularizer: regularizer of each stored factor.
+        embeddings_constraint: constraint of each stored factor.
+        mask_zero: whether index 0 is padding that later layers must mask.
         reverse_dtype: dtype of the inputs of the reverse projection; `None`
             takes the compute dtype.
         logit_soft_cap: if given, the logits become
             `logit_soft_cap * tanh(logits / logit_soft_cap)`.
         rank: positive integer, number of Kronecker terms.
-        input_factors: as of `BilinearEmbedding`.
-        output_factors: as of `BilinearEmbedding`.
-        implementation: as of `BilinearEmbedding`.
+        input_factors: `(v1, v2)` with a product of at least `input_dim`. `None`
+            chooses near-square factors.
+        output_factors: `(u1, u2)` with a product of at least `output_dim`. `None`
+            chooses near-square factors.
+        implementation: `"auto"` and `"factorized"` form no table;
+            `"materialized"` forms it at each call.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: as of `BilinearEmbedding`.
-        reverse: as of `BilinearEmbedding`.
+        inputs: integers of any dtype, `0 <= inputs < input_dim`; with
+            `reverse=True` floats.
+        reverse: whether to project from the embedding to the vocabulary.
 
     Input shape:
-        As of `BilinearEmbedding`.
+        Any shape of integers; `(..., output_dim)` with `reverse=True`.
 
     Output shape:
-        As of `BilinearEmbedding`.
+        `(*input_shape, output_dim)`; `(..., input_dim)` with `reverse=True`.
 
     Raises:
         ValueError: if an argument is not valid, or if the inputs are no
@@ -125,7 +130,6 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         self.tie_weights = tie_weights
         self.reverse_dtype = reverse_dtype
         self.logit_soft_cap = logit_soft_cap
-        self._reverse_kernel = None
 
     def build(self, input_shape: tuple | None = None):
         if self.built:
@@ -133,7 +137,7 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
         super().build(input_shape)
         if not self.tie_weights:
             # Neither regularized nor constrained, as in Keras.
-            self._reverse_kernel = self.add_kernel(
+            self.add_kernel(
                 "reverse_embeddings",
                 self._factorization.transposed,
                 self.embeddings_initializer,
@@ -150,7 +154,9 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
     def reverse_embeddings(self):
         """The kernel of the reverse projection, `(output_dim, input_dim)`, a new tensor."""
         table = self._built_kernel().materialize()
-        return ops.transpose(table) if self.tie_weights else self._reverse_kernel.materialize()
+        if self.tie_weights:
+            return ops.transpose(table)
+        return self.kernels["reverse_embeddings"].materialize()
 
     def call(self, inputs, reverse: bool = False, training: bool | None = None):
         outputs = super().call(inputs, reverse=reverse, training=training)
@@ -173,4 +179,4 @@ class BilinearReversibleEmbedding(BilinearEmbedding):
     def _project_back(self, hidden):
         if self.tie_weights:
             return super()._project_back(hidden)
-        return self._reverse_kernel.project(hidden)
+        return self.kernels["reverse_embeddings"].project(hidden)

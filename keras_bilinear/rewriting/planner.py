@@ -12,7 +12,7 @@ from keras_bilinear.kronecker.factorization import (
     exact_factors,
 )
 from keras_bilinear.kronecker.nearest import input_index
-from keras_bilinear.layers.converter import full_converter
+from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
 from keras_bilinear.rewriting.prediction import predict_errors
 from keras_bilinear.rewriting.sites import (
@@ -216,7 +216,7 @@ def plan_layer(site: Site, reason: str = "") -> LayerPlan:
     """
     layer, factorizations = site.layer, []
     if not reason:
-        factorizations = [*full_converter(type(layer)).factorizations(layer).values()]
+        factorizations = [*converter_of(layer).factorizations(layer).values()]
     return LayerPlan(
         path=site.path,
         type=type(layer).__name__,

@@ -7,7 +7,7 @@ import numpy as np
 from keras_bilinear.data import model_batches
 from keras_bilinear.kronecker.nearest import input_index, remaining_energies
 from keras_bilinear.layers.calibration import calibrations_of, collect
-from keras_bilinear.layers.converter import full_converter
+from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.rewriting.sites import (
     walk,
 )
@@ -84,7 +84,7 @@ def _is_behind(layer, factors, rank):
 
 def _kernel_errors(layer, factorizations, ranks):
     """`{rank: error}` of the kernels of a full layer."""
-    blocks = full_converter(type(layer)).kernels(layer)
+    blocks = converter_of(layer).kernels(layer)
     left, total = np.zeros(max(ranks) + 1), 0.0
     for kernels, factorization in zip(blocks.values(), factorizations, strict=True):
         energies = remaining_energies(kernels, factorization, max(ranks))

@@ -13,7 +13,7 @@ from keras_bilinear.keras_private.surgery import become, refresh, restore, snaps
 from keras_bilinear.keras_private.training import compile_alike
 from keras_bilinear.kronecker.factorization import check_positive_int
 from keras_bilinear.layers.calibration import calibrations_of, collect
-from keras_bilinear.layers.converter import full_converter, is_bilinear
+from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
 from keras_bilinear.rewriting.owners import forget, remember
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import plan_layer, plan_rewrite
@@ -133,7 +133,7 @@ def rewrite_layers(
 def _make_bilinear(site, plan, calibration):
     input_factors, output_factors = plan.factors
     try:
-        bilinear = full_converter(type(site.layer)).from_full(
+        bilinear = converter_of(site.layer).from_full(
             site.layer,
             calibration,
             rank=plan.rank,

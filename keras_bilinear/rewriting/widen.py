@@ -15,7 +15,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_bilinear.keras_private.graph import nodes, output_operations
-from keras_bilinear.layers.converter import bilinear_converter, full_converter
+from keras_bilinear.layers.converter import converter_of, full_converter
 
 # Layers that do the same to each channel, and put out as many.
 _TRANSPARENT = (
@@ -174,7 +174,7 @@ def widen(
             return layer
         config = keras.layers.serialize(layer)
         if layer.name in scales:
-            width = bilinear_converter(type(layer)).width
+            width = converter_of(layer).width
             config["config"] |= _wide_arguments(config["config"], width, *scales[layer.name])
         if layer.name in scales or layer.name in producers:
             config.pop("build_config", None)
