@@ -115,6 +115,7 @@ def test_exports(model, tmp_path):
 
 
 def test_a_subclass_that_adds_something_is_left_alone_until_it_is_registered():
+    @keras.saving.register_keras_serializable("tests")
     class Twice(keras.layers.Dense):
         def call(self, inputs):
             return 2 * super().call(inputs)
@@ -123,6 +124,7 @@ def test_a_subclass_that_adds_something_is_left_alone_until_it_is_registered():
     assert "no projection" in plan_rewrite(model, rank=1)["twice"].reason
 
     @register(Twice)
+    @keras.saving.register_keras_serializable("tests")
     class BilinearTwice(BilinearDense):
         def call(self, inputs):
             return 2 * super().call(inputs)

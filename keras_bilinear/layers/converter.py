@@ -323,10 +323,12 @@ def register(
 
     Example:
 
-    >>> class MyDense(keras.layers.Dense):
+    >>> @keras.saving.register_keras_serializable()
+    ... class MyDense(keras.layers.Dense):
     ...     def call(self, inputs):
     ...         return 2 * super().call(inputs)
     >>> @register(MyDense)
+    ... @keras.saving.register_keras_serializable()
     ... class MyBilinearDense(BilinearDense):
     ...     def call(self, inputs):
     ...         return 2 * super().call(inputs)
