@@ -1,16 +1,20 @@
-"""Layers that become others in place."""
+"""Replaces layers in place: the object stays, its class and attributes change.
+
+Below Keras' public interface: a layer's `_inbound_nodes`, `_outbound_nodes`, `_path`,
+`_parent_path` and `_called`; `Layer.__new__`, which wraps `build` and `quantize` on each object;
+`Sequential._functional`; and `_track_variables` of layers on PyTorch. Keras 3.13 to 3.15.
+"""
 
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 
 from keras_bilinear.keras_private.graph import all_layers
 
-# What ties a layer to the graphs and the layers that hold it.
+# Attributes that tie a layer to the graphs and the layers that hold it.
 _PLACE = ("_inbound_nodes", "_outbound_nodes", "_path", "_parent_path", "_called")
-
-
-# Functions that Keras makes for each object.
+# Methods that Keras wraps for each object.
 _BOUND = ("build", "quantize")
 
 
@@ -25,29 +29,39 @@ def become(layer: keras.Layer, other: keras.Layer) -> None:
     restore([(layer, type(other), attributes)])
 
 
-def snapshot(layers: Iterable[keras.Layer]) -> list[tuple]:
-    """What layers are now, for `restore`. The values of their variables are not copied."""
+# A layer, its class and its attributes.
+State = tuple[keras.Layer, type, dict[str, Any]]
+
+
+def snapshot(layers: Iterable[keras.Layer]) -> list[State]:
+    """The class and the attributes of each layer, for `restore`.
+
+    The variables are not copied: `restore` does not bring back their values.
+    """
     return [(layer, type(layer), dict(vars(layer))) for layer in layers]
 
 
-def restore(states: Iterable[tuple]) -> None:
-    """Makes layers what they were when `snapshot` saw them."""
+def restore(states: Iterable[State]) -> None:
+    """Gives layers the classes and attributes that `snapshot` saw."""
     for layer, cls, attributes in states:
         set_class(layer, cls)
-        vars(layer).clear()
-        vars(layer).update(attributes)
+        layer.__dict__.clear()
+        layer.__dict__.update(attributes)
 
 
 def set_class(layer: keras.Layer, cls: type) -> None:
-    """Changes the class of a layer, behind the back of its own `__setattr__`."""
+    """Changes the class of a layer without calling the layer's own `__setattr__`."""
     object.__setattr__(layer, "__class__", cls)
 
 
 def refresh(model: keras.Model) -> None:
-    """Makes a model notice that layers in it have become others."""
+    """Makes a model track the variables of the layers that were replaced in it.
+
+    Only PyTorch needs this: there every layer is a `torch.nn.Module` with a list of parameters.
+    """
     if keras.config.backend() == "torch":
         layers = all_layers(model)
-        # A Sequential model holds the graph of its layers, and that holds their variables.
-        graphs = [one._functional for one in layers if isinstance(one, keras.Sequential)]
+        # A Sequential model holds the graph of its layers, which has a list of its own.
+        graphs = [layer._functional for layer in layers if isinstance(layer, keras.Sequential)]
         for layer in (*layers, *filter(None, graphs)):
             layer._track_variables()

@@ -1,29 +1,48 @@
-"""What `compile` and `fit` keep of a model."""
+"""What `compile` and `fit` keep of a model while it trains.
+
+Below Keras' public interface: `Model._compile_config`, the local variables `callbacks` and `x` of
+`Model.fit`, `EarlyStopping._set_monitor_op`, the state of `EarlyStopping` and `ModelCheckpoint`,
+the file names of `BackupAndRestore`, and `train_function`, `test_function` and `predict_function`
+of a model. Keras 3.13 to 3.15.
+"""
 
 import contextlib
 import re
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 
-from keras_bilinear.keras_private.optimizer import _fresh
+from keras_bilinear.keras_private.optimizer import fresh_optimizer
+
+# The first and the last version of Keras whose training loop and optimizers are known.
+_KNOWN = ((3, 13), (3, 15))
+# The weights in the folder of a `keras.callbacks.BackupAndRestore`: the latest, and those before.
+BACKUPS = ("latest.weights.h5", "latest.weights.h5.bkp")
 
 
 def compile_alike(model: keras.Model, other: keras.Model) -> None:
-    """Compiles a model as another one is, with an optimizer and metrics of its own.
+    """Compiles a model like another model, with an optimizer and metrics of its own.
 
-    Not by the configuration, which knows only what is registered: losses and metrics
-    may be any functions.
+    It passes on the arguments of `compile` and not their configuration: losses and metrics may be
+    functions that no configuration describes.
+
+    Args:
+        model: the model to compile.
+        other: a compiled model.
+
+    Raises:
+        ValueError: if the optimizer cannot be made again from its configuration.
     """
-    if type(other).compile is not keras.Model.compile:  # it says itself how
+    if type(other).compile is not keras.Model.compile:  # the class says itself how to compile
         model.compile_from_config(other.get_compile_config())
         return
     arguments = dict(other._compile_config.config)
     optimizer = arguments.pop("optimizer")
     for name in ("metrics", "weighted_metrics"):
         arguments[name] = keras.tree.map_structure(_own_metric, arguments[name])
-    model.compile(optimizer and _fresh(optimizer), **arguments)
+    model.compile(optimizer and fresh_optimizer(optimizer), **arguments)
     if model.optimizer:
         model.optimizer.build(model.trainable_variables)
 
@@ -34,36 +53,32 @@ def _own_metric(metric):
     return type(metric).from_config(metric.get_config())
 
 
-# Versions of Keras whose training loop and optimizers `BilinearRewrite` knows.
-_KNOWN = ((3, 13), (3, 15))
-
-
-# Where a `keras.callbacks.BackupAndRestore` has the weights, and those before.
-BACKUPS = ("latest.weights.h5", "latest.weights.h5.bkp")
-
-
 def check_version() -> None:
-    """Checks that training can be changed while it runs with this version of Keras.
+    """Checks that this version of Keras lets a model change inside `fit`.
 
     Raises:
-        RuntimeError: if not.
+        RuntimeError: if Keras is older or newer than the versions that are known.
     """
     version = tuple(int(part) for part in re.findall(r"\d+", keras.__version__)[:2])
     if not _KNOWN[0] <= version <= _KNOWN[1]:
-        low, high = (".".join(map(str, one)) for one in _KNOWN)
+        low, high = (".".join(map(str, known)) for known in _KNOWN)
         raise RuntimeError(
             "BilinearRewrite changes a model inside `fit`, which is known to work with Keras "
-            f"{low} to {high}. Found: Keras {keras.__version__}. `rewrite_model` needs no such "
-            "knowledge."
+            f"{low} to {high}. Found: Keras {keras.__version__}. Use `rewrite_model`, which works "
+            "with any version."
         )
 
 
-def fit_arguments(model: keras.Model) -> dict:
-    """Inputs `x` and `callbacks` of the call of `fit` that goes on; empty if there is none."""
+def fit_arguments(model: keras.Model) -> dict[str, Any]:
+    """The arguments of the running call of a model's `fit`.
+
+    Returns:
+        `{"x": inputs, "callbacks": list of callbacks}`; empty outside of `fit`.
+    """
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
-            # A list of the user at first, and one of Keras later.
+            # The user's list at first, and Keras' `CallbackList` later.
             callbacks = frame.f_locals["callbacks"]
             callbacks = getattr(callbacks, "callbacks", callbacks)
             return {"x": frame.f_locals["x"], "callbacks": keras.tree.flatten(callbacks)}
@@ -72,25 +87,33 @@ def fit_arguments(model: keras.Model) -> dict:
 
 
 def strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager:
-    """Where variables of a model are made; matters under a `tf.distribute` strategy."""
+    """The context in which to make variables of a model, which a `tf.distribute` strategy needs."""
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def higher_is_better(callback: keras.callbacks.Callback, monitor: str, mode: str) -> bool:
-    """Whether a metric is to become larger, as Keras' own callbacks find it out.
+    """Whether training should raise a metric, by the rules of `keras.callbacks.EarlyStopping`.
+
+    Args:
+        callback: a callback of a model that is compiled.
+        monitor: name of the metric in the logs.
+        mode: `"min"`, `"max"`, or `"auto"` to find out by the metric.
 
     Raises:
-        ValueError: if that is not known.
+        ValueError: if `mode` is `"auto"` and Keras does not know the metric's direction.
     """
-    judge = keras.callbacks.EarlyStopping(monitor, mode=mode)
+    judge: Any = keras.callbacks.EarlyStopping(monitor, mode=mode)
     judge.set_model(callback.model)
     judge._set_monitor_op()
     return bool(judge.monitor_op(1, 0))
 
 
 def forget_best(callbacks: Iterable[keras.callbacks.Callback]) -> None:
-    """Makes callbacks compare with what comes, and not with weights of other shapes."""
+    """Makes `EarlyStopping` and `ModelCheckpoint` start their search for the best epoch again.
+
+    The best weights so far may have the shapes of layers that were replaced.
+    """
     for callback in callbacks:
         if isinstance(callback, keras.callbacks.EarlyStopping):
             callback.best, callback.best_weights, callback.wait = None, None, 0
