@@ -1,22 +1,23 @@
 """Batches of the inputs of a model."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any, overload
 
 import keras
 
 from keras_bilinear.keras_private.graph import stateful_layers
 
 
-def batches(data, name: str = "calibration_data", size: int = 128) -> Iterable:
-    """Calibration data, one batch at a time.
+def batches(data: Any, name: str = "calibration_data", size: int = 128) -> Iterable[Any]:
+    """Cuts an array into batches. An iterable of batches is returned as it is.
 
     Args:
-        data: an array, or an iterable of arrays.
-        name: what errors call them.
-        size: of the batches that an array is cut into.
+        data: an array whose first axis is that of the examples, or an iterable of arrays.
+        name: name of the argument that holds `data`, for error texts.
+        size: number of examples in a batch of an array; the last batch may be smaller.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if `data` is neither an array nor an iterable of arrays.
     """
     if hasattr(data, "shape"):
         return (data[start : start + size] for start in range(0, len(data), size))
@@ -28,20 +29,32 @@ def batches(data, name: str = "calibration_data", size: int = 128) -> Iterable:
     )
 
 
-def model_batches(data, model: keras.Model, name: str = "calibration_data") -> Iterable | None:
-    """Calibration data of a model, as batches that can be read again and again.
+@overload
+def model_batches(  # pyright: ignore[reportOverlappingOverload]  # `Any` includes `None`
+    data: None, model: keras.Model, name: str = ...
+) -> None: ...
+
+
+@overload
+def model_batches(data: Any, model: keras.Model, name: str = ...) -> Iterable[Any]: ...
+
+
+def model_batches(
+    data: Any, model: keras.Model, name: str = "calibration_data"
+) -> Iterable[Any] | None:
+    """Makes batches of a model's inputs, which can be read again and again.
 
     Args:
-        data: an array, a dictionary of arrays, a list with an array for each of
-            the model's several inputs, or an iterable of batches. Of a tuple, be
-            it a batch or all of the data, only the first element, the inputs,
-            counts. An iterator, which can be read only once, is kept in memory.
+        data: an array, a dictionary of arrays, a list with an array for each of several inputs
+            of the model, or an iterable of batches. Of a tuple, be it a batch or all of the
+            data, only the first element counts: the inputs. An iterator, which can be read
+            only once, is kept in memory. `None` gives `None`.
         model: the model.
-        name: what errors call them.
+        name: name of the argument that holds `data`, for error texts.
 
     Raises:
-        TypeError: if it is none of these.
-        ValueError: if there is no batch, or if arrays of several inputs have different lengths.
+        TypeError: if `data` is of another type.
+        ValueError: if there is no batch, or if the arrays of several inputs differ in length.
     """
     if data is None:
         return None
@@ -49,12 +62,11 @@ def model_batches(data, model: keras.Model, name: str = "calibration_data") -> I
         data, *_ = data
     size = batch_size(model)
     if isinstance(data, Mapping):
-        data = [
-            dict(zip(data, one, strict=True)) for one in _together([*data.values()], name, size)
-        ]
+        inputs = _batches_together([*data.values()], name, size)
+        data = [dict(zip(data, batch, strict=True)) for batch in inputs]
     elif _is_one_for_each_input(data, model):
         # In a tuple, as Keras takes a batch that is a list for inputs and labels.
-        data = [(one,) for one in _together(data, name, size)]
+        data = [(batch,) for batch in _batches_together(data, name, size)]
     data = batches(data, name, size)
     if iter(data) is data:
         data = list(data)
@@ -64,23 +76,29 @@ def model_batches(data, model: keras.Model, name: str = "calibration_data") -> I
 
 
 def batch_size(model: keras.Model, default: int = 128) -> int:
-    """How many examples the states of a model are for; the default if it has no states."""
-    states = (layer.states[0] for layer in stateful_layers(model) if layer.built)
-    return next((state.shape[0] for state in states), default)
+    """The number of examples whose states a stateful model keeps.
+
+    Args:
+        model: the model.
+        default: the result for a model without states.
+    """
+    layers: list[Any] = [layer for layer in stateful_layers(model) if layer.built]
+    return layers[0].states[0].shape[0] if layers else default
 
 
 def _is_one_for_each_input(data, model):
-    """Whether a list has the arrays of a model's inputs, and not batches."""
+    """Whether a list holds an array for each input of a model, and not batches."""
     inputs = getattr(model, "inputs", None) or ()  # a subclassed model has none
     several = isinstance(data, list) and len(data) == len(inputs) > 1
     return several and all(hasattr(values, "shape") for values in data)
 
 
-def _together(arrays, name, size):
-    """Batches of several arrays."""
+def _batches_together(arrays, name, size):
+    """Batches of several arrays: for each batch, a list with a part of each array."""
     lengths = [len(values) for values in arrays]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"The arrays of `{name}` must have as many examples each. Received: {lengths}"
         )
-    return [[*one] for one in zip(*(batches(one, name, size) for one in arrays), strict=True)]
+    parts = (batches(values, name, size) for values in arrays)
+    return [[*batch] for batch in zip(*parts, strict=True)]

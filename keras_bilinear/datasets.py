@@ -1,19 +1,20 @@
-"""Classification data as NumPy arrays, ready for a network."""
+"""Classification data sets as NumPy arrays, ready for a network."""
 
 import contextlib
 import dataclasses
 import difflib
 import logging
 import tempfile
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_bilinear.messages import reason, require
 
-VOCABULARY = 20_000
-TOKENS = 200
-# Images of differing sizes are brought to this one.
+VOCABULARY = 20_000  # words that a text network knows
+TOKENS = 200  # words of a text that a network reads
+# Images of a data set whose images differ in size are resized to this height and width.
 IMAGE_SIZE = (64, 64)
 
 
@@ -22,12 +23,15 @@ class Dataset:
     """A classification data set.
 
     Attributes:
-        name: as the user gave it.
-        kind: `"image"`, floats in [0, 1] of shape `(n, height, width, ...)`, or
-            `"text"`, int32 ids of shape `(n, TOKENS)` below `VOCABULARY`, where 0
-            is padding.
+        name: the name that the user gave.
+        kind: `"image"` for float32 inputs from 0 to 1 of shape `(n, height, width, ...)`;
+            `"text"` for int32 word ids of shape `(n, TOKENS)` below `VOCABULARY`, where 0 is
+            padding; `"audio"` for float32 samples of shape `(n, samples)`.
         classes: number of classes.
-        x_train, y_train, x_test, y_test: inputs and integer labels.
+        x_train: inputs of the training split.
+        y_train: integer labels of the training split, of shape `(n,)`.
+        x_test: inputs of the test split.
+        y_test: integer labels of the test split, of shape `(n,)`.
     """
 
     name: str
@@ -39,27 +43,27 @@ class Dataset:
     y_test: np.ndarray
 
     def head(self, count: int | None) -> "Dataset":
-        """The first `count` examples of both splits; all of them if it is `None`."""
+        """The first `count` examples of both splits; `None` keeps all examples."""
         arrays = ("x_train", "y_train", "x_test", "y_test")
         return dataclasses.replace(self, **{name: getattr(self, name)[:count] for name in arrays})
 
 
 def load(name: str, data_dir: str | None = None, examples: int | None = None) -> Dataset:
-    """Loads `"digits"` from scikit-learn, and any other name from TensorFlow Datasets.
+    """Loads `"digits"` from scikit-learn, and any other data set from TensorFlow Datasets.
 
-    A set without a test split is tested on its validation split or, without
-    one, on the last fifth of its training split.
+    If a data set has no test split, its validation split takes that place. If it has neither,
+    the last fifth of its training split does.
 
     Args:
         name: `"digits"`, or the name of an image or text classification set.
-        data_dir: folder of the prepared TensorFlow Datasets; one that is not
-            there yet is downloaded into it. `None` is their default folder.
-        examples: read only so many, the first, of both splits; `None` reads all.
+        data_dir: folder of the prepared TensorFlow Datasets. A data set that is missing there is
+            downloaded into it. `None` uses the default folder of TensorFlow Datasets.
+        examples: how many examples of each split to read; `None` reads all.
 
     Raises:
-        ImportError: if the package that has the data is not installed.
-        ValueError: if the name is not known; if the data cannot be downloaded; or
-            if it is not for image or text classification.
+        ImportError: if the package that provides the data set is not installed.
+        ValueError: if the name is unknown, if the data set cannot be downloaded, or if it is not
+            for image or text classification.
     """
     if name == "digits":
         return _load_digits().head(examples)
@@ -71,10 +75,11 @@ def _load_digits():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     x = (digits.images / 16).astype("float32")
-    x_train, x_test, y_train, y_test = train_test_split(
-        x, digits.target, test_size=0.2, random_state=0, stratify=digits.target
+    x_train, x_test, y_train, y_test = map(
+        np.asarray,
+        train_test_split(x, digits.target, test_size=0.2, random_state=0, stratify=digits.target),
     )
     return Dataset("digits", "image", 10, x_train, y_train, x_test, y_test)
 
@@ -105,7 +110,7 @@ def _load_tfds(name, data_dir, examples):
     return Dataset(name, kind, label.num_classes, x_train, y_train, x_test, y_test)
 
 
-def _kind(builder):
+def _kind(builder) -> tuple[str, Any]:
     """`("image" or "text", the label feature)` of a classification set."""
     import tensorflow_datasets as tfds
 
@@ -119,25 +124,27 @@ def _kind(builder):
 
 
 def _prepare(builder, name):
+    """Downloads a data set unless its folder has it."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
 
-    # Without a network the ten tries of tfds take minutes and a page of warnings.
+    # Without a network, the ten tries of TensorFlow Datasets take minutes and print many warnings.
     downloader.MAX_RETRIES = 2
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
     try:
-        # Archives go once they are read, and with them what an error leaves behind.
+        # The folder of the archives is removed, also after an error.
         with tempfile.TemporaryDirectory() as archives, contextlib.redirect_stdout(None):
             builder.download_and_prepare(download_dir=archives)
-    except Exception as error:  # whatever a server, a disk or one of many builders comes up with
+    except Exception as error:  # a server, a disk or any of many builders may raise it
         raise ValueError(
-            f"cannot download data set {name!r} into {builder.data_dir} (--data_dir); is "
-            f"there a network? {_first_line(error)}"
+            f"cannot download data set {name!r} into `data_dir`; is there a network? "
+            f"{_first_line(error)} Received: data_dir={str(builder.data_dir)!r}"
         ) from error
 
 
 def _splits(splits):
+    """The names of the splits to train and to test on."""
     for test in ("test", "validation"):
         if test in splits:
             return "train", test
@@ -145,6 +152,7 @@ def _splits(splits):
 
 
 def _read(builder, split, kind, examples):
+    """Inputs and labels of the first examples of a split; -1 reads all."""
     import tensorflow as tf
 
     data = builder.as_dataset(split=split, as_supervised=True).take(examples)
@@ -157,7 +165,7 @@ def _read(builder, split, kind, examples):
 
 
 def _token_ids(train, test):
-    """Ids of the words of both splits, by the frequency that they have in the train split."""
+    """Word ids of the texts of both splits; the most frequent words of `train` get ids."""
     tokenizer = keras.layers.TextVectorization(VOCABULARY, output_sequence_length=TOKENS)
     tokenizer.adapt(train)
     return tuple(
@@ -169,4 +177,5 @@ def _token_ids(train, test):
 
 
 def _first_line(error):
+    """The type and the text of an error in one line."""
     return f"{type(error).__name__}: {reason(error)}"

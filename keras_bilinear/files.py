@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writes files so that no reader ever sees an unfinished file."""
 
 import contextlib
 import os
@@ -8,11 +8,14 @@ from collections.abc import Iterator
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Checks that files can be written into a folder, without making it yet.
+    """Checks that files can be written into a folder, without making the folder.
+
+    Args:
+        folder: the folder, which need not exist.
 
     Raises:
-        OSError: if it, or the nearest folder above it that exists, is no
-            folder or not writable.
+        OSError: if `folder` cannot be written into. If it does not exist, the nearest
+            existing path above it counts.
     """
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:
@@ -23,13 +26,19 @@ def check_writable(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary folder; its files move into `folder` if all goes well.
+    """A context with a temporary folder, whose files move into `folder` at its end.
 
-    Each file is moved in one step and takes the place of an older one of its
-    name. After an error or Ctrl-C, nothing is left of the temporary folder.
+    Each file moves in one step and replaces an older file of the same name. After an error
+    or Ctrl-C no file moves. The temporary folder is removed in any case.
+
+    Args:
+        folder: where the files end up; it is made if it does not exist.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        OSError: if the folder or a file in it cannot be written.
+        OSError: if `folder` or a file in it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

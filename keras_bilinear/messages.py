@@ -1,26 +1,27 @@
-"""What the package says when it cannot go on."""
+"""Texts of errors, and the error about missing packages."""
 
 import importlib.util
 import re
 
 
 def reason(error: BaseException | str) -> str:
-    """What an error says, in one line, without what Keras puts before it."""
+    """The text of an error in one line, without colours and without Keras' heading."""
     text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if not line.startswith("Exception encountered when calling")]
-    return (own or lines or [type(error).__name__])[0]
+    heading = "Exception encountered when calling"
+    without_heading = [line for line in lines if not line.startswith(heading)]
+    return (without_heading or lines or [type(error).__name__])[0]
 
 
 def require(*modules: str, extra: str = "demo") -> None:
-    """Checks that optional packages are installed, before any work is done.
+    """Checks that optional packages are installed, without importing them.
 
     Args:
-        modules: their modules.
-        extra: the extra of this package that brings them.
+        modules: names of the modules that the packages provide.
+        extra: the extra of `keras-bilinear` that installs the packages.
 
     Raises:
-        ImportError: if one of the modules cannot be found.
+        ImportError: if a module cannot be found.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
