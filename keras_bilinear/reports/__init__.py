@@ -1,1 +1,1 @@
-"""What models cost: summaries, operations, timing, plots."""
+"""What models cost: summaries, operations, timing and plots."""

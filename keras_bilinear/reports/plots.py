@@ -1,26 +1,49 @@
-"""Figures of summaries and comparisons."""
+"""Parts of the figures of summaries and comparisons, drawn with Matplotlib."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
 
 from keras_bilinear.tables import count_text
 
 # Colours that stay apart for colour-blind readers, and in print.
 FULL_COLOR, BILINEAR_COLOR, INK, FAINT = "#b8bcc6", "#d1495b", "#23262f", "#7a7f8c"
 
-TITLE = {"color": INK, "loc": "left", "fontsize": 13, "pad": 14}
+# Keyword arguments of every title.
+TITLE: dict[str, Any] = {"color": INK, "loc": "left", "fontsize": 13, "pad": 14}
 
 
-def new_figure(rows, columns):
+def new_figure(rows: int, columns: int) -> tuple[Any, list[Any]]:
+    """A figure with axes side by side.
+
+    Args:
+        rows: number of labels along the vertical axis, which decides the height.
+        columns: number of axes.
+
+    Returns:
+        The `matplotlib.figure.Figure` and the list of its axes.
+    """
     from matplotlib.figure import Figure
 
     size = 6.5 * columns, 1.6 + max(3, 0.34 * rows)
     figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, [*figure.subplots(1, columns, squeeze=False).flat]
 
 
-def draw_bars(axes, labels, sizes, colors):
-    """Bars of parameters on a logarithmic scale, those of several models for each label."""
-    height = 0.8 / len(sizes)
-    for index, (values, color) in enumerate(zip(sizes, colors, strict=True)):
-        rows = [row + (index - (len(sizes) - 1) / 2) * height for row in range(len(values))]
+def draw_parameters(
+    axes: Any, labels: Sequence[str], counts: Sequence[Sequence[int]], colors: Sequence[str]
+) -> None:
+    """Draws bars of the parameters of each layer on a logarithmic scale.
+
+    Args:
+        axes: where to draw.
+        labels: a label for each layer.
+        counts: for each model, the parameters of each layer.
+        colors: for each model, the colour of its bars.
+    """
+    height = 0.8 / len(counts)
+    for index, (values, color) in enumerate(zip(counts, colors, strict=True)):
+        rows = [row + (index - (len(counts) - 1) / 2) * height for row in range(len(values))]
         axes.barh(rows, values, height=height, color=color)
         for row, value in zip(rows, values, strict=True):
             axes.annotate(
@@ -41,7 +64,30 @@ def draw_bars(axes, labels, sizes, colors):
     axes.spines[:].set_visible(False)
 
 
-def finish_figure(figure, title, path):
+def draw_accuracy(axes: Any, models: Sequence[tuple[str, int, float | None, str]]) -> None:
+    """Draws the accuracy of models against their parameters.
+
+    Args:
+        axes: where to draw.
+        models: for each model its label, parameters, accuracy and colour.
+    """
+    for label, parameters, accuracy, color in models:
+        axes.scatter(parameters, accuracy, s=80, color=color, label=label)
+    axes.set_title("Accuracy against parameters", **TITLE)
+    axes.set_xscale("log")
+    axes.legend(frameon=False, labelcolor="linecolor")
+    axes.yaxis.set_major_formatter(percent)
+    axes.grid(color=FULL_COLOR, alpha=0.4)
+    axes.spines[:].set_visible(False)
+
+
+def percent(value: float, _: int) -> str:
+    """The text of an accuracy along an axis."""
+    return f"{100 * value:g}%"
+
+
+def finish_figure(figure: Any, title: str, path: str | os.PathLike | None) -> Any:
+    """Gives a figure its title and writes it, unless `path` is `None`; returns the figure."""
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
     if path is not None:
         figure.savefig(path)

@@ -1,8 +1,9 @@
-"""Times that mean something on a machine with other things to do."""
+"""Times functions on a machine that other processes use as well."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -11,19 +12,25 @@ from keras_bilinear.kronecker.target import on_gpu
 
 
 def median_seconds(
-    functions: Sequence[Callable], rounds: int = 8, burst: float = 0.1
+    functions: Sequence[Callable[[], Any]], rounds: int = 8, burst: float = 0.1
 ) -> list[float]:
-    """Median seconds of each function; all of them take turns, a burst of calls each.
+    """The median seconds of a call of each function. The functions take turns.
 
-    The first call of a burst is not counted, unless it takes as long as a burst:
-    it finds the caches as the other functions left them.
+    In a turn, a function is called again and again for `burst` seconds. The first call of a turn
+    does not count, as the other functions have filled the caches, unless it takes longer than
+    `burst`.
+
+    Args:
+        functions: the functions to time.
+        rounds: number of turns of each function.
+        burst: seconds of a turn.
     """
     for function in functions:
         function()
         function()
-    times = [[] for _ in functions]
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
-        for function, record in zip(functions, times, strict=True):
+        for function, counted in zip(functions, times, strict=True):
             calls, end = [], time.perf_counter() + burst
             while len(calls) < 2 or time.perf_counter() < end:
                 start = time.perf_counter()
@@ -31,21 +38,30 @@ def median_seconds(
                 calls.append(time.perf_counter() - start)
                 if calls[0] > burst:
                     break
-            record += calls[1:] or calls
-    return [statistics.median(record) for record in times]
+            counted += calls[1:] or calls
+    return [statistics.median(counted) for counted in times]
 
 
-def compile_forward(model: keras.Model, inputs) -> Callable:
-    """A function that runs a model on inputs as fast as the backend can, and waits for it."""
+def compile_forward(model: keras.Model, inputs: Any) -> Callable[[], Any]:
+    """Compiles an inference call of a model.
+
+    Args:
+        model: the model.
+        inputs: one batch of inputs: an array, or nested arrays as the model takes them.
+
+    Returns:
+        A function that runs the model on `inputs` and returns when the outputs are computed.
+    """
     inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
     forward = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.config.backend()]
     return waiting(forward(model, inputs))
 
 
-def waiting(function: Callable) -> Callable:
-    """The function, waiting for the GPU, where there is one, to do what it was given.
+def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Makes a function wait until the GPU has finished the operations that it was given.
 
-    Not for JAX, whose results know how to wait.
+    Without a GPU, and with JAX, whose results have a method to wait for them, the function is
+    returned as it is.
     """
     backend = keras.config.backend()
     if backend == "jax" or not on_gpu():
@@ -55,7 +71,7 @@ def waiting(function: Callable) -> Callable:
 
         wait = tf.test.experimental.sync_devices
     else:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]  # an optional backend
 
         wait = torch.cuda.synchronize
 
@@ -74,7 +90,7 @@ def _tensorflow(model, inputs):
 
 
 def _jax(model, inputs):
-    import jax
+    import jax  # pyright: ignore[reportMissingImports]  # an optional backend
 
     def call(weights, others, x):
         return model.stateless_call(weights, others, x)[0]
@@ -88,7 +104,7 @@ def _jax(model, inputs):
 
 
 def _torch(model, inputs):
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # an optional backend
 
     def forward():
         with torch.no_grad():
