@@ -43,7 +43,7 @@ def trainer(run, dataset):
 def main(argv):
     del argv
     from keras_bilinear import export_litert
-    from keras_bilinear.litert.report import run_litert
+    from keras_bilinear.litert.run import run_litert
     from keras_bilinear.reports.timing import median_seconds
 
     study = accuracy.STUDY.value

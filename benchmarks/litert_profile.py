@@ -29,8 +29,8 @@ from ai_edge_litert.interpreter import Interpreter
 from keras_bilinear import export_litert
 from keras_bilinear.benchmark.command import machine
 from keras_bilinear.files import staged
-from keras_bilinear.litert.report import run_litert
-from keras_bilinear.litert.runner import median_seconds
+from keras_bilinear.litert.run import run_litert
+from keras_bilinear.litert.run_script import median_seconds
 
 SECONDS = 0.05
 # Cases of `litert_files.py`, models, numbers.

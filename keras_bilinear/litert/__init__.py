@@ -1,1 +1,1 @@
-"""Files for LiteRT: export, conversion, inputs, report, runner."""
+"""LiteRT files: writing, running and describing them."""

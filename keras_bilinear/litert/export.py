@@ -1,4 +1,4 @@
-"""Writing a model as a LiteRT file, `.tflite`, small, fast and without custom operations."""
+"""Writes a model as a small LiteRT file, `.tflite`, of built-in operations."""
 
 import functools
 import importlib.util
@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,14 +15,16 @@ import numpy as np
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers, stateful_layers
 from keras_bilinear.kronecker.target import on_gpu
+from keras_bilinear.litert.contents import inspect_litert
 from keras_bilinear.litert.converter import convert, named_outputs
 from keras_bilinear.litert.inputs import input_specs, read_examples
-from keras_bilinear.litert.report import LiteRTReport, inspect_litert, run_litert
+from keras_bilinear.litert.report import LiteRTReport
+from keras_bilinear.litert.run import run_litert
 from keras_bilinear.rewriting.sites import check_built
 
-# The largest difference from the model that a kind of quantization may make.
+# For each kind of quantization, the largest difference from the model that is allowed.
 TOLERANCES = {None: 1e-4, "float16": 1e-2, "dynamic_int8": 0.1, "int8": 0.2}
-# Examples on which a file is compared with its model.
+# Number of runs on which a file is compared with its model.
 COMPARED = 8
 _NOT_FLOAT32 = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16", "float64")
 
@@ -30,7 +33,7 @@ def export_litert(
     model: keras.Model,
     path: str | os.PathLike,
     quantize: str | None = None,
-    representative_data=None,
+    representative_data: Any = None,
     input_shapes: Sequence | Mapping | None = None,
     unroll: bool | None = None,
     quantize_io: bool = False,
@@ -38,45 +41,47 @@ def export_litert(
 ) -> LiteRTReport:
     """Writes a model as a `.tflite` file, which the stock LiteRT interpreter runs.
 
-    The file has built-in operations only, and of every bilinear layer the
-    factors, not the kernel. It is for inputs of fixed sizes, and for one example
-    at a time if nothing else is said; those of a subclassed model are float32. A
-    model of another dtype policy is exported as in float32. The file is run and
-    compared with the model before it gets its name; whatever fails, nothing is
-    left of it.
+    The file has built-in operations only. It holds the factors of every bilinear layer, not the
+    kernel. Its inputs have fixed sizes: one example at a time, unless `input_shapes` says
+    otherwise. A model of another dtype policy is exported as if it computed in float32. Inputs of
+    a subclassed model are float32.
+
+    Before the file gets its name, it is run and its outputs are compared with those of the model.
+    If anything fails, no file is left and an older file stays.
 
     Args:
         model: a built model, of any backend.
-        path: the file to write; one that is there is replaced.
-        quantize: `None` for float32; `"float16"` for weights of half the size;
-            `"dynamic_int8"` for weights of a quarter, of 1,024 numbers or more,
-            with which integers are multiplied; `"int8"` for integers in all of
-            the model.
-        representative_data: inputs of the model, as `plan_rewrite` takes them:
-            `"int8"` needs some 100 to know how large values get. For any file, the
-            first of them are those on which it is compared with the model;
-            `None` takes random ones.
-        input_shapes: shapes of the inputs, batch size included: a tuple for a
-            single input, a list, or a dictionary by the names of the inputs, which
-            are `input_1` and so on where the model has none. `None` takes what the
-            model says, and one example.
-        unroll: whether recurrent layers repeat their operations for each time
-            step, instead of a loop. `None` does so for `"int8"` only, for which
-            LiteRT has no loops. A loop is the smaller, but for a few time steps.
-        quantize_io: whether the inputs and outputs of an `"int8"` model are
-            integers as well, and not converted on the way.
-        tolerance: the largest root mean square difference from the outputs of the
-            model, relative to their root mean square; `None` allows 1e-4 in
-            float32, 1e-2 with `"float16"`, 0.1 with `"dynamic_int8"`, 0.2 with
-            `"int8"`.
+        path: the file to write, with the suffix `.tflite`. An older file is replaced.
+        quantize: how to store and multiply numbers. `None` stores float32. `"float16"` stores
+            weights in half the bytes. `"dynamic_int8"` stores each weight of 1,024 numbers or
+            more in a quarter of the bytes and multiplies integers. `"int8"` stores and computes
+            everything with integers.
+        representative_data: inputs of the model without labels: an array, a dictionary of
+            arrays, a list with an array for each of several inputs, or an iterable of batches. Of
+            a tuple, only the first element counts. At most 256 examples are used. `"int8"` needs
+            about 100 examples to find the range of each value. The first 8 runs are those on
+            which the file is compared with the model. `None` compares them on random inputs.
+        input_shapes: shapes of the inputs, with the batch size, such as `(1, 28, 28)`. A tuple
+            for a single input, a list of tuples, or a dictionary of tuples by the names of the
+            inputs. An input without a name of its own is `input_1`, `input_2` and so on. `None`
+            takes the shapes that the model knows and a batch size of 1.
+        unroll: whether recurrent layers repeat their operations for each time step (`True`) or
+            run in a loop (`False`). A loop makes the smaller file, except for a few time steps.
+            `None` unrolls for `"int8"` only, for which LiteRT has no loops.
+        quantize_io: whether the inputs and outputs of an `"int8"` file are integers as well.
+            `False` keeps them floats, which the file converts.
+        tolerance: the largest root mean square difference from the outputs of the model, relative
+            to their root mean square. `None` allows 1e-4 in float32, 1e-2 with `"float16"`, 0.1
+            with `"dynamic_int8"` and 0.2 with `"int8"`.
 
     Returns:
-        A `LiteRTReport`: size, operations, latency, memory and difference.
+        A `LiteRTReport`: size, operations, latency, memory and difference of the file.
 
     Raises:
-        ValueError: if an argument is not valid, if the model is not built or has
-            a size that is not known, if LiteRT has no built-in operation for a
-            part of the model, or if the file's outputs differ too much.
+        ValueError: if an argument is not valid, if the model is not built or has a size that is
+            unknown, if LiteRT has no built-in operation for a part of the model, or if the
+            outputs differ by more than `tolerance`.
+        TypeError: if `representative_data` is neither an array nor an iterable of arrays.
         ImportError: if TensorFlow or `ai-edge-litert` is missing.
         OSError: if the file cannot be written.
         RuntimeError: if LiteRT cannot run the file.
@@ -90,20 +95,21 @@ def export_litert(
     (2, True)
     """
     path = pathlib.Path(path)
-    _check(model, path, quantize, representative_data, unroll, quantize_io, tolerance)
-    inputs = input_specs(model, input_shapes)
+    _check_arguments(model, quantize, representative_data, unroll, quantize_io, tolerance)
+    _check_path(path)
+    arguments = input_specs(model, input_shapes)
     if unroll is None:
         unroll = quantize == "int8"
     if tolerance is None:
         tolerance = TOLERANCES[quantize]
-    examples = read_examples(model, inputs, representative_data)
+    examples = read_examples(model, arguments, representative_data)
     compared = {name: values[:COMPARED] for name, values in examples.items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
         file = pathlib.Path(folder, path.name)
         model = inference_twin(model, unroll)
-        convert(model, file, inputs, examples, quantize, quantize_io)
+        convert(model, file, arguments, examples, quantize, quantize_io)
         run = run_litert(file, compared)
-        difference = _difference(run.outputs, _expected(model, inputs, compared))
+        difference = _difference(run.outputs, _expected(model, arguments, compared))
         if not difference <= tolerance:
             raise ValueError(
                 f"The outputs of the LiteRT file differ from the model's by {difference:.2g}, more "
@@ -121,7 +127,7 @@ def export_litert(
     return report
 
 
-def _check(model, path, quantize, representative_data, unroll, quantize_io, tolerance):
+def _check_arguments(model, quantize, representative_data, unroll, quantize_io, tolerance):
     check_built(model)
     if quantize not in TOLERANCES:
         raise ValueError(
@@ -129,8 +135,10 @@ def _check(model, path, quantize, representative_data, unroll, quantize_io, tole
             f"Received: quantize={quantize!r}"
         )
     if quantize == "int8" and representative_data is None:
-        raise ValueError("`quantize='int8'` needs `representative_data`. Received: None")
-    if quantize == "int8" and unroll is False and _recurrent(model):
+        raise ValueError(
+            "`quantize='int8'` needs `representative_data`. Received: representative_data=None"
+        )
+    if quantize == "int8" and unroll is False and _has_recurrent(model):
         raise ValueError(
             "LiteRT has no integer loops: with `quantize='int8'` the recurrent layers of the "
             "model must be unrolled. Received: unroll=False"
@@ -142,11 +150,17 @@ def _check(model, path, quantize, representative_data, unroll, quantize_io, tole
         )
     if quantize_io and quantize != "int8":
         raise ValueError(f"`quantize_io` needs `quantize='int8'`. Received: quantize={quantize!r}")
-    if tolerance is not None and (not isinstance(tolerance, numbers.Real) or not tolerance >= 0):
+    if tolerance is not None and (
+        not isinstance(tolerance, numbers.Real) or not float(tolerance) >= 0
+    ):
         raise ValueError(
             "`tolerance` must be `None` or a number that is not negative. "
             f"Received: tolerance={tolerance!r}"
         )
+
+
+def _check_path(path):
+    """Checks that a file can be made and written."""
     if path.suffix != ".tflite":
         raise ValueError(f"`path` must end with .tflite. Received: path={str(path)!r}")
     for module, package in (("tensorflow", "tensorflow"), ("ai_edge_litert", "ai-edge-litert")):
@@ -158,19 +172,18 @@ def _check(model, path, quantize, representative_data, unroll, quantize_io, tole
         raise OSError(f"cannot write into {str(path.parent)!r}: it is no writable folder")
 
 
-def _recurrent(model):
+def _has_recurrent(model):
     return any(isinstance(layer, keras.layers.RNN) for layer in all_layers(model))
 
 
 def _expected(model, arguments, examples):
-    """For each output of the model, by its name in the file, its values, runs first."""
+    """The outputs of a model, as `run_litert` gives those of its file."""
     runs = []
     for values in zip(*examples.values(), strict=True):
-        inputs = keras.tree.pack_sequence_as(
-            arguments, list(map(keras.ops.convert_to_tensor, values))
-        )
+        tensors = [keras.ops.convert_to_tensor(value) for value in values]
+        inputs = keras.tree.pack_sequence_as(arguments, tensors)
         outputs = named_outputs(model(*inputs, training=False))
-        runs.append({name: keras.ops.convert_to_numpy(one) for name, one in outputs.items()})
+        runs.append({name: keras.ops.convert_to_numpy(output) for name, output in outputs.items()})
     return {name: np.stack([run[name] for run in runs]) for name in runs[0]}
 
 
@@ -180,38 +193,39 @@ def _difference(outputs, expected):
         (outputs[name].astype("float64"), values.astype("float64"))
         for name, values in expected.items()
     ]
-    squares = sum(np.square(one - other).sum() for one, other in pairs)
-    size = sum(np.square(other).sum() for _, other in pairs)
+    squares = sum(np.square(actual - target).sum() for actual, target in pairs)
+    size = sum(np.square(target).sum() for _, target in pairs)
     return float(np.sqrt(squares / (size or 1.0)))
 
 
 def inference_twin(model: keras.Model, unroll: bool = False) -> keras.Model:
-    """A copy of the model, with its weights, as it is exported.
-
-    It computes in float32, and without cuDNN. The model itself, if it does so and
-    nothing is to be unrolled.
+    """A copy of a model, with its weights, that computes in float32 and without cuDNN.
 
     Args:
         model: the model.
-        unroll: whether recurrent layers are unrolled.
+        unroll: whether the recurrent layers of the copy repeat their operations for each time
+            step instead of running in a loop.
+
+    Returns:
+        The copy; the model itself if the copy would not differ.
 
     Raises:
-        ValueError: if the model cannot be saved and loaded.
+        ValueError: if Keras cannot save or load the model.
     """
-    recurrent = _recurrent(model)
+    recurrent = _has_recurrent(model)
     unroll = unroll and recurrent
     changes = unroll or (recurrent and on_gpu())
     if not changes and all(layer.compute_dtype == "float32" for layer in all_layers(model)):
         return model
     twin = copy_model(model, functools.partial(_for_inference, unroll=unroll))
     for layer in all_layers(twin):
-        if hasattr(layer, "use_cudnn"):  # which no configuration holds
+        if hasattr(layer, "use_cudnn"):  # no configuration holds it
             layer.use_cudnn = False
     return twin
 
 
 def _for_inference(config, unroll):
-    """Changes the configuration of a layer, in place."""
+    """Changes the configuration of a layer or a dtype policy, in place."""
     if config.get("class_name") == "DTypePolicy" and config["config"]["name"] in _NOT_FLOAT32:
         config["config"]["name"] = "float32"
     if unroll and "unroll" in config:

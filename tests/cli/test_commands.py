@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 
 from keras_bilinear import datasets, plan_rewrite
-from keras_bilinear.litert.report import run_litert
+from keras_bilinear.litert.run import run_litert
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from run_command import run_command
 
 from keras_bilinear import datasets
 from keras_bilinear.demo import command
-from keras_bilinear.litert.report import LiteRTReport, run_litert
+from keras_bilinear.litert.report import LiteRTReport
+from keras_bilinear.litert.run import run_litert
 from keras_bilinear.reports.summary import count_macs
 
 if keras.config.backend() != "tensorflow":

@@ -21,8 +21,9 @@ from keras_bilinear import (
 )
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.litert import export as export_module
+from keras_bilinear.litert.contents import inspect_litert
 from keras_bilinear.litert.export import inference_twin
-from keras_bilinear.litert.report import inspect_litert, run_litert
+from keras_bilinear.litert.run import run_litert
 
 pytest.importorskip("tensorflow")
 pytest.importorskip("ai_edge_litert")
@@ -443,7 +444,7 @@ def test_a_file_that_differs_too_much_is_not_kept(refuses):
         ),
         ({"representative_data": np.ones((9, 6, 17))}, r"must fit the input .* \(9, 6, 17\)"),
         ({"representative_data": "x"}, "`representative_data` must be an array"),
-        ({"input_shapes": (1, 6, 17)}, r"must fit the input .* Received: \(1, 6, 17\)"),
+        ({"input_shapes": (1, 6, 17)}, r"must fit the input .* Received: shape=\(1, 6, 17\)"),
         ({"input_shapes": [(1, 6, 16)] * 2}, "a shape for each of the 1 inputs"),
         ({"input_shapes": {"y": (1, 6, 16)}}, "by the names of inputs"),
         ({"name": "model.bin"}, r"must end with \.tflite"),
