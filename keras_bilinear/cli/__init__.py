@@ -1,1 +1,1 @@
-"""The command line; the only place that knows `CommandError`."""
+"""The command line. Only `cli/`, `demo/` and `benchmark/` know `CommandError`."""

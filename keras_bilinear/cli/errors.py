@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 
 class CommandError(Exception):
-    """A mistake of the user or of the machine, said in one line; the command exits with 2."""
+    """A mistake of the user or of the machine. The command line prints it and exits with 2."""
 
 
 @contextlib.contextmanager
-def command_errors(*types: type) -> Iterator[None]:
-    """Turns errors of these types into errors of the command."""
+def command_errors(*types: type[Exception]) -> Iterator[None]:
+    """A context that turns errors of these types into a `CommandError` with the same text."""
     try:
         yield
     except types as error:

@@ -15,12 +15,15 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Expands with the flags as they are.
+    """Expands a saved model as the flags say.
+
+    Args:
+        argv: the name of the command and the positional arguments.
 
     Raises:
         CommandError: if a file cannot be read or written.
     """
-    source, output = saved.arguments(argv, "SMALL.keras", "FULL.keras")
+    source, output = saved.file_names(argv, "SMALL.keras", "FULL.keras")
     saved.check_output(output, ".keras")
     with saved.progress(f"expanding {source}"):
         model = saved.load(source)

@@ -18,33 +18,47 @@ def define_flags() -> None:
     """Defines the flags of `keras-bilinear export`."""
     saved.define_model_flags()
     saved.define_output_flags()
-    saved.define_data_flags("representative_data", "to quantize with, and to compare on")
+    saved.define_data_flags("representative_data", "to find the ranges of int8, and to compare on")
     flags.DEFINE_enum(
-        "quantize", None, [kind for kind in TOLERANCES if kind], "How to store numbers; float32."
+        "quantize",
+        None,
+        [kind for kind in TOLERANCES if kind],
+        "How to store numbers; in float32 if it is not given.",
     )
     flags.DEFINE_multi_string(
         "input_shape",
         None,
-        "Shape of an input with its batch size, as 1,28,28 or, of one of several inputs, as "
-        "NAME=1,28,28. By default that of the model, and a batch of one.",
+        "Shape of an input with its batch size: 1,28,28 for a single input, NAME=1,28,28 for each "
+        "of several. If it is not given: the shape that the model knows, and a batch of 1.",
     )
     flags.DEFINE_bool(
         "unroll",
         None,
-        "Repeat the operations of recurrent layers for each time step; by default with int8 only.",
+        "Repeat the operations of recurrent layers for each time step instead of running a loop. "
+        "If it is not given: with --quantize=int8 only.",
     )
-    flags.DEFINE_bool("quantize_io", False, "With int8: inputs and outputs are integers as well.")
-    flags.DEFINE_float("tolerance", None, "Largest relative difference from the model's outputs.")
+    flags.DEFINE_bool(
+        "quantize_io", False, "With --quantize=int8, make inputs and outputs integers as well."
+    )
+    flags.DEFINE_float(
+        "tolerance",
+        None,
+        "Largest relative difference from the model's outputs. If it is not given: "
+        + ", ".join(f"{value:g} for {kind or 'float32'}" for kind, value in TOLERANCES.items())
+        + ".",
+    )
 
 
 def main(argv: list[str]) -> None:
-    """Exports with the flags as they are.
+    """Exports a saved model as the flags say.
+
+    Args:
+        argv: the name of the command and the positional arguments.
 
     Raises:
-        CommandError: if a file cannot be read or written, or if the model cannot
-            be exported as asked.
+        CommandError: if a file cannot be read or written, or if the model cannot be exported.
     """
-    source, output = saved.arguments(argv, "MODEL.keras", "MODEL.tflite")
+    source, output = saved.file_names(argv, "MODEL.keras", "MODEL.tflite")
     saved.check_output(output, ".tflite")
     with command_errors(ImportError):
         require("ai_edge_litert", "tensorflow", extra="litert")
@@ -66,8 +80,8 @@ def main(argv: list[str]) -> None:
     print(report, end="")
 
 
-def _input_shapes(texts):
-    """`input_shapes` of `export_litert` from what the flag says."""
+def _input_shapes(texts: list[str] | None) -> tuple | dict[str, tuple] | None:
+    """The argument `input_shapes` of `export_litert` from the values of the flag."""
     if not texts:
         return None
     shapes = {}

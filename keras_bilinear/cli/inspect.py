@@ -1,4 +1,4 @@
-"""Shows what a saved model costs, layer by layer; of two models, side by side.
+"""Shows what a saved model costs, layer by layer, or two saved models side by side.
 
 keras-bilinear inspect MODEL.keras [SMALL.keras] --dataset=NAME --output=costs.json
 """
@@ -22,21 +22,27 @@ def define_flags() -> None:
     saved.define_model_flags()
     saved.define_output_flags()
     flags.DEFINE_string(
-        "dataset", None, "Image or text classification set of TensorFlow Datasets, for accuracy."
+        "dataset",
+        None,
+        "Image or text classification set of TensorFlow Datasets, or digits; shows the accuracy on "
+        "its test split.",
     )
     flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
-    flags.DEFINE_string("output", None, "Write it to this .json, .png or .svg file as well.")
+    flags.DEFINE_string("output", None, "Also write the result to this .json, .png or .svg file.")
 
 
 def main(argv: list[str]) -> None:
-    """Inspects with the flags as they are.
+    """Inspects one or two saved models as the flags say.
+
+    Args:
+        argv: the name of the command and the positional arguments.
 
     Raises:
-        CommandError: if a file cannot be read or written, or if the models do
-            not take the data set.
+        CommandError: if a file cannot be read or written, or if a model does not take the data
+            set.
     """
     names = ("MODEL.keras", "SMALL.keras")
-    sources = saved.arguments(argv, *names[: max(1, len(argv) - 1)])
+    sources = saved.file_names(argv, *names[: max(1, len(argv) - 1)])
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
     if output:
         saved.check_output(output, ".json", ".png", ".svg")
@@ -48,8 +54,11 @@ def main(argv: list[str]) -> None:
                 dataset = datasets.load(FLAGS.dataset, FLAGS.data_dir)
             data = dataset.x_test, dataset.y_test
         try:
-            costs = (summarize if len(models) == 1 else compare)(*models, data)
-        except Exception as error:  # whatever a model says of inputs that are not its own
+            if len(models) == 1:
+                costs = summarize(models[0], data)
+            else:
+                costs = compare(models[0], models[1], data)
+        except Exception as error:  # a model may raise anything for inputs that it does not take
             raise CommandError(f"cannot run the model: {reason(error)}") from error
     print(costs, end="")
     if output and output.suffix == ".json":

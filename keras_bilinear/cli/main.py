@@ -14,19 +14,19 @@ from absl import flags
 
 from keras_bilinear.cli.errors import CommandError
 
-# Each command is a module, with a docstring, a `define_flags()` and a
-# `main(argv)` that reads `absl.flags.FLAGS`.
+# For each command, its module and a summary. The module has a docstring for --help, a
+# `define_flags()`, and a `main(argv)` that reads `absl.flags.FLAGS`.
 COMMANDS = {
     "demo": ("demo.command", "train a full and a bilinear network the same way and compare them"),
     "inspect": ("cli.inspect", "show what a saved model costs, or two side by side"),
-    "plan": ("cli.plan", "show what a saved model would become under a budget"),
+    "plan": ("cli.plan", "show which layers of a saved model would become bilinear"),
     "rewrite": ("cli.rewrite", "make a smaller model from a saved one"),
     "expand": ("cli.expand", "make a model of stock layers from a rewritten one"),
     "export": ("cli.export", "write a saved model as a LiteRT file for phones"),
-    "benchmark": ("benchmark.command", "time bilinear layers against the full ones"),
+    "benchmark": ("benchmark.command", "time bilinear layers beside the full layers"),
 }
 
-_PAUSE = 0.05  # Seconds until an interrupt that was dropped is raised again.
+_PAUSE = 0.05  # Seconds after which a dropped interrupt is raised again.
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         argv: program name, command and its arguments; `None` takes `sys.argv`.
 
     Raises:
-        SystemExit: always, with status 0; with 2 after one line on stderr if
-            the command cannot be run as asked; with 130 after Ctrl-C.
+        SystemExit: always: with status 0 after success, with 2 after a `CommandError`, which
+            becomes one line on stderr, and with 130 after Ctrl-C.
     """
     arguments = list(sys.argv if argv is None else argv)[1:]
     try:
@@ -51,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs one command.
+    """Runs one command, or prints help.
+
+    Args:
+        arguments: the command and its arguments.
 
     Raises:
-        CommandError: if the command or a flag is not known, or if the command fails.
+        CommandError: if the command or a flag is unknown, or if the command fails.
     """
     if not arguments:
         raise CommandError(f"no command given, choose one of: {', '.join(COMMANDS)}")
@@ -64,12 +67,12 @@ def run(arguments: Sequence[str]) -> None:
         return
     if command not in COMMANDS:
         raise CommandError(f"unknown command {command!r}, choose one of: {', '.join(COMMANDS)}")
-    module, _ = COMMANDS[command]
-    module = importlib.import_module(f"keras_bilinear.{module}")
+    name, _ = COMMANDS[command]
+    module = importlib.import_module(f"keras_bilinear.{name}")
     module.define_flags()
     if {"-h", "--help"} & set(rest):
         print(f"usage: keras-bilinear {command} [--flag=value ...]\n\n{module.__doc__}")
-        # Those of saved models are defined in a module that the commands share.
+        # Flags that several commands have are defined in another module than the command's.
         for name in flags.FLAGS.flags_by_module_dict():
             if name.startswith("keras_bilinear."):
                 print(flags.FLAGS.module_help(name))
@@ -82,7 +85,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def usage() -> str:
-    """One line for each command."""
+    """The help of the program: one line for each command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
@@ -98,18 +101,18 @@ def usage() -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Makes sure that a Ctrl-C ends in a `KeyboardInterrupt`.
+    """A context in which Ctrl-C always ends in a `KeyboardInterrupt`.
 
-    Python drops an exception in a finalizer, and TensorFlow has many of them;
-    Keras drops some while it builds layers; compiled code may turn one into
-    another exception. So the interrupt is raised again until it is out, but
-    for the time in which an exception is handled: something may clean up there.
+    A `KeyboardInterrupt` can get lost. Python drops exceptions in finalizers, of which TensorFlow
+    has many. Keras drops some exceptions while it builds layers. Compiled code may turn an
+    exception into another. So a thread raises the interrupt again and again until it leaves this
+    context. It is not raised while an exception is handled, as something may clean up there.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # Ctrl-C is ignored, as in the background of a shell.
         return
     interrupted = False
-    interrupts = queue.SimpleQueue()  # Its `put` may itself be interrupted.
+    interrupts = queue.SimpleQueue()  # A signal may interrupt its `put` without harm.
 
     def interrupt(signum, frame):
         nonlocal interrupted
@@ -142,19 +145,22 @@ def _interruptible() -> Iterator[None]:
 
 
 def _in_finalizer(frame):
+    """Whether a frame belongs to a `__del__` or to a function that it called."""
     while frame is not None and frame.f_code.co_name != "__del__":
         frame = frame.f_back
     return frame is not None
 
 
 def _press(signum):
-    """Sends a signal from a thread to the main one, and wakes that if it waits."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident, signum)
+    """Sends a signal to the main thread, and wakes it if it waits."""
+    main_thread = threading.main_thread().ident
+    if main_thread is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main_thread, signum)
     else:
         signal.raise_signal(signum)
 
 
-def _fail(message, status):
+def _fail(message, status) -> NoReturn:
+    """Prints one line on stderr and exits."""
     print(f"keras-bilinear: {message}", file=sys.stderr)
     sys.exit(status)

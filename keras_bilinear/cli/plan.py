@@ -1,4 +1,4 @@
-"""Shows, and writes with --output, which layers of a saved model would become bilinear.
+"""Shows which layers of a saved model would become bilinear; --output writes the plan.
 
 keras-bilinear plan MODEL.keras --budget=0.1 --output=plan.json
 """
@@ -17,17 +17,19 @@ def define_flags() -> None:
     saved.define_model_flags()
     saved.define_plan_flags()
     saved.define_output_flags()
-    flags.DEFINE_string("output", None, "Write the plan to this .json file.")
+    flags.DEFINE_string("output", None, "Also write the plan to this .json file.")
 
 
 def main(argv: list[str]) -> None:
-    """Plans with the flags as they are.
+    """Plans the rewrite of a saved model as the flags say.
+
+    Args:
+        argv: the name of the command and the positional arguments.
 
     Raises:
-        CommandError: if a file cannot be read or written, or no plan keeps to
-            the limit.
+        CommandError: if a file cannot be read or written, or if no plan keeps to the limit.
     """
-    (source,) = saved.arguments(argv, "MODEL.keras")
+    (source,) = saved.file_names(argv, "MODEL.keras")
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
     if output:
         saved.check_output(output, ".json")

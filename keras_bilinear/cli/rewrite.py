@@ -21,17 +21,19 @@ def define_flags() -> None:
     saved.define_model_flags()
     saved.define_plan_flags()
     saved.define_output_flags()
-    flags.DEFINE_string("plan", None, "A plan that `keras-bilinear plan` wrote.")
+    flags.DEFINE_string("plan", None, "A .json file that `keras-bilinear plan` wrote.")
 
 
 def main(argv: list[str]) -> None:
-    """Rewrites with the flags as they are.
+    """Rewrites a saved model as the flags say.
+
+    Args:
+        argv: the name of the command and the positional arguments.
 
     Raises:
-        CommandError: if a file cannot be read or written, or no plan keeps to
-            the limit.
+        CommandError: if a file cannot be read or written, or if no plan keeps to the limit.
     """
-    source, output = saved.arguments(argv, "MODEL.keras", "SMALL.keras")
+    source, output = saved.file_names(argv, "MODEL.keras", "SMALL.keras")
     saved.check_output(output, ".keras")
     limits = ("budget", "max_params", "max_error", "rank", "scale", "low_rank")
     if FLAGS.plan and any(getattr(FLAGS, name) is not None for name in limits):
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
     print(plan, end="")
 
 
-def _read_plan(path):
+def _read_plan(path: pathlib.Path) -> RewritePlan:
     try:
         return RewritePlan.from_json(path.read_text())
     except (OSError, ValueError) as error:
