@@ -1,1 +1,1 @@
-"""A full and a bilinear network side by side: the command, its results, the tutorials' helpers."""
+"""The demo: a full and a bilinear network side by side; and what the tutorials share."""

@@ -1,9 +1,9 @@
 """Trains a full and a bilinear network the same way and compares them.
 
-Both networks have the same layers, optimizer, learning rate, batches and seed;
-the bilinear one stores each kernel and embedding table as two small factors.
-The run prints a table and writes into --output_dir: full.keras, bilinear.keras,
-full.tflite, bilinear.tflite, results.json and results.png.
+Both networks have the same layers, optimizer, learning rate, batches and seed.
+The bilinear network stores each kernel and each embedding table as two small factors.
+The demo prints a table and writes these files into --output_dir: full.keras,
+bilinear.keras, full.tflite, bilinear.tflite, results.json and results.png.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import os
 import pathlib
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import rich.console
@@ -26,15 +28,16 @@ from keras_bilinear.files import check_writable, staged
 from keras_bilinear.kronecker.factorization import choose_factors
 from keras_bilinear.layers import BilinearDense, BilinearEmbedding
 from keras_bilinear.litert.export import export_litert
+from keras_bilinear.litert.report import LiteRTReport
 from keras_bilinear.messages import require
 from keras_bilinear.reports.summary import count_macs
 
 FLAGS = flags.FLAGS
 EMBEDDING_WIDTH = 128
-QUICK_EXAMPLES = 512
-# The flags that decide the result.
+QUICK_EXAMPLES = 512  # examples of each split with --quick
+# The flags whose values decide the results.
 SETTINGS = ("width", "depth", "rank", "scale", "batch_size", "learning_rate", "seed")
-# The first steps compile and warm up.
+# The first steps compile and warm up, and their times do not count.
 UNTIMED_STEPS = 3
 
 
@@ -43,42 +46,54 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "dataset",
         "digits",
-        "Handwritten digits from scikit-learn, or the name of any image or text classification "
-        "set of TensorFlow Datasets, such as fashion_mnist or imdb_reviews.",
+        "digits, the handwritten digits of scikit-learn, or an image or text classification set of "
+        "TensorFlow Datasets, such as fashion_mnist or imdb_reviews.",
     )
     flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
     flags.DEFINE_string("output_dir", "demo_output", "Folder to write the results into.")
     flags.DEFINE_integer("width", 512, "Units of each hidden layer.", lower_bound=1)
     flags.DEFINE_integer("depth", 2, "Number of hidden layers.", lower_bound=1)
-    flags.DEFINE_integer("rank", 4, "Kronecker terms of each bilinear layer.", lower_bound=1)
+    flags.DEFINE_integer(
+        "rank", 4, "Number of Kronecker terms of each bilinear layer.", lower_bound=1
+    )
     flags.DEFINE_integer(
         "scale",
         1,
-        "Multiplies both output factors of every hidden layer of the bilinear network, which "
-        "then has scale**2 times as many channels.",
+        "Number by which both output factors of every hidden layer of the bilinear network are "
+        "multiplied. The layer then has scale**2 times as many units.",
         lower_bound=1,
     )
     flags.DEFINE_integer(
-        "epochs", None, "Passes over the data; 40 for digits and 5 for others.", lower_bound=1
+        "epochs",
+        None,
+        "Passes over the training data. If it is not given: 40 for digits, 5 for other data sets.",
+        lower_bound=1,
     )
-    flags.DEFINE_integer("batch_size", 64, "Examples of each training step.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 64, "Examples in each training step.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-3, "Learning rate of Adam, for both networks.")
     flags.register_validator(
         "learning_rate", lambda value: 0 < value < math.inf, "must be above zero and finite"
     )
     flags.DEFINE_integer(
-        "seed", 0, "Same seed, same accuracy.", lower_bound=0, upper_bound=2**32 - 1
+        "seed",
+        0,
+        "Seed of all random numbers. The same seed gives the same accuracy.",
+        lower_bound=0,
+        upper_bound=2**32 - 1,
     )
     flags.DEFINE_bool("mixed_precision", False, "Compute in bfloat16, keep weights in float32.")
     flags.DEFINE_bool("quick", False, "One epoch on few examples, to see that everything runs.")
 
 
 def main(argv: list[str]) -> None:
-    """Runs the demo with the flags as they are.
+    """Runs the demo as the flags say.
+
+    Args:
+        argv: the name of the command; there are no positional arguments.
 
     Raises:
-        CommandError: if there are arguments that are no flags, a package is
-            missing, the output folder cannot be written or the data cannot be had.
+        CommandError: if there are positional arguments, if a package is missing, if the output
+            folder cannot be written into, or if the data set cannot be loaded.
     """
     if len(argv) > 1:
         raise CommandError(f"demo takes flags only, not {argv[1]!r}")
@@ -93,48 +108,11 @@ def main(argv: list[str]) -> None:
     epochs = FLAGS.epochs or (40 if dataset.name == "digits" else 5)
     if FLAGS.quick:
         dataset, epochs = dataset.head(QUICK_EXAMPLES), 1
-
-    results = {}
-    for name, rank in (("full", None), ("bilinear", FLAGS.rank)):
-        keras.utils.set_random_seed(FLAGS.seed)
-        model = build(
-            dataset,
-            width=FLAGS.width,
-            depth=FLAGS.depth,
-            rank=rank,
-            scale=FLAGS.scale,
-            dtype="mixed_bfloat16" if FLAGS.mixed_precision else "float32",
-        )
-        steps = -(-len(dataset.x_train) // FLAGS.batch_size)
-        with Progress(name, epochs, steps, console) as progress:
-            accuracy = train(
-                model, dataset, epochs, FLAGS.batch_size, FLAGS.learning_rate, progress
-            )
-        seconds = progress.step_seconds
-        keras_bytes, litert = write(model, dataset, output_dir, name)
-        results[name] = Result(
-            parameters=model.count_params(),
-            macs=count_macs(model),
-            test_accuracy=accuracy[-1],
-            keras_bytes=keras_bytes,
-            litert_bytes=litert.bytes,
-            litert_latency_us=litert.latency_us,
-            litert_difference=litert.difference,
-            step_ms=1e3 * statistics.median(seconds[UNTIMED_STEPS:] or seconds),
-            accuracy_by_epoch=tuple(accuracy),
-        )
-
     outcome = DemoResults(
         dataset=dataset.name,
-        settings={
-            **{name: FLAGS[name].value for name in SETTINGS},
-            "mixed_precision": FLAGS.mixed_precision,
-            "quick": FLAGS.quick,
-            "epochs": epochs,
-            "backend": keras.backend.backend(),
-            "keras": keras.version(),
-        },
-        **results,
+        settings=_settings(epochs),
+        full=_run_network("full", None, dataset, epochs, output_dir, console),
+        bilinear=_run_network("bilinear", FLAGS.rank, dataset, epochs, output_dir, console),
     )
     with command_errors(OSError), staged(output_dir) as folder:
         outcome.write_json(folder / "results.json")
@@ -142,25 +120,78 @@ def main(argv: list[str]) -> None:
     rich.console.Console().print(outcome.table(), f"Files are in {output_dir}.")
 
 
+def _settings(epochs: int) -> dict[str, Any]:
+    """The flags and versions that decide the results."""
+    return {
+        **{name: FLAGS[name].value for name in SETTINGS},
+        "mixed_precision": FLAGS.mixed_precision,
+        "quick": FLAGS.quick,
+        "epochs": epochs,
+        "backend": keras.backend.backend(),
+        "keras": keras.version(),
+    }
+
+
+def _run_network(
+    name: str,
+    rank: int | None,
+    dataset: datasets.Dataset,
+    epochs: int,
+    output_dir: pathlib.Path,
+    console: rich.console.Console,
+) -> Result:
+    """Trains and writes one network, as the flags say, and measures it."""
+    keras.utils.set_random_seed(FLAGS.seed)
+    model = build(
+        dataset,
+        width=FLAGS.width,
+        depth=FLAGS.depth,
+        rank=rank,
+        scale=FLAGS.scale,
+        dtype="mixed_bfloat16" if FLAGS.mixed_precision else "float32",
+    )
+    steps = -(-len(dataset.x_train) // FLAGS.batch_size)
+    with Progress(name, epochs, steps, console) as progress:
+        accuracy = train(model, dataset, epochs, FLAGS.batch_size, FLAGS.learning_rate, progress)
+    seconds = progress.step_seconds
+    keras_bytes, litert = write(model, dataset, output_dir, name)
+    return Result(
+        parameters=model.count_params(),
+        macs=count_macs(model),
+        test_accuracy=accuracy[-1],
+        keras_bytes=keras_bytes,
+        litert_bytes=litert.bytes,
+        litert_latency_us=litert.latency_us,
+        litert_difference=litert.difference,
+        step_ms=1e3 * statistics.median(seconds[UNTIMED_STEPS:] or seconds),
+        accuracy_by_epoch=tuple(accuracy),
+    )
+
+
 def build(
     dataset: datasets.Dataset, width: int, depth: int, rank: int | None, scale: int, dtype: str
 ) -> keras.Model:
-    """Makes a classifier: a multilayer perceptron on pixels or on the mean of word embeddings.
+    """Makes a multilayer perceptron that classifies images or texts.
+
+    Its first layer flattens an image, or takes the mean of the embeddings of a text's words.
 
     Args:
-        dataset: what it is for.
+        dataset: the data set to classify.
         width: units of each hidden layer.
         depth: number of hidden layers.
-        rank: Kronecker terms of each layer; `None` makes the full network.
-        scale: see the flag; the full network has none.
-        dtype: dtype policy of all layers but the last.
+        rank: number of Kronecker terms of each layer; `None` makes the full network.
+        scale: number by which both output factors of every hidden layer of a bilinear network are
+            multiplied. The full network ignores it.
+        dtype: dtype policy of all layers but the last, which is float32.
     """
-    dense, embedding = keras.layers.Dense, keras.layers.Embedding
+    dense: Callable[..., keras.Layer] = keras.layers.Dense
+    embedding: Callable[..., keras.Layer] = keras.layers.Embedding
     if rank is not None:
         dense = functools.partial(BilinearDense, rank=rank)
         embedding = functools.partial(BilinearEmbedding, rank=rank)
 
-    def hidden(size):
+    def hidden(size: int) -> tuple[int, dict[str, Any]]:
+        """Width and further arguments of a hidden layer."""
         if rank is None or scale == 1:
             return size, {"dtype": dtype}
         factors = tuple(scale * factor for factor in choose_factors(size))
@@ -182,11 +213,20 @@ def build(
 
 
 class Progress(keras.callbacks.Callback):
-    """Shows a progress bar for a whole training and times its steps."""
+    """Shows a progress bar for a whole training and times its steps.
 
-    def __init__(self, name, epochs, steps, console):
+    Args:
+        name: name of the network.
+        epochs: number of epochs.
+        steps: number of steps in each epoch.
+        console: where to show the bar; `None` takes the default console of `rich`.
+    """
+
+    def __init__(
+        self, name: str, epochs: int, steps: int, console: rich.console.Console | None
+    ) -> None:
         super().__init__()
-        self.step_seconds = []
+        self.step_seconds: list[float] = []
         self._title = f"{name:8} network"
         self._bar = rich.progress.Progress(
             "{task.description}",
@@ -198,7 +238,7 @@ class Progress(keras.callbacks.Callback):
         )
         self._task = self._bar.add_task(self._title, total=epochs * steps, accuracy="")
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         self._bar.start()
         return self
 
@@ -212,7 +252,7 @@ class Progress(keras.callbacks.Callback):
         self.step_seconds.append(time.perf_counter() - self._begin)
         self._bar.advance(self._task)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs: Any = None):
         accuracy = f"test accuracy {logs['val_accuracy']:.2%}"
         self._bar.update(self._task, accuracy=accuracy)
 
@@ -225,7 +265,7 @@ def train(
     learning_rate: float,
     progress: Progress,
 ) -> list[float]:
-    """Trains with Adam and returns the test accuracy after each epoch."""
+    """Trains a network with Adam; returns the test accuracy after each epoch."""
     model.compile(
         keras.optimizers.Adam(learning_rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -238,16 +278,27 @@ def train(
         epochs=epochs,
         validation_data=(dataset.x_test, dataset.y_test),
         callbacks=[progress],
-        verbose=0,
+        verbose=0,  # pyright: ignore[reportArgumentType]  # Keras infers `str` from its default
     )
     return history.history["val_accuracy"]
 
 
-def write(model: keras.Model, dataset: datasets.Dataset, output_dir: pathlib.Path, name: str):
+def write(
+    model: keras.Model, dataset: datasets.Dataset, output_dir: pathlib.Path, name: str
+) -> tuple[int, LiteRTReport]:
     """Writes a trained network as `.keras` and `.tflite` and measures both files.
 
+    Args:
+        model: the network.
+        dataset: its data set; both files are compared on the test split.
+        output_dir: folder of the files.
+        name: name of the files without suffix.
+
     Returns:
-        The size of the `.keras` file and the `LiteRTReport`.
+        The size of the `.keras` file in bytes, and the report on the `.tflite` file.
+
+    Raises:
+        CommandError: if a file cannot be written.
     """
     with command_errors(OSError), staged(output_dir) as folder, _quiet():
         keras_file, litert_file = folder / f"{name}.keras", folder / f"{name}.tflite"
@@ -257,8 +308,8 @@ def write(model: keras.Model, dataset: datasets.Dataset, output_dir: pathlib.Pat
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Hides what C++ code writes to stderr; errors come as exceptions."""
+def _quiet() -> Iterator[None]:
+    """A context that discards what is written to stderr, also by C++ code."""
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

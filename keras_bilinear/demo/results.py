@@ -1,19 +1,33 @@
-"""What the demo measured, as table, JSON and plot."""
+"""The results of the demo as a table, as JSON and as a plot."""
 
 import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 from rich.table import Table
 
-from keras_bilinear.reports.plots import BILINEAR_COLOR, FAINT, FULL_COLOR, INK, TITLE
-from keras_bilinear.tables import bytes_text
+from keras_bilinear.reports.plots import BILINEAR_COLOR, FAINT, FULL_COLOR, INK, TITLE, percent
+from keras_bilinear.tables import bytes_text, milliseconds_text, right
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured on one trained network."""
+    """What was measured on one trained network.
+
+    Attributes:
+        parameters: number of values stored in all weights.
+        macs: multiply-accumulate operations for one example.
+        test_accuracy: share of the test split that the network answers right, after the training.
+        keras_bytes: bytes of the `.keras` file.
+        litert_bytes: bytes of the `.tflite` file.
+        litert_latency_us: median microseconds of a run of the `.tflite` file on one thread.
+        litert_difference: root mean square difference between the outputs of the `.tflite` file
+            and those of the network, relative to the root mean square of the network's outputs.
+        step_ms: median milliseconds of a training step.
+        accuracy_by_epoch: `test_accuracy` after each epoch.
+    """
 
     parameters: int
     macs: int
@@ -32,22 +46,20 @@ class DemoResults:
 
     Attributes:
         dataset: name of the data set.
-        settings: what the networks were trained with, for the record.
-        full: the full network's numbers.
-        bilinear: the bilinear network's numbers.
+        settings: the flags and versions that decided the results.
+        full: the results of the full network.
+        bilinear: the results of the bilinear network.
     """
 
     dataset: str
-    settings: dict
+    settings: dict[str, Any]
     full: Result
     bilinear: Result
 
     def table(self) -> Table:
-        """All numbers, one row each, with the ratio of the full to the bilinear network's."""
-        table = Table(title=f"{self.dataset}: full and bilinear network")
-        table.add_column("")
-        for heading in ("full", "bilinear", "full / bilinear"):
-            table.add_column(heading, justify="right")
+        """A table with a row for each result: full, bilinear, and full divided by bilinear."""
+        title = f"{self.dataset}: full and bilinear network"
+        table = Table("", *right("full", "bilinear", "full / bilinear"), title=title)
         for attribute, (label, form) in _ROWS.items():
             full, bilinear = getattr(self.full, attribute), getattr(self.bilinear, attribute)
             ratio = f"{full / bilinear:.1f}" if attribute in _COSTS else ""
@@ -55,15 +67,16 @@ class DemoResults:
         return table
 
     def write_json(self, path: str | os.PathLike) -> None:
-        """Writes everything as JSON."""
+        """Writes all attributes as JSON."""
         pathlib.Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     def write_plot(self, path: str | os.PathLike) -> None:
-        """Draws costs and accuracy as a PNG."""
+        """Draws costs and accuracy and writes the figure as a PNG file."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(13, 5.6), dpi=150, facecolor="white", layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2)
+        layout: Any = figure.get_layout_engine()
+        layout.set(w_pad=0.2, h_pad=0.2)
         costs, accuracy = figure.subplots(1, 2, width_ratios=(1.4, 1))
         share = self.bilinear.parameters / self.full.parameters
         figure.suptitle(
@@ -78,6 +91,7 @@ class DemoResults:
         figure.savefig(path, format="png")
 
     def _draw_costs(self, axes):
+        """Draws each cost of the bilinear network as a bar in that of the full network."""
         axes.set_title("Cost of the bilinear network as a share of the full one", **TITLE)
         costs = [(getattr(self.full, name), getattr(self.bilinear, name)) for name in _COSTS]
         shares = [bilinear / full for full, bilinear in costs]
@@ -108,6 +122,7 @@ class DemoResults:
         axes.spines[:].set_visible(False)
 
     def _draw_accuracy(self, axes):
+        """Draws the test accuracy of both networks by epoch."""
         axes.set_title("Test accuracy by epoch", **TITLE)
         for name, result, color in (
             ("full", self.full, FAINT),
@@ -118,7 +133,7 @@ class DemoResults:
             axes.plot(epochs, result.accuracy_by_epoch, color=color, linewidth=2.4, label=label)
             axes.scatter(epochs[-1], result.test_accuracy, s=55, color=color, zorder=3)
         axes.legend(loc="best", frameon=False, fontsize=12, labelcolor="linecolor")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axes.yaxis.set_major_formatter(percent)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch", color=FAINT)
         axes.grid(axis="y", color=FULL_COLOR, alpha=0.4)
@@ -126,10 +141,7 @@ class DemoResults:
         axes.spines[:].set_visible(False)
 
 
-def _milliseconds(value):
-    return f"{value:.3g} ms"
-
-
+# For each attribute of a `Result` in the table, its label and the text of its value.
 _ROWS = {
     "parameters": ("parameters", "{:,}".format),
     "macs": ("MACs per example", "{:,}".format),
@@ -138,7 +150,7 @@ _ROWS = {
     "litert_bytes": ("LiteRT file", bytes_text),
     "litert_latency_us": ("LiteRT latency", "{:.1f} µs".format),
     "litert_difference": ("LiteRT output difference", "{:.1e}".format),
-    "step_ms": ("training time per step", _milliseconds),
+    "step_ms": ("training time per step", milliseconds_text),
 }
-# The rows of which less is better, and a ratio makes sense.
+# The attributes that are costs: smaller is better, and a ratio makes sense.
 _COSTS = ("parameters", "macs", "keras_bytes", "litert_bytes", "litert_latency_us", "step_ms")
