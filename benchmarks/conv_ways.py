@@ -24,7 +24,7 @@ import tables
 from absl import app, flags, logging
 from scipy.optimize import least_squares, nnls
 
-from keras_bilinear.benchmark import command
+from keras_bilinear.benchmark import command, report
 from keras_bilinear.benchmark.cases import ConvCase
 from keras_bilinear.benchmark.worker import Steps, median_seconds
 from keras_bilinear.files import staged
@@ -153,7 +153,7 @@ def main(argv):
     path = tables.RESULTS / f"conv_ways_{library}.json"
     if MEASURE.value:
         measured = {
-            "machine": command.machine(),
+            "machine": report.machine(),
             "fit": [measure(case) for case in FIT],
             "judge": [measure(case) for case in JUDGE],
         }

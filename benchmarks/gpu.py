@@ -22,7 +22,7 @@ import keras
 import tables
 from absl import app, flags, logging
 
-from keras_bilinear.benchmark import command
+from keras_bilinear.benchmark import report
 from keras_bilinear.benchmark.cases import CASES
 from keras_bilinear.benchmark.worker import Steps
 from keras_bilinear.files import staged
@@ -197,7 +197,7 @@ def main(argv):
     if MEASURE.value:
         if not on_gpu():
             raise app.UsageError(f"the {backend} backend sees no GPU")
-        results = {"machine": {"GPU": gpu(), **command.machine()}, "call": call_seconds()}
+        results = {"machine": {"GPU": gpu(), **report.machine()}, "call": call_seconds()}
         for records in measure():
             with staged(tables.RESULTS) as folder:
                 text = json.dumps({**results, "records": records}, indent=1)

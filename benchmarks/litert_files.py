@@ -32,7 +32,7 @@ from keras import layers
 
 import keras_bilinear
 from keras_bilinear import export_litert, rewrite_model
-from keras_bilinear.benchmark.command import machine
+from keras_bilinear.benchmark.report import machine
 from keras_bilinear.files import staged
 from keras_bilinear.litert.run import run_litert
 from keras_bilinear.tables import bytes_text

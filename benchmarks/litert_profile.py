@@ -27,7 +27,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_bilinear import export_litert
-from keras_bilinear.benchmark.command import machine
+from keras_bilinear.benchmark.report import machine
 from keras_bilinear.files import staged
 from keras_bilinear.litert.run import run_litert
 from keras_bilinear.litert.run_script import median_seconds

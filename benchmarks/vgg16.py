@@ -32,7 +32,7 @@ def main(argv):
     del argv
     import keras
 
-    from keras_bilinear.benchmark.command import machine
+    from keras_bilinear.benchmark.report import machine
     from keras_bilinear.files import staged
 
     lines = [

@@ -3,11 +3,16 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bilinear import layers
 from keras_bilinear.kronecker import cost
-from keras_bilinear.kronecker.factorization import Order
-
-# Every import of Keras stands in a function: a benchmark's parent process has no backend.
+from keras_bilinear.kronecker.factorization import Order, choose_factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,37 +20,50 @@ class Case(abc.ABC):
     """A layer shape to time.
 
     Attributes:
-        batch: shape of the batch, without the width.
-        input_dim: width of the input, number of channels, or size of the vocabulary.
-        output_dim: width of the output, or number of filters.
-        rank: rank of the bilinear layer.
+        batch: shape of the inputs without the last axis.
+        input_dim: width of the inputs, number of channels, or size of the vocabulary.
+        output_dim: width of the outputs, or number of filters.
+        rank: number of Kronecker terms of the bilinear layer.
     """
 
-    batch: tuple
+    batch: tuple[int, ...]
     input_dim: int
     output_dim: int
     rank: int
 
-    def __str__(self):
+    @property
+    @abc.abstractmethod
+    def kind(self) -> str:
+        """What the layer is called in tables."""
+
+    def __str__(self) -> str:
         batch = "x".join(map(str, self.batch))
         shape = f"{self.input_dim:,} -> {self.output_dim}"
         return f"{self.kind} B={batch}, {shape}{self._details()}, rank {self.rank}"
 
-    def _details(self):
+    def _details(self) -> str:
+        """The attributes of a subclass, in the name of the case."""
         return ""
 
     @abc.abstractmethod
-    def layers(self):
-        """A full and a bilinear layer of this shape, and others of the same use."""
+    def layers(self) -> tuple[keras.Layer, ...]:
+        """A full layer and a bilinear layer of this shape, and further layers to compare."""
 
-    def inputs(self):
-        import numpy as np
-
+    def inputs(self) -> np.ndarray:
+        """Inputs of the layers."""
         shape = (*self.batch, self.input_dim)
         return np.random.default_rng(0).normal(size=shape).astype("float32")
 
-    def floors(self, layer, rates):
-        """Least seconds for a forward pass and for a training step of `layer`."""
+    def floors(self, layer: keras.Layer, rates: Mapping[str, float]) -> tuple[float, float]:
+        """The least time that this machine needs for a layer, however it is computed.
+
+        Args:
+            layer: a built layer of this case.
+            rates: the measured rates, as `worker.measure_rates` returns them.
+
+        Returns:
+            Seconds of a forward pass and of a training step.
+        """
         macs, inputs, outputs, read = self._least(layer)
         # Adam reads and writes each parameter and its two moments.
         step = 2 * inputs + 2 * outputs + 6 * layer.count_params()
@@ -55,56 +73,60 @@ class Case(abc.ABC):
         )
 
     @abc.abstractmethod
-    def _least(self, layer):
-        """MACs, and numbers of the inputs, the outputs and the weights that a pass reads."""
+    def _least(self, layer: Any) -> tuple[int, int, int, int]:
+        """What a forward pass takes at least.
+
+        Returns:
+            Multiply-accumulate operations, and how many numbers are in the inputs, in the outputs
+            and in the weights that are read.
+        """
 
 
 class DenseCase(Case):
-    kind = "dense"
+    """A dense layer."""
 
-    def layers(self):
-        import keras
+    @property
+    def kind(self) -> str:
+        return "dense"
 
-        import keras_bilinear
-
+    def layers(self) -> tuple[keras.Layer, ...]:
         return (
             keras.layers.Dense(self.output_dim),
-            keras_bilinear.BilinearDense(self.output_dim, rank=self.rank),
+            layers.BilinearDense(self.output_dim, rank=self.rank),
         )
 
-    def _least(self, layer):
+    def _least(self, layer: Any) -> tuple[int, int, int, int]:
         positions = math.prod(self.batch)
-        plan = getattr(layer, "factorization", None)
-        macs = plan.macs if plan else self.input_dim * self.output_dim
-        widths = self.input_dim, self.output_dim
-        return positions * macs, *(positions * width for width in widths), layer.count_params()
+        factorization = getattr(layer, "factorization", None)
+        macs = factorization.macs if factorization else self.input_dim * self.output_dim
+        return (
+            positions * macs,
+            positions * self.input_dim,
+            positions * self.output_dim,
+            layer.count_params(),
+        )
 
 
 class EmbeddingCase(Case):
-    kind = "embedding"
+    """An embedding of a vocabulary of `input_dim` words."""
 
-    def layers(self):
-        import keras
+    @property
+    def kind(self) -> str:
+        return "embedding"
 
-        import keras_bilinear
-
+    def layers(self) -> tuple[keras.Layer, ...]:
         sizes = self.input_dim, self.output_dim
-        return (
-            keras.layers.Embedding(*sizes),
-            keras_bilinear.BilinearEmbedding(*sizes, rank=self.rank),
-        )
+        return keras.layers.Embedding(*sizes), layers.BilinearEmbedding(*sizes, rank=self.rank)
 
-    def inputs(self):
-        import numpy as np
-
+    def inputs(self) -> np.ndarray:
         return np.random.default_rng(0).integers(0, self.input_dim, self.batch).astype("int32")
 
-    def _least(self, layer):
+    def _least(self, layer: Any) -> tuple[int, int, int, int]:
         positions = math.prod(self.batch)
-        plan = getattr(layer, "factorization", None)
-        macs = positions * plan.rank * plan.padded_output_dim if plan else 0
+        factorization = getattr(layer, "factorization", None)
+        products = factorization.rank * factorization.padded_output_dim if factorization else 0
         outputs = positions * self.output_dim
-        return macs, positions, outputs, min(layer.count_params(), outputs)
+        return positions * products, positions, outputs, min(layer.count_params(), outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +135,8 @@ class ConvCase(Case):
 
     Attributes:
         window: size of the window along each axis.
-        strides: along each axis.
-        pattern: of the bilinear layer.
+        strides: stride along each axis.
+        pattern: pattern of the bilinear layer's factors.
         patches: whether to time the algorithm that extracts patches as well.
     """
 
@@ -124,38 +146,37 @@ class ConvCase(Case):
     patches: bool = False
 
     @property
-    def kind(self):
-        return f"conv{len(self.batch) - 1}d"
+    def kind(self) -> str:
+        return f"conv{self._dimensions}d"
 
-    def _details(self):
+    @property
+    def _dimensions(self) -> int:
+        return len(self.batch) - 1
+
+    def _details(self) -> str:
         details = f", window {self.window}"
         if self.strides > 1:
             details += f", strides {self.strides}"
         return details if self.pattern == "auto" else f"{details}, {self.pattern}"
 
-    def layers(self):
-        import keras
-
-        import keras_bilinear
-
-        dimensions = len(self.batch) - 1
+    def layers(self) -> tuple[keras.Layer, ...]:
         arguments = self.output_dim, self.window, self.strides, "same"
-        full = getattr(keras.layers, f"Conv{dimensions}D")(*arguments)
-        bilinear = getattr(keras_bilinear, f"BilinearConv{dimensions}D")(
+        full = getattr(keras.layers, f"Conv{self._dimensions}D")(*arguments)
+        bilinear = getattr(layers, f"BilinearConv{self._dimensions}D")(
             *arguments, rank=self.rank, pattern=self.pattern
         )
         if not self.patches:
             return full, bilinear
-        return full, bilinear, _patch_extracting_layer(self.output_dim, self.window)
+        return full, bilinear, PatchConv2D(self.output_dim, self.window)
 
-    def _least(self, layer):
+    def _least(self, layer: Any) -> tuple[int, int, int, int]:
         inputs = math.prod(self.batch) * self.input_dim
         outputs = math.prod(layer.compute_output_shape((*self.batch, self.input_dim)))
         positions = outputs // self.output_dim
-        plan = getattr(layer, "factorization", None)
-        if plan:
-            strides = (self.strides,) * (len(self.batch) - 1)
-            macs = min(cost.count_macs(plan, order, strides) for order in Order)
+        factorization = getattr(layer, "factorization", None)
+        if factorization:
+            strides = (self.strides,) * self._dimensions
+            macs = min(cost.count_macs(factorization, order, strides) for order in Order)
         else:
             macs = math.prod(layer.kernel.shape)
         return positions * macs, inputs, outputs, layer.count_params()
@@ -163,71 +184,71 @@ class ConvCase(Case):
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentCase(Case):
-    """A recurrent layer that returns its last output; the batch is `(examples, time steps)`.
+    """A recurrent layer that returns its last output; `batch` is `(examples, time steps)`.
 
     Attributes:
-        kind: `"LSTM"` or `"GRU"`.
+        layer_name: `"LSTM"` or `"GRU"`.
     """
 
-    kind: str = "LSTM"
+    layer_name: str = "LSTM"
 
-    def layers(self):
-        import keras
+    @property
+    def kind(self) -> str:
+        return self.layer_name
 
-        import keras_bilinear
-
+    def layers(self) -> tuple[keras.Layer, ...]:
         return (
-            getattr(keras.layers, self.kind)(self.output_dim),
-            getattr(keras_bilinear, f"Bilinear{self.kind}")(self.output_dim, rank=self.rank),
+            getattr(keras.layers, self.layer_name)(self.output_dim),
+            getattr(layers, f"Bilinear{self.layer_name}")(self.output_dim, rank=self.rank),
         )
 
-    def _least(self, layer):
+    def _least(self, layer: Any) -> tuple[int, int, int, int]:
         steps = math.prod(self.batch)
-        plans = [
-            getattr(layer.cell, name, None) for name in ("factorization", "recurrent_factorization")
-        ]
-        if all(plans):
-            macs = sum(plan.macs for plan in plans)
+        cell = layer.cell
+        if hasattr(cell, "factorization"):
+            macs = cell.factorization.macs + cell.recurrent_factorization.macs
         else:
-            macs = math.prod(layer.cell.kernel.shape) + math.prod(layer.cell.recurrent_kernel.shape)
+            macs = math.prod(cell.kernel.shape) + math.prod(cell.recurrent_kernel.shape)
         outputs = self.batch[0] * self.output_dim
         return steps * macs, steps * self.input_dim, outputs, layer.count_params()
 
 
-def _patch_extracting_layer(filters, window):
-    """The algorithm of the paper's own code, with one term and biases.
+class PatchConv2D(keras.Layer):
+    """The convolution of the paper's own code, with one Kronecker term and a bias.
 
-    Each patch of the input becomes a row of numbers, which is reshaped into a
-    matrix and multiplied from both sides.
+    Each patch of the input is reshaped into a matrix and multiplied from both sides.
+
+    Args:
+        filters: number of filters.
+        window: size of the window along each axis.
     """
-    import keras
-    from keras import ops
 
-    from keras_bilinear.kronecker.factorization import choose_factors
+    def __init__(self, filters: int, window: int) -> None:
+        super().__init__()
+        self.filters, self.window = filters, window
 
-    class PatchConv2D(keras.layers.Layer):
-        def build(self, input_shape):
-            self.rows = choose_factors(window**2 * input_shape[-1])
-            columns = choose_factors(filters)
-            self.left, self.right = (
-                self.add_weight(shape=shape) for shape in zip(self.rows, columns, strict=True)
-            )
-            self.bias = self.add_weight(shape=(filters,), initializer="zeros")
+    def build(self, input_shape):
+        self.rows = choose_factors(self.window**2 * input_shape[-1])
+        columns = choose_factors(self.filters)
+        self.left, self.right = (
+            self.add_weight(shape=shape) for shape in zip(self.rows, columns, strict=True)
+        )
+        self.bias = self.add_weight(shape=(self.filters,), initializer="zeros")
 
-        def call(self, inputs):
-            x = ops.image.extract_patches(inputs, window, strides=1, padding="same")
-            x = ops.reshape(x, (*ops.shape(x)[:-1], *self.rows))
-            x = ops.tensordot(x, self.left, ((3,), (0,)))
-            x = ops.tensordot(x, self.right, ((3,), (0,)))
-            return ops.reshape(x, (*ops.shape(inputs)[:-1], filters)) + self.bias
+    def call(self, inputs):
+        sizes: Any = ops.shape(inputs)[:-1]  # pyright: ignore[reportOptionalSubscript]  # a tuple
+        axes: Any = ((3,), (0,))
+        x = ops.image.extract_patches(inputs, self.window, strides=1, padding="same")
+        x = ops.reshape(x, (*sizes, *self.rows))
+        x = ops.tensordot(x, self.left, axes)
+        x = ops.tensordot(x, self.right, axes)
+        return ops.reshape(x, (*sizes, self.filters)) + self.bias
 
-        def compute_output_shape(self, input_shape):
-            return (*input_shape[:-1], filters)
-
-    return PatchConv2D()
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.filters)
 
 
-def _conv_cases():
+def _conv_cases() -> Iterator[ConvCase]:
     shapes = ((32, 64), (16, 128), (8, 256), (8, 512))
     for size, channels in shapes:
         for rank, pattern in ((1, "auto"), (4, "auto"), (1, "spatial")):
@@ -241,7 +262,8 @@ def _conv_cases():
     yield ConvCase((4, 16, 16, 16), 64, 64, 1)
 
 
-CASES = {
+# For each suite, the shapes to time.
+CASES: dict[str, Sequence[Case]] = {
     "dense": [
         DenseCase((batch,), width, width, rank)
         for batch, width in ((128, 1024), (128, 4096), (1, 4096))
@@ -260,5 +282,5 @@ CASES = {
         for rank in (1, 4)
     ],
 }
-# Trained alone in a process of its own, for its peak memory; no full layer fits.
+# An embedding that is trained alone, for its peak memory, as the full layer does not fit in memory.
 HUGE = EmbeddingCase((64, 100), 10**9, 256, 4)

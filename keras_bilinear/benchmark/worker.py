@@ -1,39 +1,52 @@
-"""What the benchmark measures, in a process of its own for each backend."""
+"""Measures layers on one backend, in a process that the benchmark starts."""
 
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from keras_bilinear.benchmark.cases import CASES, HUGE
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bilinear.benchmark.cases import CASES, HUGE, Case
 from keras_bilinear.reports.timing import median_seconds, waiting
 
 
 class Steps:
-    """A forward pass and a training step (Adam, mean squared error) of one layer.
+    """A compiled forward pass and a compiled training step of one layer.
 
-    The step of a dense layer includes the gradient of its inputs, which every
-    layer but a network's first has to pass on.
+    The training step uses Adam and the mean squared error. If the inputs are floats, it includes
+    the gradient of the inputs, which every layer but a network's first layer has to pass on.
+
+    Args:
+        layer: the layer, which is built here.
+        inputs: a batch of inputs.
+        xla: whether TensorFlow compiles with XLA. JAX does in any case, and PyTorch does not.
+
+    Attributes:
+        forward: a function that computes the outputs and waits for them.
+        step: a function that does a training step and waits for its end.
     """
 
-    def __init__(self, layer, inputs, xla):
-        import keras
-        import numpy as np
-        from keras import ops
-
+    def __init__(self, layer: keras.Layer, inputs: np.ndarray, xla: bool) -> None:
         layer.build(inputs.shape)
         self.optimizer = keras.optimizers.Adam(1e-3)
         self.optimizer.build(layer.trainable_variables)
         self.layer, self.xla = layer, xla
-        self.inputs = ops.convert_to_tensor(inputs)
+        self.inputs: Any = ops.convert_to_tensor(inputs)
         target = np.random.default_rng(1).normal(size=layer.compute_output_shape(inputs.shape))
         self.target = ops.convert_to_tensor(target.astype("float32"))
         self.differentiate_inputs = inputs.dtype == np.float32
-        make = getattr(self, f"_{keras.config.backend()}")
+        make: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]] = {
+            "tensorflow": self._tensorflow,
+            "jax": self._jax,
+            "torch": self._torch,
+        }[keras.config.backend()]
         self.forward, self.step = map(waiting, make())
 
-    def _loss(self, outputs):
-        from keras import ops
-
+    def _loss(self, outputs) -> Any:
         return ops.mean(ops.square(outputs - self.target))
 
     def _tensorflow(self):
@@ -49,7 +62,7 @@ class Steps:
                 loss = self._loss(self.layer(self.inputs, training=True))
             variables = [variable.value for variable in self.layer.trainable_variables]
             sources = [*variables, self.inputs] if self.differentiate_inputs else variables
-            gradients = tape.gradient(loss, sources)
+            gradients: Any = tape.gradient(loss, sources)
             self.optimizer.apply(gradients[: len(variables)], self.layer.trainable_variables)
             return gradients[len(variables) :]
 
@@ -57,8 +70,7 @@ class Steps:
         return tf.function(forward, **function), tf.function(step, **function)
 
     def _jax(self):
-        import jax
-        import keras
+        import jax  # pyright: ignore[reportMissingImports]  # an optional backend
 
         layer, optimizer = self.layer, self.optimizer
 
@@ -80,20 +92,23 @@ class Steps:
             gradients, rest = gradients if self.differentiate_inputs else (gradients, ())
             return *optimizer.stateless_apply(state, gradients, variables), rest
 
-        update = jax.jit(update, donate_argnums=(0, 1))
-        # Copies, as the buffers are donated and the variables keep theirs.
-        copy = lambda variables: [variable.value.copy() for variable in variables]  # noqa: E731
+        compiled: Callable[..., Any] = jax.jit(update, donate_argnums=(0, 1))
+
+        def copy(variables):
+            # The step gives its buffers away, and the variables keep theirs.
+            return [variable.value.copy() for variable in variables]
+
         weights = copy(layer.trainable_variables)
         state = [copy(layer.trainable_variables), copy(optimizer.variables)]
 
         def step():
-            *state[:], rest = update(*state, self.inputs)
+            *state[:], rest = compiled(*state, self.inputs)
             jax.block_until_ready((state, rest))
 
         return lambda: forward(weights, self.inputs).block_until_ready(), step
 
     def _torch(self):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]  # an optional backend
 
         if self.differentiate_inputs:
             self.inputs = self.inputs.clone().requires_grad_()
@@ -113,36 +128,46 @@ class Steps:
         return forward, step
 
 
-def measure_rates():
-    """Matmul rate (MACs per second) and copy rate (bytes moved per second) of this machine.
+def measure_rates() -> dict[str, float]:
+    """Measures how fast this machine multiplies matrices and copies memory.
 
-    Of the matmuls of NumPy and of the backend the faster one counts.
+    Returns:
+        `"macs"`: multiply-accumulate operations per second of a matrix product, by NumPy or by
+        the backend, whichever is faster. `"bytes"`: bytes read and written per second of a copy.
     """
-    import numpy as np
-    from keras import ops
-
     size = 2048
     a, b = np.ones((2, size, size), "float32")
     x, y = ops.convert_to_tensor(a), ops.convert_to_tensor(b)
     source, target = np.ones((2, 1 << 26), "float32")
 
     def matmul():
-        # Reading one number waits for the product on every backend.
-        return float(ops.convert_to_numpy(ops.matmul(x, y)[0, 0]))
+        # Reading a number of the product waits for it on every backend.
+        product: Any = ops.matmul(x, y)
+        return float(product[0, 0])
 
     *matmuls, copy = median_seconds([lambda: a @ b, matmul, lambda: np.copyto(target, source)])
     return {"macs": size**3 / min(matmuls), "bytes": 2 * source.nbytes / copy}
 
 
-def measure(case, xla, rates):
-    """Times one case on the backend of this process; returns a JSON-ready record."""
-    steps = [Steps(layer, case.inputs(), xla) for layer in case.layers()]
-    forward = median_seconds([one.forward for one in steps])
-    step = median_seconds([one.step for one in steps])
-    floors = [case.floors(one.layer, rates) for one in steps[:2]]
+def measure(case: Case, xla: bool, rates: dict[str, float]) -> dict[str, Any]:
+    """Times the layers of a case on the backend of this process.
+
+    Args:
+        case: the case.
+        xla: whether TensorFlow compiles with XLA.
+        rates: the rates of this machine, as `measure_rates` returns them.
+
+    Returns:
+        A record for JSON. Its values are lists with an item for each layer of the case; the
+        floors are those of the full and the bilinear layer. Times are in seconds.
+    """
+    layers = [Steps(layer, case.inputs(), xla) for layer in case.layers()]
+    forward = median_seconds([steps.forward for steps in layers])
+    step = median_seconds([steps.step for steps in layers])
+    floors = [case.floors(steps.layer, rates) for steps in layers[:2]]
     return {
         "case": str(case),
-        "parameters": [one.layer.count_params() for one in steps],
+        "parameters": [steps.layer.count_params() for steps in layers],
         "forward": forward,
         "step": step,
         "forward_floor": [floor for floor, _ in floors],
@@ -150,8 +175,13 @@ def measure(case, xla, rates):
     }
 
 
-def measure_huge(xla):
-    """Trains `HUGE` for a few steps; returns its step time and this process's peak memory."""
+def measure_huge(xla: bool) -> dict[str, Any]:
+    """Trains the bilinear layer of `HUGE` for some steps.
+
+    Returns:
+        A record for JSON, with the seconds of a step and the most bytes of memory that this
+        process took.
+    """
     _, layer = HUGE.layers()
     steps = Steps(layer, HUGE.inputs(), xla)
     (seconds,) = median_seconds([steps.step])
@@ -163,13 +193,19 @@ def measure_huge(xla):
     }
 
 
-def measure_memory(case, which, xla):
-    """Bytes that two training steps of a layer of `case` take at most beyond what there was.
+def measure_memory(case: Case, which: int, xla: bool) -> int:
+    """Measures the memory of two training steps. Works on Linux only.
 
-    Linux only.
+    Args:
+        case: the case.
+        which: 0 for the full layer of the case, 1 for the bilinear layer.
+        xla: whether TensorFlow compiles with XLA.
+
+    Returns:
+        The most bytes that the steps took beyond the memory that was in use before.
     """
     steps = Steps(case.layers()[which], case.inputs(), xla)
-    # From here on the peak counts; that of the imports may be higher.
+    # The peak counts from here on, as the peak of the imports may be higher.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     for _ in range(2):
@@ -179,7 +215,7 @@ def measure_memory(case, which, xla):
 
 
 def _status(field):
-    """A size from this process's status, in bytes."""
+    """A size in the status of this process, in bytes."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
@@ -192,22 +228,22 @@ def _peak_memory():
 
 
 def main(compiler: str, suite: str, index: str | None = None, layer: str | None = None) -> None:
-    """Measures on the backend of this process, and prints one JSON record a line.
+    """Measures on the backend of this process, and prints each record as a line of JSON.
 
     Args:
-        compiler: `"xla"` compiles everything with XLA.
-        suite: the cases to time.
-        index: measures, of these cases, only the memory of this one.
-        layer: 0 for that of the full layer, 1 for that of the bilinear one.
+        compiler: `"xla"` or `"no_xla"`: whether TensorFlow compiles with XLA.
+        suite: name of the suite to measure.
+        index: index of the only case whose memory to measure; `None` times all cases.
+        layer: with `index`, `"0"` for the full layer and `"1"` for the bilinear layer.
     """
     for record in _records(compiler == "xla", suite, index, layer):
         print(json.dumps(record), flush=True)
 
 
-def _records(xla, suite, index, layer):
+def _records(xla: bool, suite: str, index: str | None, layer: str | None) -> Iterator[Any]:
     if suite == "huge":
         yield measure_huge(xla)
-    elif index is not None:
+    elif index is not None and layer is not None:
         yield measure_memory(CASES[suite][int(index)], int(layer), xla)
     else:
         rates = measure_rates()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from run_command import run_command
 
-from keras_bilinear.benchmark import command, worker
+from keras_bilinear.benchmark import command, report, worker
 from keras_bilinear.benchmark.cases import ConvCase, DenseCase, EmbeddingCase, RecurrentCase
 from keras_bilinear.cli.errors import CommandError
 from keras_bilinear.reports import timing
@@ -43,7 +43,7 @@ def test_every_case_runs_forward_and_trains(case, parameters, monkeypatch):
     assert calls == [layers, layers]
     assert record["forward"] == record["step"] == [0.5, 0.25, 1.25][:layers]
     assert record["parameters"] == parameters
-    (_, speed), (_, patches), (_, memory) = command._tables({"jax": [record]})
+    (_, speed), (_, patches), (_, memory) = report.tables({"jax": [record]})
     (row, _) = speed
     assert row[:2] == [str(case), "forward"]
     assert row[2].startswith("2.00x (500.00 / 250.00 / ")
@@ -67,7 +67,7 @@ def test_the_layer_that_extracts_patches_is_a_bilinear_projection_of_each():
 def test_memory_of_a_step_is_measured():
     memory = worker.measure_memory(CONV, 1, keras.config.backend() == "jax")
     assert 0 <= memory < 2e9
-    *_, (_, rows) = command._tables({"jax": [{"case": "c", "memory": [4e6, 1e6]}]})
+    *_, (_, rows) = report.tables({"jax": [{"case": "c", "memory": [4e6, 1e6]}]})
     assert rows == [["c", "training step", "4 / 1"]]
 
 
