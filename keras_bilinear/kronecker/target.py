@@ -61,17 +61,22 @@ def holds_integers() -> bool:
 
 @contextlib.contextmanager
 def exporting(integers: bool = False) -> Iterator[None]:
-    """Within it, bilinear layers make the operations that suit a file.
+    """A context in which bilinear layers make operations that suit an exported file.
 
-    A kernel that is formed at each call would be stored in its full size, as
-    converters compute ahead what depends on weights alone. Here the factors are
-    applied one after the other, wherever they are the smaller, as matrix products
-    with a constant matrix on the right. `export_litert` does so by itself; around
-    `model.export` it makes ONNX files and the like small.
+    Put it around `model.export` to write small SavedModel and ONNX files. `export_litert` enters
+    it by itself.
+
+    Outside of the context, a layer may form its kernel at each call. A converter computes the
+    kernel ahead, as it depends on weights alone, and stores it in full size. Within the context, a
+    layer applies its factors one after the other wherever they have fewer numbers than the
+    kernel. Each factor is then a constant on the right of a matrix product.
 
     Args:
-        integers: whether the file is going to pass on int8, not floats; then the
-            operations are those that move single bytes quickly.
+        integers: whether the file computes with int8. `True` chooses the operations that are
+            fastest for int8; the default, `False`, those that are fastest for floats.
+
+    Yields:
+        `None`.
 
     Example:
 
