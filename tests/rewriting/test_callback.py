@@ -11,7 +11,7 @@ import pytest
 from keras import layers, ops, tree
 
 from keras_bilinear import BilinearRewrite
-from keras_bilinear.keras_private import graph
+from keras_bilinear.keras_private import training
 from keras_bilinear.layers.converter import is_bilinear
 from keras_bilinear.layers.dense import DenseConverter
 from keras_bilinear.rewriting import callback
@@ -600,7 +600,7 @@ def whole(tmp_path_factory):
 def test_a_killed_training_goes_on(moment, whole, tmp_path):
     assert train(tmp_path, f"--die={moment}") == -signal.SIGKILL
     if moment == "batch_20":  # as if it had been while the backup was written
-        weights = tmp_path / "backup" / graph.BACKUPS[0]
+        weights = tmp_path / "backup" / training.BACKUPS[0]
         weights.write_bytes(weights.read_bytes()[:1000])
     assert train(tmp_path) == 0
     killed = json.loads((tmp_path / "result.json").read_text())
@@ -620,7 +620,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     other.compile("adam", "mse")
     backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
     fit(other, BilinearRewrite(1, 0.9, backup_dir=tmp_path), backup, epochs=2)
-    assert (tmp_path / graph.BACKUPS[0]).exists()
+    assert (tmp_path / training.BACKUPS[0]).exists()
     model = mlp()
     model.compile("adam", "mse")
     with pytest.raises(ValueError, match=r"fit the model .* neither as it is nor as it was"):
