@@ -18,11 +18,15 @@ _PLACE = ("_inbound_nodes", "_outbound_nodes", "_path", "_parent_path", "_called
 _BOUND = ("build", "quantize")
 
 
-def become(layer: keras.Layer, other: keras.Layer) -> None:
-    """Makes a layer another one, which is used up, and keeps it where it is.
+def replace_in_place(layer: keras.Layer, other: keras.Layer) -> None:
+    """Turns a layer into another layer and keeps it where it is.
 
     Graphs, attributes, lists and wrappers hold the object, so nothing else
     has to change.
+
+    Args:
+        layer: the object that stays.
+        other: the layer that it becomes. It must not be used afterwards.
     """
     attributes = {name: value for name, value in vars(other).items() if name not in _BOUND}
     attributes |= {name: vars(layer)[name] for name in _PLACE if name in vars(layer)}

@@ -38,7 +38,7 @@ from keras_bilinear.keras_private.training import (
 )
 from keras_bilinear.layers.converter import full_converter
 from keras_bilinear.rewriting import adam
-from keras_bilinear.rewriting.owners import remember
+from keras_bilinear.rewriting.owners import store_replacement
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import check_budget, plan_rewrite
 from keras_bilinear.rewriting.rewrite import expand_layers, rewrite_layers
@@ -316,7 +316,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         ]
         layers = {id(site.layer) for site in unchanged}
         restore(state for state in before if id(state[0]) in layers)
-        remember(unchanged)
+        store_replacement(unchanged)
 
     @contextlib.contextmanager
     def _keeping_weights(self):

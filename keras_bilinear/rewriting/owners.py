@@ -13,7 +13,7 @@ from typing import Self
 import keras
 
 from keras_bilinear.keras_private.graph import is_functional, sublayers
-from keras_bilinear.keras_private.surgery import become, set_class
+from keras_bilinear.keras_private.surgery import replace_in_place, set_class
 from keras_bilinear.rewriting.sites import Site
 
 # Their configurations have the layers that they hold.
@@ -60,7 +60,7 @@ class Rewritten:
         owner = keras.saving.deserialize_keras_object(config["owner"], custom_objects)
         for one in config["layers"]:
             other = keras.saving.deserialize_keras_object(one["layer"], custom_objects)
-            become(_at(owner, one["place"]), other)
+            replace_in_place(_at(owner, one["place"]), other)
         _mark(owner, [tuple(one["place"]) for one in config["layers"]])
         return owner
 
@@ -69,8 +69,12 @@ def _unpickle(original, name, *arguments):
     return getattr(original, name)(*arguments)
 
 
-def remember(sites: Iterable[Site]) -> None:
-    """Makes the owners of layers that became others keep them when they are saved."""
+def store_replacement(sites: Iterable[Site]) -> None:
+    """Makes the owners of replaced layers save the replacements.
+
+    Args:
+        sites: the layers that were replaced.
+    """
     for site in sites:
         for owner, place in _places(site):
             if type(owner) not in _KEEPERS and not is_functional(owner):
@@ -78,15 +82,22 @@ def remember(sites: Iterable[Site]) -> None:
                 break
 
 
-def forget(sites: Iterable[Site]) -> None:
-    """The same for layers that became others again, which may be what the owner makes itself."""
+def drop_replacement(sites: Iterable[Site]) -> None:
+    """Makes owners make layers themselves again, after a replacement was undone.
+
+    An owner that never stored a replacement at a place makes another layer there, so it
+    stores what the layer is now.
+
+    Args:
+        sites: the layers whose replacement was undone.
+    """
     for site in sites:
         for owner, place in _places(site):
             if place in getattr(owner, "replaced", ()):
                 _mark(owner, [other for other in owner.replaced if other != place])
                 break
         else:
-            remember([site])
+            store_replacement([site])
 
 
 def _places(site):

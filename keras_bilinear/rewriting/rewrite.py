@@ -9,12 +9,12 @@ from absl import logging
 from keras_bilinear.data import model_batches
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers
-from keras_bilinear.keras_private.surgery import become, refresh, restore, snapshot
+from keras_bilinear.keras_private.surgery import refresh, replace_in_place, restore, snapshot
 from keras_bilinear.keras_private.training import compile_alike
 from keras_bilinear.kronecker.factorization import check_positive_int
 from keras_bilinear.layers.calibration import calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
-from keras_bilinear.rewriting.owners import forget, remember
+from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import plan_layer, plan_rewrite
 from keras_bilinear.rewriting.sites import (
@@ -123,7 +123,7 @@ def rewrite_layers(
             full += snapshot(site.layer for site in group)
             for site in group:
                 _make_bilinear(site, plan[site.path], calibrations.get(site.path))
-            remember(group)
+            store_replacement(group)
     except BaseException:
         restore(before)
         raise
@@ -143,7 +143,7 @@ def _make_bilinear(site, plan, calibration):
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         raise kind(f"The layer {site.path!r} cannot be rewritten. {error}") from error
-    become(site.layer, bilinear)
+    replace_in_place(site.layer, bilinear)
 
 
 class Rewriter:
@@ -198,7 +198,7 @@ class Rewriter:
         replaced = [(mine, plan) for mine, plan in replaced if plan and plan.rank]
         for mine, plan in replaced:
             _make_bilinear(mine, plan, None)
-        remember(mine for mine, _ in replaced)
+        store_replacement(mine for mine, _ in replaced)
         refresh(copy)
         return copy
 
@@ -245,8 +245,8 @@ def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
     """
     sites = [site for site in sites if is_bilinear(site.layer)]
     for site in sites:
-        become(site.layer, site.layer.expand())
-    forget(sites)
+        replace_in_place(site.layer, site.layer.expand())
+    drop_replacement(sites)
     refresh(model)
 
 
