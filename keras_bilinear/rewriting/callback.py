@@ -38,9 +38,10 @@ from keras_bilinear.keras_private.training import (
 )
 from keras_bilinear.layers.converter import full_converter
 from keras_bilinear.rewriting import adam
+from keras_bilinear.rewriting.limits import Limits, PlanOptions
 from keras_bilinear.rewriting.owners import store_replacement
 from keras_bilinear.rewriting.plan import RewritePlan
-from keras_bilinear.rewriting.planner import check_budget, plan_rewrite
+from keras_bilinear.rewriting.planner import check_plan_exists, plan_rewrite
 from keras_bilinear.rewriting.rewrite import expand_layers, rewrite_layers
 from keras_bilinear.rewriting.sites import walk
 
@@ -178,8 +179,9 @@ class BilinearRewrite(keras.callbacks.Callback):
         check_optimizer(self.model)
         self.calibration_data = model_batches(self.calibration_data, self._target)
         if not self._steps:
-            least = min(self.schedule.values())
-            check_budget(self._target, least, self.layers, self.low_rank)
+            limits = Limits(budget=min(self.schedule.values()))
+            options = PlanOptions(limits, layers=self.layers, low_rank=self.low_rank)
+            check_plan_exists(self._target, options)
         if self.calibration_data is None and isinstance(self._training_inputs(), Iterator):
             raise ValueError(
                 "The training data can be read only once, so they are no calibration data: give "

@@ -1,8 +1,9 @@
-"""What becomes of each layer of a model: a plan that can be read, edited and kept."""
+"""A plan of what each layer of a model becomes. It can be read, edited and kept."""
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import rich.table
 
@@ -14,26 +15,32 @@ from keras_bilinear.kronecker.factorization import (
 )
 from keras_bilinear.tables import Tabular, right
 
+# `(input_factors, output_factors)` of a kernel.
+Factors = tuple[tuple[int, int], tuple[int, int]]
+# Factors and a rank.
+Choice = tuple[Factors, int]
+# What each layer may become, by its path.
+Candidates = dict[str, list[Choice]]
+
 
 @dataclasses.dataclass
 class LayerPlan:
-    """What becomes of one layer.
+    """What one layer becomes.
 
     Attributes:
-        path: names of the layers that hold it and its own, joined by `/`.
+        path: names of the layers that hold the layer, and its own name, joined by `/`.
         type: class of the full layer.
-        full_parameters: numbers that it stores.
-        factorizations: shapes of its kernels, with rank 1; none for a layer
+        full_parameters: numbers that the full layer stores.
+        factorizations: shapes of the layer's kernels, with rank 1; empty for a layer
             that cannot be rewritten.
         rank: number of Kronecker terms; `None` leaves the layer alone.
-        reason: why it is left alone.
-        errors: for each pair `(factors, rank)` that was looked at, the predicted
-            error: root mean square, relative, of its kernels or, with calibration
-            data, of its output.
-        scale: what the factors of its outputs are multiplied by, see
-            `plan_rewrite`.
-        input_scale: likewise those of its inputs, as the layer before it has
-            this scale.
+        reason: why the layer is left alone; empty where it is not.
+        errors: the predicted error of each pair `(factors, rank)` that was looked at:
+            root mean square, relative. It is the error of the kernels or, with
+            calibration data, of the output.
+        scale: what the output factors are multiplied by, see `plan_rewrite`.
+        input_scale: what the input factors are multiplied by: the scale of the layer
+            before this layer.
     """
 
     path: str
@@ -42,38 +49,41 @@ class LayerPlan:
     factorizations: list[Factorization] = dataclasses.field(default_factory=list)
     rank: int | None = None
     reason: str = ""
-    errors: dict[tuple, float] = dataclasses.field(default_factory=dict)
+    errors: dict[Choice, float] = dataclasses.field(default_factory=dict)
     scale: int = 1
     input_scale: int = 1
 
     @property
-    def factors(self) -> tuple | None:
-        """`(input_factors, output_factors)` of its kernel; `None` if it cannot be rewritten.
+    def factors(self) -> Factors | None:
+        """`(input_factors, output_factors)` of the kernel; `None` if it cannot be rewritten.
 
-        It can be set. A recurrent kernel has the output factors on both sides, see
-        `keras_bilinear.kronecker.factorization.recurrent_input_factors`; a reverse projection of an
-        embedding has them the other way round.
+        The factors can be set. A recurrent kernel has the output factors on both sides, see
+        `keras_bilinear.kronecker.factorization.recurrent_input_factors`. In the reverse
+        projection of an embedding, input and output factors change places.
         """
         if not self.factorizations:
             return None
         return self.factorizations[0].input_factors, self.factorizations[0].output_factors
 
     @factors.setter
-    def factors(self, value):
+    def factors(self, value: Factors | None) -> None:
         if self.scaled:
             raise ValueError(
-                f"The factors of the layer {self.path!r} are those of its scale. "
+                f"The scale of the layer {self.path!r} decides its factors: they cannot be set. "
                 f"Received: factors={value!r}"
             )
         if value is None:
             raise ValueError(f"`factors` must be two pairs. Received: factors={value!r}")
         self.factorizations = self.with_factors(value)
 
-    def with_factors(self, factors: tuple | None) -> list[Factorization]:
-        """Its factorizations with other factors; `None` for its own.
+    def with_factors(self, factors: Factors | None) -> list[Factorization]:
+        """The layer's factorizations with other factors.
+
+        Args:
+            factors: `(input_factors, output_factors)`; `None` for the layer's own factors.
 
         Raises:
-            ValueError: if they are not valid.
+            ValueError: if the factors are not valid.
         """
         if factors is None or factors == self.factors:
             return self.factorizations
@@ -94,14 +104,14 @@ class LayerPlan:
             *(
                 # A recurrent kernel gets the layer's own outputs.
                 dataclasses.replace(
-                    one,
-                    input_factors=recurrent_input_factors(one.output_dim, outputs),
+                    other,
+                    input_factors=recurrent_input_factors(other.output_dim, outputs),
                     output_factors=outputs,
                 )
-                if not one.share_right
-                # A projection back to the vocabulary has them the other way round.
-                else dataclasses.replace(one, input_factors=outputs, output_factors=inputs)
-                for one in others
+                if not other.share_right
+                # The projection back to the vocabulary goes from outputs to inputs.
+                else dataclasses.replace(other, input_factors=outputs, output_factors=inputs)
+                for other in others
             ),
         ]
 
@@ -120,31 +130,34 @@ class LayerPlan:
                 raise self._cannot_be_rewritten("rank", value)
         super().__setattr__(name, value)
 
-    def parameters_at(self, rank: int | None, factors: tuple | None = None) -> int:
+    def parameters_at(self, rank: int | None, factors: Factors | None = None) -> int:
         """Numbers that the layer stores.
 
         Args:
             rank: number of Kronecker terms; `None` for the full layer.
-            factors: other ones than its own.
+            factors: `(input_factors, output_factors)`; `None` for the layer's own factors.
         """
-        # Besides kernels it has a bias, or is a normalization: numbers for each output.
-        vectors = self.full_parameters - sum(plan.full_parameters for plan in self.factorizations)
+        # Beside its kernels a layer may have a bias or, as a normalization, other numbers for
+        # each output.
+        kernels = sum(factorization.full_parameters for factorization in self.factorizations)
+        vectors = self.full_parameters - kernels
         if rank is None:
             return self.full_parameters + (self.scale**2 - 1) * vectors
-        kernels = (
-            dataclasses.replace(plan, rank=rank)
+        factorizations = (
+            dataclasses.replace(factorization, rank=rank)
             # The recurrent kernel of a layer gets its own outputs.
             .scaled(self.scale if index else self.input_scale, self.scale)
-            for index, plan in enumerate(self.with_factors(factors))
+            for index, factorization in enumerate(self.with_factors(factors))
         )
-        return self.scale**2 * vectors + sum(kernel.parameters for kernel in kernels)
+        kernels = sum(factorization.parameters for factorization in factorizations)
+        return self.scale**2 * vectors + kernels
 
     @property
     def scaled(self) -> bool:
-        """Whether its inputs or its outputs are of another width than in the full model."""
+        """Whether the layer's inputs or outputs have another width than in the full model."""
         return self.scale * self.input_scale > 1
 
-    def saves(self, rank: int, factors: tuple | None = None) -> bool:
+    def saves(self, rank: int, factors: Factors | None = None) -> bool:
         """Whether the layer stores fewer numbers at a rank than in full."""
         return self.parameters_at(rank, factors) < self.full_parameters
 
@@ -155,20 +168,28 @@ class LayerPlan:
 
     @property
     def error(self) -> float | None:
-        """The predicted error as planned; `None` if that was not looked at."""
-        return 0.0 if self.rank is None else self.errors.get((self.factors, self.rank))
+        """The predicted error as planned; `None` if factors and rank were not looked at."""
+        if self.rank is None or self.factors is None:
+            return 0.0
+        return self.errors.get((self.factors, self.rank))
 
     def skip(self, reason: str = "on request") -> None:
-        """Leaves the layer alone."""
+        """Leaves the layer alone.
+
+        Args:
+            reason: why, as the plan shows it.
+        """
         self.rank, self.reason = None, reason
 
 
 class RewritePlan(Tabular, Mapping):
-    """What becomes of each layer of a model, by its path. It can be edited.
+    """What each layer of a model becomes: a mapping from paths to plans of layers.
+
+    A plan prints as a table. The plans of its layers can be edited.
 
     Args:
         layers: a `LayerPlan` for each layer with weights.
-        other_parameters: numbers that the model stores besides them.
+        other_parameters: numbers that the model stores outside of these layers.
 
     Example:
 
@@ -190,10 +211,10 @@ class RewritePlan(Tabular, Mapping):
             raise KeyError(f"no layer {path!r} in the plan, which has {', '.join(self._layers)}")
         return self._layers[path]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._layers)
 
     @property
@@ -211,7 +232,9 @@ class RewritePlan(Tabular, Mapping):
         layers = [
             {
                 **dataclasses.asdict(layer),
-                "errors": [[*factors, rank, e] for (factors, rank), e in layer.errors.items()],
+                "errors": [
+                    [*factors, rank, error] for (factors, rank), error in layer.errors.items()
+                ],
             }
             for layer in self.values()
         ]
@@ -222,7 +245,7 @@ class RewritePlan(Tabular, Mapping):
         """The plan that `to_json` wrote.
 
         Raises:
-            ValueError: if the text is no such plan.
+            ValueError: if the text is no plan.
         """
         try:
             content = json.loads(text)
@@ -260,18 +283,19 @@ def _text(factors):
     return " -> ".join("x".join(map(str, pair)) for pair in factors)
 
 
+def _factorization(values: dict[str, Any]) -> Factorization:
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    values = {**values, **lists}
+    if "gates" in values:  # a plan that was saved before there were `blocks`
+        groups, gates = values.pop("groups"), values.pop("gates")
+        values |= {"blocks": gates or groups, "share_right": not gates}
+    return Factorization(**values)
+
+
 def _layer_plan(content):
-    factorizations = [_factorization(shapes) for shapes in content["factorizations"]]
+    factorizations = [_factorization(values) for values in content["factorizations"]]
     errors = {
         ((tuple(inputs), tuple(outputs)), rank): error
         for inputs, outputs, rank, error in content["errors"]
     }
     return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
-
-
-def _factorization(content):
-    content = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
-    if "gates" in content:  # a plan that was saved before there were `blocks`
-        groups, gates = content.pop("groups"), content.pop("gates")
-        content |= {"blocks": gates or groups, "share_right": not gates}
-    return Factorization(**content)

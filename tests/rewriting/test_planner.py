@@ -352,7 +352,7 @@ def test_factors_that_do_not_fit_are_refused(factors, text):
 
 def test_factors_of_a_scale_stay():
     plan = plan_rewrite(mlp(64, 64, 64), rank=1, scale=2)
-    with pytest.raises(ValueError, match="'dense_0' are those of its scale"):
+    with pytest.raises(ValueError, match="scale of the layer 'dense_0' decides its factors"):
         plan["dense_0"].factors = (64, 1), (1, 64)
 
 

@@ -1,0 +1,122 @@
+"""What a plan is asked for: how small the model must get, and what the search may choose."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+from keras_bilinear.kronecker.factorization import check_positive_int
+
+# The budget of a plan for which no limit is given.
+DEFAULT_BUDGET = 0.1
+
+# Paths of layers, or a mapping from paths to ranks; see `plan_rewrite`.
+LayerChoice = Iterable[str] | Mapping[str, int | None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The limit that a plan keeps to: at most one of three. Without any, the budget is 0.1.
+
+    Attributes:
+        budget: the share of the full model's parameters to keep, above 0 and at most 1.
+        max_params: the number of parameters to keep.
+        max_error: the largest predicted error of a layer.
+
+    Raises:
+        ValueError: if several limits are given, or a limit is not valid.
+    """
+
+    budget: float | None = None
+    max_params: int | None = None
+    max_error: float | None = None
+
+    def __post_init__(self):
+        if len(self.given) > 1:
+            raise _several(self.given)
+        for name, value in self.given.items():
+            if not _is_valid(name, value):
+                rule = "above 0 and at most 1" if name == "budget" else "a positive number"
+                raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that are not `None`, by their names."""
+        limits = dataclasses.asdict(self)
+        return {name: value for name, value in limits.items() if value is not None}
+
+    def most_parameters(self, full_parameters: int) -> float:
+        """The largest number of parameters that a plan may have.
+
+        Args:
+            full_parameters: numbers that the full model stores.
+
+        Returns:
+            The number, not rounded; infinity where `max_error` is the limit.
+        """
+        if self.max_error is not None:
+            return math.inf
+        if self.max_params is not None:
+            return self.max_params
+        return (DEFAULT_BUDGET if self.budget is None else self.budget) * full_parameters
+
+    def __str__(self):
+        """The limit as an argument, such as `budget=0.1`."""
+        ((name, value),) = self.given.items() or [("budget", DEFAULT_BUDGET)]
+        return f"{name}={value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """All that a plan is asked for; `plan_rewrite` explains each value.
+
+    Attributes:
+        limits: the limit that the plan keeps to. A fixed `rank` excludes every limit.
+        rank: `"auto"`, or the rank of every layer.
+        layers: layers that may be rewritten, or their ranks; `None` for all layers.
+        scale: what both output factors of each hidden layer are multiplied by.
+        low_rank: whether layers may get the factors of kernels of low rank.
+
+    Raises:
+        ValueError: if a value is not valid, or if a limit and a rank are given.
+    """
+
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    rank: int | str = "auto"
+    layers: LayerChoice = None
+    scale: int = 1
+    low_rank: bool = True
+
+    def __post_init__(self):
+        if self.rank != "auto":
+            if self.limits.given:
+                raise _several({**self.limits.given, "rank": self.rank})
+            object.__setattr__(self, "rank", check_positive_int("rank", self.rank))
+        object.__setattr__(self, "scale", check_positive_int("scale", self.scale))
+        if isinstance(self.layers, str):
+            raise ValueError(
+                f"`layers` must be paths or a mapping of them. Received: {self.layers!r}"
+            )
+        if self.layers is not None and not isinstance(self.layers, Mapping):
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def fixed_rank(self) -> int | None:
+        """The rank of every layer; `None` where the search chooses the ranks."""
+        return None if isinstance(self.rank, str) else self.rank
+
+
+def _several(given):
+    received = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return ValueError(
+        "At most one of `budget`, `max_params`, `max_error` and a `rank` can be given. "
+        f"Received: {received}"
+    )
+
+
+def _is_valid(name, value):
+    if isinstance(value, bool):
+        return False
+    try:
+        return 0 < value < math.inf and (name != "budget" or value <= 1)
+    except TypeError:
+        return False
