@@ -1,4 +1,4 @@
-"""Whole models: full layers become bilinear ones as a plan says, and the other way round."""
+"""Whole models: replacing full layers by bilinear ones as a plan says, and expanding them."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,12 @@ from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import refresh, replace_in_place, restore, snapshot
 from keras_bilinear.keras_private.training import compile_alike
 from keras_bilinear.kronecker.factorization import check_positive_int
-from keras_bilinear.layers.calibration import calibrations_of, collect
+from keras_bilinear.layers.calibration import Calibration, calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
+from keras_bilinear.rewriting.limits import Limits, PlanOptions
 from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
-from keras_bilinear.rewriting.plan import RewritePlan
-from keras_bilinear.rewriting.planner import plan_layer, plan_rewrite
+from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
+from keras_bilinear.rewriting.planner import make_plan, plan_layer
 from keras_bilinear.rewriting.sites import (
     Site,
     check_built,
@@ -27,8 +28,8 @@ from keras_bilinear.rewriting.sites import (
 )
 from keras_bilinear.rewriting.widen import give_weights, hidden_layers, widen
 
-# The layers are fitted in at most so many groups, for each of which the
-# calibration data run through both models.
+# The layers are fitted in at most so many groups. For each group the calibration data run
+# through both models.
 MOST_PASSES = 24
 
 
@@ -44,28 +45,53 @@ def rewrite_model(
     scale: int = 1,
     low_rank: bool = True,
 ) -> keras.Model:
-    """Makes a smaller model from a trained one.
+    """Makes a smaller model from a trained model.
 
     Args:
         model: a built model. It is left untouched.
-        plan: what `plan_rewrite` made of the model, or `None` to call it with
-            the other arguments.
-        calibration_data: inputs of the model, see `plan_rewrite`. The layers are
-            fitted one after the other, such that each answers to what it gets
-            from those before it as the full model would.
-        budget, max_params, max_error, rank, layers, scale, low_rank: see
-            `plan_rewrite`.
+        plan: the `RewritePlan` of the model, such as `plan_rewrite` makes it. It excludes
+            all arguments below but `calibration_data`. `None` makes a plan by them.
+        calibration_data: inputs of the model: an array, a dictionary of arrays, a list
+            with an array for each of several inputs, or an iterable of batches, such as
+            a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
+            With these data, the layers are fitted one after the other: from the outputs
+            of the layers before it, each layer makes what the full model makes. With
+            `None`, each kernel is replaced by the nearest bilinear kernel, which may ruin
+            a trained model.
+        budget: the share of the model's parameters to keep, above 0 and at most 1.
+            `None` means 0.1 if neither a plan nor `max_params` nor `max_error` nor a `rank`
+            is given.
+        max_params: the number of parameters to keep, instead of a `budget`; `None` for
+            no such limit.
+        max_error: the largest predicted error of a layer, relative, instead of a
+            `budget`; the model is then the smallest that keeps to it. `None` for no such
+            limit.
+        rank: `"auto"`, or the rank of every layer, with near-square factors, where this
+            rank saves anything. A rank excludes all limits.
+        layers: paths of the layers that may be rewritten; `None` for all layers. Or a
+            mapping from the paths of some layers to their rank, with near-square
+            factors, or to `None`, which leaves the layer alone.
+        scale: what both output factors of each hidden layer are multiplied by. The layer
+            has `scale**2` times the units, and the model the same outputs at first. A
+            layer of a Sequential or Functional model is hidden if only layers that become
+            bilinear get its outputs.
+        low_rank: whether layers may get the factors of kernels of low rank: two plain
+            layers, one after the other. These are often nearest to a trained kernel, and
+            fast to fit. Near-square factors can learn more where the model is trained on
+            for long.
 
     Returns:
         A new model with the same names, weights and losses, whose planned
-        layers are bilinear. Its optimizer starts anew. It is not compiled, and a
-        warning says so, where the optimizer or a metric cannot be made again from
-        its configuration.
+        layers are bilinear. Its optimizer starts anew. Where the optimizer or a metric
+        cannot be made again from its configuration, the model is not compiled, and a
+        warning says so.
 
     Raises:
-        ValueError: if an argument is not valid, if the plan is not one of this
-            model, if weights or calibration data are not finite, or if the model
-            cannot be copied.
+        ValueError: if an argument is not valid, if the plan was made for another model,
+            if no plan keeps to the limit, if weights or calibration data are not
+            finite, or if the model cannot be copied.
+        TypeError: if the calibration data are neither arrays nor an iterable of batches.
+        RuntimeError: if a layer cannot be rewritten for another reason.
 
     Example:
 
@@ -74,18 +100,17 @@ def rewrite_model(
     >>> small.count_params() <= 0.1 * model.count_params()
     True
     """
-    given = (budget, max_params, max_error, rank, layers, scale, low_rank)
-    if plan is not None and given != (None, None, None, "auto", None, 1, True):
+    limits = Limits(budget, max_params, max_error)
+    options = PlanOptions(limits, rank=rank, layers=layers, scale=scale, low_rank=low_rank)
+    if plan is not None and options != PlanOptions():
         raise ValueError("A plan and arguments for making one exclude each other.")
     check_built(model)
     batches = model_batches(calibration_data, model)
     if plan is None:
-        plan = plan_rewrite(
-            model, budget, max_params, max_error, batches, rank, layers, scale, low_rank
-        )
+        plan = make_plan(model, options, batches)
     _check_plan(model, plan)
     small = copy_model(model)
-    # Layers without a name of their own have another one in the copy.
+    # Layers without a name of their own have another name in the copy.
     sites = [
         dataclasses.replace(site, path=full.path)
         for full, site in zip(walk(model), walk(small), strict=True)
@@ -104,13 +129,13 @@ def rewrite_model(
 def rewrite_layers(
     model: keras.Model, sites: Iterable[Site], plan: RewritePlan, batches: Iterable | None = None
 ) -> None:
-    """Makes layers of a model bilinear, in place. If one cannot be, all stay what they were.
+    """Makes layers of a model bilinear, in place. If a layer cannot be, none is changed.
 
     Args:
         model: the model.
-        sites: its layers.
-        plan: what becomes of them.
-        batches: calibration data, see `rewrite_model`.
+        sites: its full layers.
+        plan: what each layer becomes.
+        batches: calibration data as batches, or `None`, see `rewrite_model`.
 
     Raises:
         ValueError, RuntimeError: if a layer cannot be rewritten.
@@ -130,8 +155,13 @@ def rewrite_layers(
     refresh(model)
 
 
-def _make_bilinear(site, plan, calibration):
-    input_factors, output_factors = plan.factors
+def _make_bilinear(site: Site, plan: LayerPlan, calibration: Calibration | None) -> None:
+    """Makes a full layer bilinear, in place.
+
+    Raises:
+        ValueError, RuntimeError: if it cannot be, with the path of the layer.
+    """
+    input_factors, output_factors = plan.factors or (None, None)
     try:
         bilinear = converter_of(site.layer).from_full(
             site.layer,
@@ -147,17 +177,21 @@ def _make_bilinear(site, plan, calibration):
 
 
 class Rewriter:
-    """Rewrites the layers of a model that `keras.models.clone_model` clones.
+    """Makes `keras.models.clone_model` clone a model with bilinear layers.
 
-    Other layers are cloned with their weights, which `clone_model` alone does
-    not do.
+    Pass it as the `clone_function`. Layers that are not rewritten are cloned with their
+    weights, which `clone_model` alone does not do. Rewritten layers get the kernels nearest to
+    the full ones; `rewrite_model` can fit them to calibration data instead.
 
     Args:
-        plan: what `plan_rewrite` made of the model, without a `scale`, or the rank
-            of every layer where it saves anything.
+        plan: the `RewritePlan` of the model, such as `plan_rewrite` makes it, without a
+            `scale`. Or a positive integer: the rank of every layer, with near-square
+            factors, where this rank saves anything.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if `plan` is neither, or if the plan has a scale. In `clone_model`, if
+            a layer cannot be rewritten.
+        RuntimeError: in `clone_model`, if a layer cannot be rewritten for another reason.
 
     Example:
 
@@ -188,22 +222,21 @@ class Rewriter:
         if is_leaf(copy):
             pairs = [(Site(layer.name, layer, ()), Site(layer.name, copy, ()))]
         else:
-            pairs = [*zip(walk(layer), walk(copy), strict=True)]
             pairs = [
-                (dataclasses.replace(site, path=f"{layer.name}/{site.path}"), mine)
-                for site, mine in pairs
+                (dataclasses.replace(site, path=f"{layer.name}/{site.path}"), cloned)
+                for site, cloned in zip(walk(layer), walk(copy), strict=True)
             ]
         tied = tied_variables(layer)
-        replaced = [(mine, self._plan_of(site, tied)) for site, mine in pairs]
-        replaced = [(mine, plan) for mine, plan in replaced if plan and plan.rank]
-        for mine, plan in replaced:
-            _make_bilinear(mine, plan, None)
-        store_replacement(mine for mine, _ in replaced)
+        plans = [(cloned, self._plan_of(site, tied)) for site, cloned in pairs]
+        replaced = [(cloned, plan) for cloned, plan in plans if plan and plan.rank]
+        for cloned, plan in replaced:
+            _make_bilinear(cloned, plan, None)
+        store_replacement(cloned for cloned, _ in replaced)
         refresh(copy)
         return copy
 
     def _plan_of(self, site, tied):
-        """The plan of a layer; `None` if it stays what it is."""
+        """The plan of a layer; `None` if the layer is left alone."""
         if isinstance(self.plan, RewritePlan):
             return self.plan.get(site.path)
         plan = plan_layer(site, reason_to_leave(site, tied))
@@ -214,13 +247,15 @@ class Rewriter:
 
 
 def expand_model(model: keras.Model) -> keras.Model:
-    """Makes a model of stock Keras layers from one with bilinear ones.
+    """Makes a model of stock Keras layers from a model with bilinear layers.
 
     Args:
         model: a built model. It is left untouched.
 
     Returns:
-        A new model with the same outputs, which loads without this package.
+        A new model with the same outputs, which loads without this package. Its optimizer
+        starts anew. Where the optimizer or a metric cannot be made again from its
+        configuration, the model is not compiled, and a warning says so.
 
     Raises:
         ValueError: if the model cannot be copied.
@@ -237,11 +272,11 @@ def expand_model(model: keras.Model) -> keras.Model:
 
 
 def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
-    """Makes bilinear layers of a model full ones with the same outputs, in place.
+    """Replaces bilinear layers of a model by full layers with the same outputs, in place.
 
     Args:
         model: the model.
-        sites: its layers; those that are full already stay what they are.
+        sites: its layers. Full layers stay what they are.
     """
     sites = [site for site in sites if is_bilinear(site.layer)]
     for site in sites:
@@ -250,13 +285,14 @@ def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
     refresh(model)
 
 
-def _finish(copy, model):
+def _finish(copy: keras.Model, model: keras.Model) -> keras.Model:
+    """Compiles a new model as the given model is, or warns that this cannot be done."""
     if model.compiled:
         try:
             compile_alike(copy, model)
         except Exception as error:  # whatever classes of the user raise
             logging.warning(
-                "The new model %r is not compiled, as the optimizer or a metric of the given one "
+                "The new model %r is not compiled, as the optimizer or a metric of the given model "
                 "cannot be made again: compile it. %s: %s",
                 copy.name,
                 type(error).__name__,
@@ -265,7 +301,12 @@ def _finish(copy, model):
     return copy
 
 
-def _check_plan(model, plan):
+def _check_plan(model: keras.Model, plan: RewritePlan) -> None:
+    """Checks that a plan was made for a model, and that its edits are valid.
+
+    Raises:
+        ValueError: if not.
+    """
     found = {site.path: site.layer for site in walk(model)}
     for path, layer in plan.items():
         if path not in found or type(found[path]).__name__ != layer.type:
@@ -288,13 +329,13 @@ def _check_plan(model, plan):
             )
         if layer.scaled and layer.factorizations and layer.rank is None:
             raise ValueError(
-                f"The layer {path!r} has a scale, or one before it has: it needs a rank. "
+                f"The layer {path!r} or a layer before it has a scale, so {path!r} needs a rank. "
                 f"Received: scale={layer.scale}, input_scale={layer.input_scale}, rank=None"
             )
 
 
 def _groups(sites, batches):
-    """The layers in the order of the model, those together that are fitted at once."""
+    """The layers in the order of the model, in groups that are fitted at once."""
     if batches is None or not sites:
         return [sites] if sites else []
     size = -(-len(sites) // MOST_PASSES)
@@ -304,8 +345,12 @@ def _groups(sites, batches):
 def _calibrate(model, full, group, batches):
     """`{path: Calibration}` of the layers of a group.
 
-    They are full ones yet; `full` has the states of those before them, which
-    are not.
+    Args:
+        model: the model, in which the layers of the group are still full.
+        full: the states of the full layers that were already replaced, as `snapshot` made
+            them.
+        group: the sites of the layers.
+        batches: the calibration data, or `None`.
     """
     if batches is None:
         return {}
@@ -325,4 +370,8 @@ def _calibrate(model, full, group, batches):
                 seen[path], seen_full[path], strict=True
             ):
                 calibration.add(inputs, full_inputs, **options)
-    return {path: one for path, one in calibrations.items() if one.has_examples()}
+    return {
+        path: calibration
+        for path, calibration in calibrations.items()
+        if calibration.has_examples()
+    }

@@ -221,5 +221,7 @@ def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="use `rewrite_model`"):
         Rewriter(plan)
     plan["b"].skip()
-    with pytest.raises(ValueError, match="'b' has a scale, or one before it has: it needs a rank"):
+    with pytest.raises(
+        ValueError, match="'b' or a layer before it has a scale, so 'b' needs a rank"
+    ):
         rewrite_model(model, plan)
