@@ -1,14 +1,14 @@
 """Saving layers and models that make the layers they hold themselves.
 
 A `keras.layers.MultiHeadAttention` or a subclassed model makes its layers from
-its own configuration, which knows nothing of those that became others. Such an
-owner becomes a `Rewritten` one: its configuration has the other layers as well,
-and puts them in their places when it is made again.
+its own configuration, which knows nothing of layers that were replaced. The class of such
+an owner gets `Rewritten` mixed in: its configuration then has the replacements as well, and
+puts them in their places when the owner is made again.
 """
 
 import functools
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import keras
 
@@ -16,7 +16,11 @@ from keras_bilinear.keras_private.graph import is_functional, sublayers
 from keras_bilinear.keras_private.surgery import replace_in_place, set_class
 from keras_bilinear.rewriting.sites import Site
 
-# Their configurations have the layers that they hold.
+# A layer's place in an owner: its number among the sublayers of the owner, its number among
+# the sublayers of that sublayer, and so on.
+Place = tuple[int, ...]
+
+# The configurations of these owners have the layers that they hold.
 _KEEPERS = (
     keras.Sequential,
     keras.layers.RNN,
@@ -25,16 +29,21 @@ _KEEPERS = (
 )
 
 
+# It is mixed into classes of layers only.
+_Base = keras.Layer if TYPE_CHECKING else object
+
+
 @keras.saving.register_keras_serializable(package="keras_bilinear", name="Rewritten")
-class Rewritten:
-    """Mixed into the class of an owner in which layers became others.
+class Rewritten(_Base):
+    """Mixed into the class of an owner in which layers were replaced.
 
     Attributes:
-        replaced: places of these layers: numbers among the sublayers of the
-            owner, of that sublayer, and so on.
+        original: the class of the owner without this one.
+        replaced: places of the layers that were replaced.
     """
 
-    replaced = ()
+    original: ClassVar[type]
+    replaced: tuple[Place, ...] = ()
 
     def get_config(self) -> dict:
         rewritten = type(self)
@@ -50,18 +59,18 @@ class Rewritten:
         ]
         return {"owner": owner, "layers": layers}
 
-    def __reduce__(self):
-        # Python finds no class that is made here, but the original one.
-        unpickle, arguments = super().__reduce__()
+    def __reduce__(self) -> tuple:
+        # Python cannot find a class that is made here, but it finds the original class.
+        unpickle, arguments = cast(tuple, super().__reduce__())
         return _unpickle, (type(self).original, unpickle.__name__, *arguments)
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> Self:
         owner = keras.saving.deserialize_keras_object(config["owner"], custom_objects)
-        for one in config["layers"]:
-            other = keras.saving.deserialize_keras_object(one["layer"], custom_objects)
-            replace_in_place(_at(owner, one["place"]), other)
-        _mark(owner, [tuple(one["place"]) for one in config["layers"]])
+        for replaced in config["layers"]:
+            layer = keras.saving.deserialize_keras_object(replaced["layer"], custom_objects)
+            replace_in_place(_at(owner, replaced["place"]), layer)
+        _mark(owner, [tuple(replaced["place"]) for replaced in config["layers"]])
         return owner
 
 
@@ -100,31 +109,34 @@ def drop_replacement(sites: Iterable[Site]) -> None:
             store_replacement([site])
 
 
-def _places(site):
-    """The owners of a layer, and where each of them has it."""
+def _places(site: Site) -> Iterator[tuple[Any, Place]]:
+    """The owners of a layer, and the place of the layer in each of them."""
     for depth, (owner, _) in enumerate(site.owners):
         yield owner, tuple(index for _, index in site.owners[depth:])
 
 
-def _mark(owner, places):
-    original = type(owner).original if isinstance(owner, Rewritten) else type(owner)
+def _mark(owner: keras.Layer, places: Iterable[Place]) -> None:
+    """Makes an owner store the layers at some places, and no others."""
+    places = tuple(places)
+    original: type = type(owner).original if isinstance(owner, Rewritten) else type(owner)
     # Not through Keras, which would track the list.
-    vars(owner).pop("replaced", None)
+    owner.__dict__.pop("replaced", None)
     set_class(owner, original)
     if places:
-        vars(owner)["replaced"] = tuple(places)
+        owner.__dict__["replaced"] = places
         set_class(owner, _rewritten(original))
 
 
-def _at(owner, place):
+def _at(owner: keras.Layer, place: Iterable[int]) -> keras.Layer:
+    """The layer at a place of an owner."""
     for index in place:
         owner = sublayers(owner)[index]
     return owner
 
 
 @functools.cache
-def _rewritten(original):
-    """The class of the owners of a class, with the name that they have."""
+def _rewritten(original: type) -> type:
+    """A class with `Rewritten` mixed in, of the same name."""
     cls = type(original.__name__, (Rewritten, original), {"original": original})
-    # One name for all of them: `from_config` knows which one is meant.
+    # All such classes are saved under one name: `from_config` knows which class is meant.
     return keras.saving.register_keras_serializable("keras_bilinear", "Rewritten")(cls)
