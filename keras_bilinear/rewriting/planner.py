@@ -57,8 +57,8 @@ def plan_rewrite(
         calibration_data: inputs of the model: an array, a dictionary of arrays, a list
             with an array for each of several inputs, or an iterable of batches, such as
             a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
-            With these data, an error is that of a layer's output; with `None`, it is
-            that of the layer's kernels.
+            With these data, the predicted errors are errors of each layer's output; with
+            `None`, they are errors of its kernels.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where this
             rank saves anything. A rank excludes all limits.
         layers: paths of the layers that may be rewritten; `None` for all layers. Or a

@@ -14,8 +14,8 @@ from keras_bilinear.rewriting.sites import (
     walk,
 )
 
-# Near-square kernels whose linear systems are larger are fitted only where the smaller ones
-# are not behind kernels of low rank of the same size.
+# Near-square kernels whose linear systems have more unknowns take long to fit. They are fitted
+# only where near-square kernels of lower rank are not behind kernels of low rank of their size.
 FEW_UNKNOWNS = 512
 
 

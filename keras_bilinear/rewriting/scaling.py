@@ -63,7 +63,7 @@ def _with_scaled_outputs(layer: LayerPlan, factors: tuple, scale: int) -> LayerP
 
 
 def _with_scaled_inputs(layer: LayerPlan, factors: tuple, scale: int) -> LayerPlan:
-    """The plan of a layer behind a hidden one, with these input factors and input scale."""
+    """The plan of a layer behind a hidden layer, with these input factors and input scale."""
     kernel, *recurrent = layer.factorizations
     kernel = dataclasses.replace(kernel, input_factors=factors)
     return dataclasses.replace(layer, input_scale=scale, factorizations=[kernel, *recurrent])
