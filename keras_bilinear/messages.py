@@ -27,3 +27,13 @@ def require(*modules: str, extra: str = "demo") -> None:
     if missing:
         command = f'pip install "keras-bilinear[{extra}]"'
         raise ImportError(f"needs {', '.join(missing)}: run `{command}`")
+
+
+def check_choice(name: str, value, choices: tuple) -> None:
+    """Checks that an argument is one of a few values.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from keras_bilinear import BilinearRewrite
-from keras_bilinear.rewriting import callback
+from keras_bilinear.rewriting import in_training
 
 EPOCHS = 6
 SCHEDULE = {1: 0.6, 3: 0.3}
@@ -74,7 +74,7 @@ def main():
     model = keras.Sequential([keras.Input((32,)), *layers, keras.layers.Dense(8)])
     model.compile(keras.optimizers.Adam(1e-2), "mse")
     if flags.die == "step":
-        callback.rewrite_layers = lambda *_: die()
+        in_training.rewrite_layers = lambda *_: die()
     backup, events = flags.folder / "backup", Events(flags.folder / "events", flags.die)
     rewrite = Noted(schedule=SCHEDULE, backup_dir=backup)
     rewrite.events = events

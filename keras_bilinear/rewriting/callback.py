@@ -1,110 +1,99 @@
-"""When a model is rewritten during `fit`; how is in `rewrite`."""
+"""The callback that rewrites a model during `fit`: it connects Keras' hooks with the rest.
+
+When is in `schedule`, whether the model has got worse in `metric_watch`, how layers change in
+`in_training`, what a step is undone with in `undo`, and what a killed training has to know in
+`journal`.
+"""
 
 import contextlib
-import dataclasses
-import itertools
-import json
 import math
-import numbers
-import operator
 import os
-import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
-import h5py
 import keras
 from absl import logging
 
 from keras_bilinear.data import model_batches
-from keras_bilinear.files import check_writable, staged
-from keras_bilinear.keras_private.graph import all_layers
-from keras_bilinear.keras_private.optimizer import (
-    check_optimizer,
-    iterations_kept,
-    moments,
-    move_optimizer,
-)
-from keras_bilinear.keras_private.surgery import refresh, restore, snapshot
-from keras_bilinear.keras_private.training import (
-    BACKUPS,
-    check_version,
-    fit_arguments,
-    forget_best,
-    higher_is_better,
-    retrace,
-    strategy_scope,
-)
-from keras_bilinear.layers.converter import full_converter
-from keras_bilinear.rewriting import adam
+from keras_bilinear.keras_private.optimizer import check_optimizer
+from keras_bilinear.keras_private.training import check_version
+from keras_bilinear.messages import check_choice
+from keras_bilinear.rewriting.in_training import ModelInTraining
+from keras_bilinear.rewriting.journal import History, Journal, Step, check_backup_dir
 from keras_bilinear.rewriting.limits import Limits, PlanOptions
-from keras_bilinear.rewriting.owners import store_replacement
+from keras_bilinear.rewriting.metric_watch import MetricWatch
 from keras_bilinear.rewriting.plan import RewritePlan
-from keras_bilinear.rewriting.planner import check_plan_exists, plan_rewrite
-from keras_bilinear.rewriting.rewrite import expand_layers, rewrite_layers
-from keras_bilinear.rewriting.sites import walk
-
-# So many training examples are calibration data, where none are given.
-EXAMPLES = 1024
-_BATCH = 128
-_STATE = "bilinear_rewrite.json"
-_WEIGHTS_BEFORE = "before_bilinear_rewrite.weights.h5"
+from keras_bilinear.rewriting.planner import check_plan_exists
+from keras_bilinear.rewriting.schedule import due_epoch, parse_schedule
+from keras_bilinear.rewriting.tensorboard import show_errors
+from keras_bilinear.rewriting.training_batches import training_batches
+from keras_bilinear.rewriting.undo import WeightsBefore
 
 
 class BilinearRewrite(keras.callbacks.Callback):
     """Rewrites a model into a smaller one while `fit` trains it.
 
-    Layers of the model become bilinear in place: the model, its history, metrics
-    and optimizer are the same ones afterwards. The optimizer keeps what it knows
-    of the variables that stay, and starts as usual with the new factors; but Adam
-    and its kin begin with what they know of the kernel for the squares of their
-    gradients, as the first steps would otherwise be several times too large. A
-    schedule of several budgets makes the model smaller in steps, in which bilinear
-    layers get lower ranks; each step plans and fits anew, so several take longer than
-    one. What schedules bring is measured by `benchmarks/callback.py`.
+    At the beginning of an epoch with a step, layers of the model become bilinear in place,
+    fitted to their inputs as `rewrite_model` fits them. The model, its history, metrics and
+    optimizer stay the same objects. The optimizer keeps what it knows of the variables that
+    stay, and starts as usual with the new factors. Adam and its kin, however, begin with an
+    estimate of the squares of their gradients, from what they know of the kernel: without it,
+    the first steps would be several times too large.
 
-    At the beginning of an epoch with a step, a full layer is fitted to its inputs,
-    see `rewrite_model`. `EarlyStopping` and `ModelCheckpoint` beside it compare
-    only models of one size: their best value starts anew with each step. In a
-    `keras.distillation.Distiller` the student is rewritten. Each epoch's logs have
-    the number of `parameters` of the model, and `TensorBoard` shows the predicted
-    error of each layer at each step.
+    A schedule of several budgets makes the model smaller in steps, in which bilinear layers
+    get lower ranks. Each step plans and fits anew, so it takes time.
+    `benchmarks/callback.py` measures what schedules bring.
+
+    `EarlyStopping` and `ModelCheckpoint` beside this callback compare only models of one
+    size: their best value starts anew with each step. In a `keras.distillation.Distiller`
+    the student is rewritten. The logs of each epoch have the number of `parameters` of the
+    model, and `TensorBoard` shows the predicted error of each layer at each step.
 
     Args:
-        at_epoch: the epoch, counted from 0 as in `initial_epoch`, at whose
-            beginning the model is rewritten.
-        budget: the share of the parameters of the full model to keep; 0.1 by
-            default.
-        schedule: instead of both, a mapping from epochs to budgets, each smaller
-            than the one before it.
-        calibration_data: inputs of the model, see `plan_rewrite`. By default
-            1024 examples, spread over the training data or the first of a data
-            set.
-        layers: see `plan_rewrite`.
-        low_rank: see `plan_rewrite`.
-        monitor: name of a metric in the logs, such as `"val_accuracy"`.
-        mode: `"min"`, `"max"`, or `"auto"`, which knows the metrics of Keras.
-        max_drop: how much worse than before the first step the metric may be. It
-            is looked at before the next step, and at the end of the training.
-        on_drop: what to do if it is worse: `"stop"` rewriting, or `"undo"`
-            the last step as well, with all weights what they were before it.
-        on_error: what to do if a step fails: `"raise"`, or `"continue"` training
-            the model, which is as it was before the step either way.
-        backup_dir: the folder of a `keras.callbacks.BackupAndRestore` beside this
-            callback. A training that was killed then goes on with the model as it
-            was rewritten. List this callback first.
-        verbose: 1 prints a line for each step.
+        at_epoch: the epoch at whose beginning the model is rewritten, counted from 0 as
+            `initial_epoch` is. `None` if there is a `schedule`.
+        budget: the share of the full model's parameters to keep at `at_epoch`, above 0 and
+            at most 1; `None` means 0.1.
+        schedule: instead of both, a mapping from epochs to budgets. Each budget must be
+            smaller than the budget before it. `None` if there is an `at_epoch`.
+        calibration_data: inputs of the model: an array, a dictionary of arrays, a list
+            with an array for each of several inputs, or an iterable of batches, such as
+            a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
+            `None` takes 1024 examples of the training data: spread over arrays, or the
+            first of a data set.
+        layers: paths of the layers that may be rewritten; `None` for all layers. Or a
+            mapping from the paths of some layers to their rank, with near-square
+            factors, or to `None`, which leaves the layer alone.
+        low_rank: whether layers may get the factors of kernels of low rank: two plain
+            layers, one after the other. These are often nearest to a trained kernel, and
+            fast to fit. Near-square factors can learn more where the model is trained on
+            for long.
+        monitor: name of a metric in the logs, such as `"val_accuracy"`, which must not drop
+            by more than `max_drop`. `None` watches no metric.
+        mode: `"min"` if a smaller metric is better, `"max"` if a larger metric is better,
+            or `"auto"`, which knows the metrics of Keras.
+        max_drop: how much worse than before the first step the metric may be, in the
+            metric's own unit. The callback looks at it before the next step, and at the end
+            of the training. `None` if there is no `monitor`.
+        on_drop: what to do if the metric is worse: `"stop"` makes no more steps; `"undo"`
+            also takes back the last step: all weights are then what they were before it.
+        on_error: what to do if a step fails: `"raise"` ends the training, `"continue"` goes
+            on training. The model is what it was before the step either way.
+        backup_dir: the folder of a `keras.callbacks.BackupAndRestore` beside this callback,
+            which must come after it in the list of callbacks. A training that was killed
+            then goes on with the model as it was rewritten. `None` if there is no backup.
+        verbose: 1 prints a line for each step; 0 prints nothing.
 
     Attributes:
-        plan: the `RewritePlan` of the last step; `None` before the first.
+        plan: the `RewritePlan` of the last step; `None` before the first step.
 
     Raises:
-        ValueError: if an argument is not valid; in `fit`, if the calibration data
-            are missing and the training data can be read only once, or if the
-            model has optimizers beside the one that it is compiled with.
-        RuntimeError: if the version of Keras is not known to allow it; in `fit`,
-            if a step fails.
+        ValueError: if an argument is not valid. In `fit`: if no plan keeps to the smallest
+            budget, if the training data can be read only once and there are no calibration
+            data, if the logs do not have the metric, if the model has optimizers beside the
+            optimizer that it is compiled with, or if the backup is of another model.
+        RuntimeError: if this version of Keras is not known to allow it. In `fit`: if a step
+            fails and `on_error` is `"raise"`.
 
     Example:
 
@@ -137,402 +126,155 @@ class BilinearRewrite(keras.callbacks.Callback):
     ):
         super().__init__()
         check_version()
-        self.schedule = _schedule(at_epoch, budget, schedule)
+        self.schedule = parse_schedule(at_epoch, budget, schedule)
         self.calibration_data = calibration_data
         self.layers, self.low_rank = layers, low_rank
-        if (monitor is None) != (max_drop is None):
-            raise ValueError(
-                "`monitor` and `max_drop` belong together. "
-                f"Received: monitor={monitor!r}, max_drop={max_drop!r}"
-            )
+        self.monitor, self.mode, self.max_drop = monitor, mode, max_drop
+        self._start(None)
         if monitor is not None and 0 in self.schedule:
             raise ValueError(
                 "Before epoch 0 there is no metric to compare with. "
                 f"Received: monitor={monitor!r}, schedule={self.schedule!r}"
             )
-        if max_drop is not None and not 0 <= max_drop < math.inf:
-            raise ValueError(f"`max_drop` must be 0 or more. Received: max_drop={max_drop!r}")
-        _check_choice("mode", mode, ("auto", "min", "max"))
-        _check_choice("on_drop", on_drop, ("stop", "undo"))
-        _check_choice("on_error", on_error, ("raise", "continue"))
-        self.monitor, self.mode, self.max_drop = monitor, mode, max_drop
+        check_choice("on_drop", on_drop, ("stop", "undo"))
+        check_choice("on_error", on_error, ("raise", "continue"))
         self.on_drop, self.on_error, self.verbose = on_drop, on_error, verbose
-        self.backup_dir = None if backup_dir is None else _writable(backup_dir)
-        self._temporary = None
-        self._forget(None)
+        self.backup_dir = None if backup_dir is None else check_backup_dir(backup_dir)
+        self._weights_before = WeightsBefore(self.backup_dir)
+        self._journal = Journal(self.backup_dir)
 
     @property
     def plan(self) -> RewritePlan | None:
-        plans = self._steps[-1].plans if self._steps else 0
-        return self._plans[plans - 1] if plans else None
+        return self._history.plan
 
     def set_model(self, model: keras.Model) -> None:
-        """Called by Keras; takes a model to where a training that was killed had come."""
+        """Called by Keras. Takes a model to where a training that was killed had come."""
         super().set_model(model)
         if model is not None and model is not self._known:
-            self._forget(model)
-            if self.backup_dir is not None:
-                self._resume()
+            self._start(model)
+            self._resume()
 
     def on_train_begin(self, logs=None) -> None:
+        """Called by Keras. Finds mistakes before the training takes time."""
         del logs
-        check_optimizer(self.model)
-        self.calibration_data = model_batches(self.calibration_data, self._target)
-        if not self._steps:
-            limits = Limits(budget=min(self.schedule.values()))
-            options = PlanOptions(limits, layers=self.layers, low_rank=self.low_rank)
-            check_plan_exists(self._target, options)
-        if self.calibration_data is None and isinstance(self._training_inputs(), Iterator):
+        check_optimizer(self._training.model)
+        self.calibration_data = model_batches(self.calibration_data, self._training.target)
+        if not self._history.steps:
+            check_plan_exists(self._training.target, self._options(min(self.schedule.values())))
+        if self.calibration_data is None and isinstance(self._training.inputs, Iterator):
             raise ValueError(
                 "The training data can be read only once, so they are no calibration data: give "
                 "`calibration_data` to BilinearRewrite."
             )
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
+        """Called by Keras. Makes the step that is due, unless the metric has dropped."""
         del logs
-        last = self._steps[-1] if self._steps else _Step(-1, 0)
-        due = [at for at in self.schedule if last.epoch < at <= epoch]
-        if not due or last.stopped:
+        due = due_epoch(self.schedule, self._history.last_epoch, epoch)
+        if due is None or self._history.stopped:
             return
-        for callback in fit_arguments(self.model).get("callbacks", []):
-            if isinstance(callback, keras.callbacks.SwapEMAWeights):
-                # Takes the averages out of the model, which else it does after this callback.
-                callback.on_epoch_begin(epoch)
+        self._training.take_averages_out(epoch)
         if self._has_dropped(epoch):
             self._stop(epoch)
         else:
-            self._step(due[-1])
+            self._step(due)
 
     def on_epoch_end(self, epoch: int, logs=None) -> None:
+        """Called by Keras. Adds the number of parameters to the logs, and notes the metric."""
         logs = {} if logs is None else logs
-        validated = any(name.startswith("val_") for name in logs)
-        logs["parameters"] = self._target.count_params()
-        if self.monitor in logs:
-            self._values[epoch] = float(logs[self.monitor])
-            self._write()
-        elif self.monitor is not None and (validated or not self.monitor.startswith("val_")):
-            raise ValueError(
-                f"The logs have no {self.monitor!r}, but {', '.join(map(repr, logs))}. "
-                f"Received: monitor={self.monitor!r}"
-            )
+        logs["parameters"] = self._training.target.count_params()
+        if self._watch.note(epoch, logs):
+            self._journal.write(self._history, self._watch.values)
 
     def on_train_end(self, logs=None) -> None:
+        """Called by Keras. Looks at what the last step did to the metric."""
         del logs
-        if self._steps and not self._steps[-1].stopped and self._has_dropped(math.inf):
-            self._stop(max(self._values) + 1)
+        if not self._history.stopped and self._has_dropped(math.inf):
+            self._stop(max(self._watch.values) + 1)
 
-    def _forget(self, model):
+    def _start(self, model):
+        """Begins anew with a model."""
         self._known = model
-        # Plans of the steps that were made, what was done, and what `monitor` was
-        # at the end of the epochs.
-        self._plans, self._steps, self._values = [], [], {}
+        self._history = History()
+        self._watch = MetricWatch(self.monitor, self.mode, self.max_drop)
+
+    def _resume(self):
+        """Gives the model the layers whose weights are in the backup, if there is a backup."""
+        found = self._journal.read()
+        if found is None:
+            return
+        history, values = found
+        # The last steps may have come after the backup.
+        for done in history.shortened():
+            self._training.set_layers(done.plan, now=self.plan)
+            self._history = done
+            if self._journal.backup_fits(self._training.model):
+                self._watch.values = values
+                return
+        raise ValueError(
+            f"The weights in {str(self.backup_dir)!r} fit the model "
+            f"{self._training.target.name!r} neither as it is nor as it was rewritten."
+        )
 
     @property
-    def _target(self):
-        if isinstance(self.model, keras.distillation.Distiller):
-            return self.model.student
-        return self.model
+    def _training(self) -> ModelInTraining:
+        return ModelInTraining(cast(keras.Model, self.model))
 
-    def _step(self, epoch):
+    def _options(self, budget: float) -> PlanOptions:
+        return PlanOptions(Limits(budget), layers=self.layers, low_rank=self.low_rank)
+
+    def _has_dropped(self, until: float) -> bool:
+        """Whether the last step made the metric worse than it may be."""
+        if self.plan is None:
+            return False
+        first, *_ = self._history.steps
+        return self._watch.has_dropped(first.epoch, self._history.last_epoch, until, self)
+
+    def _step(self, epoch: int) -> None:
         """Makes the model smaller, or leaves it as it was."""
-        target = self._target
+        training = self._training
         try:
-            batches = self._batches()
-            with self._keeping_weights(), self._changing() as before:
-                plan = plan_rewrite(
-                    target,
-                    self.schedule[epoch],
-                    calibration_data=batches,
-                    layers=self.layers,
-                    low_rank=self.low_rank,
-                )
-                self._put_back_unchanged(before, plan)
-                full = [site for site in walk(target) if full_converter(type(site.layer))]
-                rewrite_layers(target, full, plan, batches)
+            batches = self.calibration_data
+            if batches is None:
+                batches = list(training_batches(training.inputs))
+            undo = self.on_drop == "undo"
+            keeping = self._weights_before.kept(training.model) if undo else None
+            with keeping or contextlib.nullcontext():
+                options = self._options(self.schedule[epoch])
+                plan = training.rewrite(options, batches, now=self.plan)
         except Exception as error:
             text = (
-                f"The step of BilinearRewrite at epoch {epoch} failed, and {target.name!r} is what "
-                f"it was before. {error}"
+                f"The step of BilinearRewrite at epoch {epoch} failed, and "
+                f"{training.target.name!r} is what it was before. {error}"
             )
             if self.on_error == "raise":
                 raise RuntimeError(text) from error
             logging.error("%s", text)
-            self._note(_Step(epoch, len(self._plans)))
+            self._note(Step(epoch, len(self._history.plans)))
         else:
-            self._plans.append(plan)
-            self._note(_Step(epoch, len(self._plans)))
+            self._history.plans.append(plan)
+            self._note(Step(epoch, len(self._history.plans)))
             self._say(epoch, f"{plan.full_parameters:,} parameters become {plan.parameters:,}")
-            self._show(epoch, plan)
+            show_errors(training.callbacks, epoch, plan)
 
-    def _stop(self, epoch):
-        """Makes no more steps, and undoes the last one if that is asked for."""
-        plans, weights = len(self._plans), self._folder / _WEIGHTS_BEFORE
-        # They are gone after a `fit` that ended well, as the backup is.
-        undo = self.on_drop == "undo" and weights.exists()
-        if undo:
+    def _stop(self, epoch: int) -> None:
+        """Makes no more steps, and undoes the last step if `on_drop` asks for it."""
+        plans, what = len(self._history.plans), "no more steps are made"
+        # After a `fit` that ended well, the weights are gone as the backup is.
+        if self.on_drop == "undo" and self._weights_before.exist():
             plans -= 1
-            self._apply(self._plans[plans - 1] if plans else None)
-            with iterations_kept(self.model.optimizer):
-                self.model.load_weights(weights)
-        self._note(_Step(epoch, plans, stopped=True))
-        what = "; the last step is undone" if undo else "; no more steps are made"
-        self._say(epoch, f"{self.monitor} has dropped by more than {self.max_drop}{what}")
+            before = self._history.plans[plans - 1] if plans else None
+            self._training.set_layers(before, now=self.plan)
+            self._weights_before.give_back(self._training.model)
+            what = "the last step is undone"
+        self._note(Step(epoch, plans, stopped=True))
+        self._say(epoch, f"{self.monitor} has dropped by more than {self.max_drop}; {what}")
 
-    def _apply(self, plan):
-        """Gives the model the layers of a plan, with any weights."""
-        with self._changing():
-            if plan is not None:
-                rewrite_layers(self._target, walk(self._target), plan)
+    def _note(self, step: Step) -> None:
+        self._history.steps.append(step)
+        self._journal.write(self._history, self._watch.values)
 
-    @contextlib.contextmanager
-    def _changing(self):
-        """Gives a model of full layers to change; after an error it is what it was before."""
-        model, target = self.model, self._target
-        before = snapshot(all_layers(target))
-        ours = [] if self.plan is None else [p for p, layer in self.plan.items() if layer.rank]
-        try:
-            with strategy_scope(model):
-                known = adam.of_kernels(target, moments(model.optimizer))
-                expand_layers(target, [site for site in walk(target) if site.path in ours])
-                yield before
-                refresh(target)
-                if model.optimizer.built:
-                    squares = adam.of_factors(target, known)
-                    move_optimizer(model.optimizer, model.trainable_variables, squares)
-        except BaseException:
-            restore(before)
-            refresh(target)
-            raise
-        retrace(model)
-        forget_best(fit_arguments(model).get("callbacks", []))
-
-    def _put_back_unchanged(self, before, plan):
-        """Puts layers back that a plan makes what they were, so that training them goes on."""
-        if self.plan is None:
-            return
-        unchanged = [
-            site
-            for site in walk(self._target)
-            if plan[site.path].rank is not None
-            and _shape(plan[site.path]) == _shape(self.plan[site.path])
-        ]
-        layers = {id(site.layer) for site in unchanged}
-        restore(state for state in before if id(state[0]) in layers)
-        store_replacement(unchanged)
-
-    @contextlib.contextmanager
-    def _keeping_weights(self):
-        """Keeps all weights from before a step that goes well, where it may be undone."""
-        if self.on_drop != "undo":
-            yield
-            return
-        with staged(self._folder) as folder:
-            self.model.save_weights(folder / _WEIGHTS_BEFORE)
-            yield
-
-    @property
-    def _folder(self):
-        if self.backup_dir is not None:
-            return self.backup_dir
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory()
-        return pathlib.Path(self._temporary.name)
-
-    def _has_dropped(self, epoch):
-        """Whether the metric is worse than it may be, from what is known at an epoch."""
-        if not self._steps or self.plan is None:
-            return False
-        first, last = self._steps[0].epoch, self._steps[-1].epoch
-        allowed = [value for at, value in sorted(self._values.items()) if at < first]
-        now = [value for at, value in sorted(self._values.items()) if last <= at < epoch]
-        if not allowed or not now:
-            return False
-        drop = allowed[-1] - now[-1]
-        if not higher_is_better(self, self.monitor, self.mode):
-            drop = -drop
-        return not drop <= self.max_drop  # NaN has dropped
-
-    def _batches(self):
-        if self.calibration_data is not None:
-            return self.calibration_data
-        return list(_training_batches(self._training_inputs()))
-
-    def _training_inputs(self):
-        arguments = fit_arguments(self.model)
-        if "x" not in arguments:
-            raise ValueError(
-                "The training data are known inside `fit` only: give `calibration_data` to "
-                "BilinearRewrite."
-            )
-        return arguments["x"]
-
-    def _show(self, epoch, plan):
-        """Writes the errors of the layers for TensorBoard, where that is used."""
-        for callback in fit_arguments(self.model).get("callbacks", []):
-            if isinstance(callback, keras.callbacks.TensorBoard):
-                import tensorflow as tf  # which TensorBoard needs
-
-                folder = os.path.join(callback.log_dir, "train")
-                with tf.summary.create_file_writer(folder).as_default(epoch):
-                    for path, layer in plan.items():
-                        if layer.error is not None:
-                            tf.summary.scalar(f"rewrite_error/{path}", layer.error)
-
-    def _say(self, epoch, text):
+    def _say(self, epoch: int, text: str) -> None:
         logging.info("Epoch %d: %s", epoch, text)
         if self.verbose:
             print(f"\nEpoch {epoch + 1}: BilinearRewrite: {text}")
-
-    # What a training that goes on after it was killed has to know.
-
-    def _note(self, step):
-        self._steps.append(step)
-        self._write()
-
-    def _write(self):
-        if self.backup_dir is None:
-            return
-        state = {
-            "plans": [json.loads(plan.to_json()) for plan in self._plans],
-            "steps": [dataclasses.asdict(step) for step in self._steps],
-            "values": list(self._values.items()),
-        }
-        with staged(self.backup_dir) as folder:
-            (folder / _STATE).write_text(json.dumps(state))
-
-    def _resume(self):
-        """Makes the model the one whose weights are in the backup."""
-        path, backup = self.backup_dir / _STATE, self._backup()
-        if backup is None or not path.exists():
-            return
-        state = json.loads(path.read_text())
-        plans = [RewritePlan.from_json(json.dumps(plan)) for plan in state["plans"]]
-        steps = [_Step(**step) for step in state["steps"]]
-        # The last steps may have come after the backup.
-        for count in range(len(steps), -1, -1):
-            now = steps[count - 1].plans if count else 0
-            self._apply(plans[now - 1] if now else None)
-            self._steps = steps[:count]
-            self._plans = plans[: max((step.plans for step in self._steps), default=0)]
-            if self._fits(backup):
-                self._values = dict(map(tuple, state["values"]))
-                return
-        raise ValueError(
-            f"The weights in {str(self.backup_dir)!r} fit the model {self._target.name!r} "
-            "neither as it is nor as it was rewritten."
-        )
-
-    def _fits(self, backup):
-        """Whether weights are those of the model as it is."""
-        with tempfile.TemporaryDirectory() as folder:
-            # Keras loads no file with the name that the older backup has.
-            weights = shutil.copy(backup, pathlib.Path(folder, "backup.weights.h5"))
-            try:
-                self.model.load_weights(weights)
-            except ValueError:
-                return False
-        return True
-
-    def _backup(self):
-        """The weights that BackupAndRestore is going to load, if there are any."""
-        for name in BACKUPS:
-            path = self.backup_dir / name
-            with contextlib.suppress(OSError), h5py.File(path):  # absent, or half written
-                return path
-        return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """What was done at an epoch.
-
-    Attributes:
-        epoch: its number.
-        plans: how many of the plans made the model what it was then; 0 for none.
-        stopped: whether it was the last step to make.
-    """
-
-    epoch: int
-    plans: int
-    stopped: bool = False
-
-
-def _schedule(at_epoch, budget, schedule):
-    """`{epoch: budget}` in the order of the epochs."""
-    if (at_epoch is None) == (schedule is None) or (schedule is not None and budget is not None):
-        raise ValueError(
-            "Give either `at_epoch`, with a `budget`, or a `schedule`. "
-            f"Received: at_epoch={at_epoch!r}, budget={budget!r}, schedule={schedule!r}"
-        )
-    if schedule is None:
-        schedule = {at_epoch: 0.1 if budget is None else budget}
-    if not isinstance(schedule, Mapping) or not schedule:
-        raise ValueError(
-            f"`schedule` must be a mapping from epochs to budgets. Received: schedule={schedule!r}"
-        )
-    for epoch, share in schedule.items():
-        if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
-            raise ValueError(
-                f"An epoch must be an integer, 0 or more. Received: {epoch!r} in {schedule!r}"
-            )
-        if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < share <= 1:
-            raise ValueError(
-                f"`budget` must be above 0 and at most 1. Received: {share!r} for epoch {epoch}"
-            )
-    schedule = {int(epoch): float(schedule[epoch]) for epoch in sorted(schedule)}
-    if any(later >= sooner for sooner, later in itertools.pairwise(schedule.values())):
-        raise ValueError(
-            f"The budgets of a `schedule` must get smaller. Received: schedule={schedule!r}"
-        )
-    return schedule
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}. Received: {name}={value!r}")
-
-
-def _writable(backup_dir):
-    """The folder as a path; a wrong one would else be noticed after an epoch of training."""
-    folder = pathlib.Path(backup_dir)
-    try:
-        check_writable(folder)
-    except OSError as error:
-        raise ValueError(
-            "`backup_dir` must be a folder that can be written, or that can be made. "
-            f"Received: backup_dir={backup_dir!r}"
-        ) from error
-    return folder
-
-
-def _training_batches(x):
-    """Batches of training inputs, spread over the arrays, or the first of a data set."""
-    leaves = keras.tree.flatten(x)
-    if isinstance(x, keras.utils.PyDataset):
-        count = x.num_batches
-        indices = itertools.count() if count is None else range(count)
-        yield from _enough(x[index] for index in indices)
-    elif all(hasattr(leaf, "shape") for leaf in leaves):
-        step = max(1, len(leaves[0]) // EXAMPLES)
-        for start in range(0, min(len(leaves[0]), EXAMPLES * step), _BATCH * step):
-            part = slice(start, start + _BATCH * step, step)
-            # In a tuple, as inputs may be a list themselves.
-            yield (keras.tree.map_structure(operator.itemgetter(part), x),)
-    else:
-        yield from _enough(x)
-
-
-def _enough(batches):
-    """The first batches with as many examples as are wanted."""
-    count = 0
-    for batch in batches:
-        yield batch
-        inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
-        count += len(keras.tree.flatten(inputs)[0])
-        if count >= EXAMPLES:
-            break
-
-
-def _shape(layer):
-    """What a layer is made of, without the errors that were predicted."""
-    return layer.rank, layer.factorizations

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import h5py
 import keras
 import model_kinds
 import numpy as np
@@ -14,8 +15,9 @@ from keras_bilinear import BilinearRewrite
 from keras_bilinear.keras_private import training
 from keras_bilinear.layers.converter import is_bilinear
 from keras_bilinear.layers.dense import DenseConverter
-from keras_bilinear.rewriting import callback
+from keras_bilinear.rewriting.journal import Journal
 from keras_bilinear.rewriting.sites import walk
+from keras_bilinear.rewriting.training_batches import EXAMPLES, training_batches
 
 BACKEND = keras.config.backend()
 # JAX compiles each of them for half a minute.
@@ -458,7 +460,7 @@ def test_calibration_data_are_training_data(make):
 
 def test_calibration_examples_are_spread_over_arrays():
     x = {"a": np.arange(5000), "b": [np.arange(5000) + 1]}
-    batches = list(callback._training_batches(x))
+    batches = list(training_batches(x))
     a = np.concatenate([inputs["a"] for (inputs,) in batches])
     assert a.tolist() == list(range(0, 4096, 4))
     assert all((inputs["b"][0] == inputs["a"] + 1).all() for (inputs,) in batches)
@@ -471,8 +473,8 @@ def test_calibration_takes_batches_of_an_infinite_data_set():
         def __getitem__(self, index):
             return X[:32], Y[:32]
 
-    batches = list(callback._training_batches(Infinite()))
-    assert sum(len(x) for x, _ in batches) == callback.EXAMPLES
+    batches = list(training_batches(Infinite()))
+    assert sum(len(x) for x, _ in batches) == EXAMPLES
 
 
 def test_optimizers_beside_the_compiled_one_are_refused():
@@ -607,6 +609,37 @@ def test_a_killed_training_goes_on(moment, whole, tmp_path):
     assert killed["sizes"] == whole["sizes"]
     np.testing.assert_allclose(killed["losses"], whole["losses"], rtol=1e-5)
     assert not (tmp_path / "backup").exists()
+
+
+# What earlier versions wrote for a layer of 32 inputs and 64 outputs.
+OLD_FACTORIZATION = {
+    "input_dim": 32, "output_dim": 64, "input_factors": [4, 8], "output_factors": [8, 8],
+    "rank": 1, "left_window": [], "right_window": [], "groups": 1, "gates": 0,
+}  # fmt: skip
+OLD_LAYER = {
+    "path": "dense", "type": "Dense", "full_parameters": 2112,
+    "factorizations": [OLD_FACTORIZATION], "rank": 2, "reason": "",
+    "errors": [[[4, 8], [8, 8], 1, 0.75], [[4, 8], [8, 8], 2, 0.5]], "scale": 1, "input_scale": 1,
+}  # fmt: skip
+OLD_JOURNAL = {
+    "plans": [{"other_parameters": 0, "layers": [OLD_LAYER]}],
+    "steps": [{"epoch": 1, "plans": 1, "stopped": False}],
+    "values": [[0, 0.25], [1, 0.125]],
+}
+
+
+def test_journals_of_earlier_versions_are_read(tmp_path):
+    (tmp_path / "bilinear_rewrite.json").write_text(json.dumps(OLD_JOURNAL))
+    with h5py.File(tmp_path / training.BACKUPS[0], "w"):
+        pass
+    history, values = Journal(tmp_path).read()
+    assert values == {0: 0.25, 1: 0.125}
+    assert (history.last_epoch, history.stopped) == (1, False)
+    layer = history.plan["dense"]
+    assert layer.factors == ((4, 8), (8, 8))
+    assert layer.error == 0.5
+    assert layer.parameters == 2 * (4 * 8 + 8 * 8) + 64
+    assert [len(part.plans) for part in history.shortened()] == [1, 0]
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras trains on one device there")
