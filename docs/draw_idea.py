@@ -1,4 +1,4 @@
-"""Draws the picture of the idea: `python docs/draw_idea.py` writes docs/idea.svg."""
+"""Draws a full and a bilinear projection: `python docs/draw_idea.py` writes docs/idea.svg."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 FILE = pathlib.Path(__file__).with_name("idea.svg")
-D, SIDE = 1024, 32  # width of the layer, and of the matrix that a vector becomes
+D, SIDE = 1024, 32  # width of the layer, and sides of the matrix that a vector is reshaped into
 SHADES = ("#cfdbe8", "#a9bfd6", "#86a5c5", "#648cb3")  # parts of a vector, rows of its matrix
 FULL, LEFT, RIGHT, INK, FAINT = "#b8bcc6", "#e08592", "#f2c879", "#23262f", "#6b707c"
 STYLE = {
@@ -22,7 +22,7 @@ MIDDLE = 3.05  # height of the centres
 
 
 def draw(file) -> None:
-    """Writes the picture; the same bytes each time."""
+    """Writes the picture to a file; the bytes are the same each time."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 4.4), facecolor="white")
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 17), ylim=(0, 6.233), aspect="equal")
@@ -79,7 +79,7 @@ def _vector(axes, x, name):
 
 
 def _matrix(axes, x, name, shape, size=1.15):
-    """The rows are the parts of the vector."""
+    """Draws a matrix whose rows have the shades of the parts of a vector."""
     height = size / len(SHADES)
     for row, shade in enumerate(SHADES):
         bottom = MIDDLE + size / 2 - (row + 1) * height

@@ -1,14 +1,16 @@
-"""A Griffe extension: examples of docstrings, `>>> ...`, are code, not quotations."""
+"""A Griffe extension that shows the examples of docstrings, `>>> ...`, as code."""
 
 import re
 
 import griffe
 
-# Lines that begin a statement, go on with it, or are what it prints.
+# A line that begins a statement, and the lines that continue it or that it prints.
 EXAMPLE = re.compile(r"^>>> .*\n(?:.+\n)*", re.MULTILINE)
 
 
 class ExamplesAsCode(griffe.Extension):
+    """Puts fences around the examples of every docstring."""
+
     def on_instance(self, *, obj, **kwargs):
         if obj.docstring:
             obj.docstring.value = fence(obj.docstring.value)
