@@ -12,16 +12,16 @@
 #
 # # An embedding of a billion rows
 #
-# "Not good" is two harmless words and one clear opinion. A network that takes the mean of its
-# words' vectors cannot see that, unless *pairs* of words have vectors too. But 20,000 words make
-# 400 million pairs, and 1.2 billion if pairs with one or two words in between count as well.
-# Usually pairs are hashed into a table that is far too small for them, and collide.
+# "Not good" is two harmless words and one clear opinion. A network that takes the mean of the
+# vectors of all words cannot see the opinion, unless *pairs* of words have vectors too. But 20,000
+# words make 400 million pairs, and 1.2 billion if pairs with one or two words in between count as
+# well. Usually pairs are hashed into a table that is far too small for them, and collide.
 #
-# `BilinearEmbedding` does not store its table. Row `i` is a sum of outer products of a row of one
-# small table and a row of another, chosen by the quotient and the remainder of `i`. With the
-# factors below that split has a meaning: the first table holds what a word brings to a pair as its
-# first word, the other what it brings as its second, and each of 1.2 billion pairs has a row that
-# it shares with no other.
+# `BilinearEmbedding` does not store its table. Row `i` is a sum of outer products. Each product
+# takes a row of a first small table and a row of a second small table, chosen by the quotient and
+# the remainder of `i`. With the factors below, this split has a meaning: the first table holds
+# what a word adds to a pair as its first word, and the second table what it adds as its second
+# word. Each of the 1.2 billion pairs has a row of its own.
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
@@ -102,7 +102,8 @@ print(f"its factors: {embedding.count_params():,}, {embedding.count_params() * 4
 # %% [markdown]
 # ## Training
 #
-# The optimizer, too, works on the factors only: Adam would need three times the table's memory.
+# The optimizer also works on the factors only. For a full table, Adam would need three times the
+# memory of the table.
 
 
 # %%
@@ -130,7 +131,7 @@ for name, model in networks.items():
     results[name] = model, train(model, *inputs[name])
 
 # %% [markdown]
-# ## What came out
+# ## Results
 
 # %%
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
@@ -138,8 +139,8 @@ print(f"the most memory that this whole process has used: {peak:.1f} GB")
 draw(results)
 
 # %% [markdown]
-# The table is there all the same, wherever one looks at it: this is what the network makes of a
-# pair that no review may have had. Its row is computed from two small ones.
+# Any row of the table can still be read. The network has a vector even for a pair that is in no
+# training review: the row is computed from rows of the two small tables.
 
 # %%
 unseen = np.setdiff1d(np.unique(x_test), np.unique(x_train))[:1]

@@ -12,12 +12,12 @@
 #
 # # From a callback to a phone
 #
-# `BilinearRewrite` is a Keras callback that makes a network bilinear while it is trained, inside
-# one `fit`. The network begins full, as you have written it; after the first epochs its layers
-# show how much rank each of them needs, and the rest of the training gets over the rewrite. What
-# comes out is written as a LiteRT (TensorFlow Lite) file with built-in operations only, as a phone
-# runs it, and tried out here. (Where the ranks are known already, begin bilinear: that takes less
-# time.)
+# `BilinearRewrite` is a Keras callback that makes a network bilinear while it trains, inside one
+# `fit`. The network begins full, as you have written it. After the first epochs, its layers show
+# which rank each of them needs. The rest of the training makes up for the accuracy that the
+# rewrite costs. Then the network is exported as a LiteRT (TensorFlow Lite) file, which a phone can
+# run, and the file is tried out here. (If you know the ranks already, begin with a bilinear
+# network: it takes less time.)
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
@@ -38,10 +38,10 @@ epochs, batch_size, width = (2, 32, 64) if QUICK else (8, 128, 1024)
 # %% [markdown]
 # ## One `fit`
 #
-# Two networks are trained, one of them with the callback: at the beginning of its second epoch it
-# keeps 5% of its parameters. The layers are fitted to a sample of the training examples; model and
-# optimizer stay the same objects, and what the optimizer knows of the layers that are left alone
-# stays as well.
+# Two networks are trained. The second network has the callback, which leaves it 5% of its
+# parameters at the beginning of the second epoch and fits the layers to a sample of the training
+# examples. The model and the optimizer stay the same objects. The optimizer keeps its statistics
+# of the layers that are left alone.
 
 
 # %%
@@ -94,11 +94,11 @@ plt.show()
 # %% [markdown]
 # ## LiteRT files
 #
-# Each network is written twice: with its weights in float32, and with `dynamic_int8`, where
-# weights are stored as integers of eight bits and inputs are rounded as they come. It leaves alone
-# what has fewer than 1,024 numbers, as small factors do. The report says how large the file is,
-# which operations it has, how long one example takes on this machine, and how far its outputs are
-# from those of the Keras model on the first of these images.
+# Each network is written twice: with weights in float32, and with `dynamic_int8`, which stores
+# weights as 8-bit integers and rounds the inputs of a layer as they come. `dynamic_int8` leaves
+# weights of fewer than 1,024 numbers, such as small factors, in float32. The report says how large
+# the file is, which operations it has, how long one example takes on this machine, and how far its
+# outputs are from the outputs of the Keras model on the first of these images.
 
 # %%
 reports = {}
@@ -112,9 +112,9 @@ for name, model in {"full": full, "bilinear": small}.items():
         print(reports[label])
 
 # %% [markdown]
-# ## Running them
+# ## Running the files
 #
-# This is what an app does: make an interpreter, put an image in, take the answer out.
+# An app does the same: it makes an interpreter, puts an image in and takes the answer out.
 
 
 # %%
@@ -136,7 +136,7 @@ accuracies = {
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(12, 3), sharey=True, layout="constrained")
-for one, title, form, values in zip(
+for panel, title, form, values in zip(
     axes,
     ("kB", "microseconds", "accuracy on the test set"),
     ("{:,.0f}", "{:.1f}", "{:.3f}"),
@@ -147,9 +147,9 @@ for one, title, form, values in zip(
     ),
     strict=True,
 ):
-    one.bar_label(one.barh(list(reports), values), fmt=form, padding=3)
-    one.set_title(title)
-    one.margins(x=0.2)
-    one.spines[:].set_visible(False)
+    panel.bar_label(panel.barh(list(reports), values), fmt=form, padding=3)
+    panel.set_title(title)
+    panel.margins(x=0.2)
+    panel.spines[:].set_visible(False)
 axes[0].invert_yaxis()
 plt.show()

@@ -12,15 +12,15 @@
 #
 # # CIFAR-10: bilinear convolutions
 #
-# A 3x3 convolution from 128 to 128 channels is a projection as well, of 9 x 128 numbers to 128,
-# and it is made at every pixel. `BilinearConv2D` splits the channels into two axes, 128 = 8 x 16,
-# and each of its two factors sees only one of them: it is two small convolutions, one after the
-# other. No patches of the image are formed, and every operation is a stock convolution or matrix
-# product.
+# A 3x3 convolution from 128 to 128 channels is a projection at every pixel, from 9 x 128 numbers
+# to 128 numbers. `BilinearConv2D` splits the channels into two axes, 128 = 8 x 16. Each of its two
+# factors is a small convolution over one of these axes, and they run one after the other. The
+# layer extracts no patches: every operation is a stock convolution or matrix product.
 #
-# The network is a small VGG: blocks of three 3x3 convolutions with 32, 64 and 128 filters, of
-# which the third halves the image, and a dense layer of 1,024 units. It is trained full, bilinear,
-# and full with so few filters that it is as small as the bilinear one.
+# The network is a small VGG: three blocks of three 3x3 convolutions with 32, 64 and 128 filters,
+# and a dense layer of 1,024 units. The last convolution of each block halves the image. Three
+# networks are trained: a full network, a bilinear network, and a full network with so few filters
+# that it is as small as the bilinear network.
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
@@ -62,8 +62,9 @@ for name, model in networks.items():
     print(f"{name}: {model.count_params():,} parameters")
 
 # %% [markdown]
-# `compare` shows where the parameters were: 2.1 of 2.6 million in the dense layer behind the
-# convolutions, of which the factors leave 13 thousand, and most of the others in the last block.
+# `compare` shows where the parameters are. In the full network, the dense layer behind the
+# convolutions has 2.1 of 2.6 million; its factors have 13 thousand. Most of the other parameters
+# are in the last block.
 
 # %%
 compare(networks["full"], networks["bilinear, rank 4"])
@@ -71,7 +72,7 @@ compare(networks["full"], networks["bilinear, rank 4"])
 # %% [markdown]
 # ## Training
 #
-# The same for all: Adam with the same learning rate, which falls to zero along a cosine.
+# All networks are trained with Adam at the same learning rate, which falls to zero along a cosine.
 
 
 # %%
@@ -98,11 +99,11 @@ for name, model in networks.items():
     results[name] = model, train(model)
 
 # %% [markdown]
-# ## What came out
+# ## Results
 #
-# Three epochs show which network learns fastest, not how far each gets. With twenty, look at the
-# gap between the accuracy on the training data, in the log above, and that on the test set, below:
-# a network with few parameters has less to learn by heart with.
+# Three epochs show which network learns fastest, not how accurate each network gets. After twenty
+# epochs, look at the gap between the accuracy on the training data, in the log above, and the
+# accuracy on the test set, below: a network with few parameters memorizes less.
 
 # %%
 draw(results)

@@ -12,13 +12,14 @@
 #
 # # Compress your own trained model
 #
-# You have a trained network and want a tenth of it. `rewrite_model` looks at each layer, finds out
-# how well a bilinear one of each rank stands for it, and shares out the budget such that the sum
-# of the squared errors is least. With inputs of the model at hand it also *fits* the layers to
-# them, one after the other: each answers to what it gets from the rewritten layers before it as
-# the full model would. How much that brings depends on the network: the last plot shows it.
+# You have a trained network and want to keep a tenth of its parameters. For each layer and each
+# rank, `rewrite_model` predicts the error of a bilinear layer. It shares out the budget so that
+# the sum of the squared errors is least. If you give it inputs of the model, it also *fits* the
+# layers to them, one after the other: each layer learns to give the outputs of the full model,
+# although its inputs come from the rewritten layers before it. The last plot shows what the fit
+# gains here; it depends on the network.
 #
-# Put your own model and data in the place of the ones below; nothing else changes.
+# Replace the model and the data below by your own; nothing else changes.
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
@@ -39,7 +40,7 @@ test_set = data.x_test, data.y_test
 # %% [markdown]
 # ## The trained model
 #
-# A network of dense layers, from stock Keras layers.
+# The model has stock dense layers.
 
 # %%
 width = 32 if QUICK else 256
@@ -74,9 +75,9 @@ train(trained, 1e-3, epochs=1 if QUICK else 6)
 # %% [markdown]
 # ## The plan
 #
-# A plan says what becomes of each layer, and why a layer is left alone. It can be edited
-# (`plan["hidden"].rank = 6`) and kept (`plan.to_json()`). Calibration data are a few hundred to a
-# few thousand *inputs*; labels are not needed.
+# A plan says what becomes of each layer, and why a layer is left alone. You can edit it
+# (`plan["hidden"].rank = 6`) and store it (`plan.to_json()`). Calibration data are a few hundred
+# to a few thousand *inputs*; labels are not needed.
 
 # %%
 inputs = data.x_train[:1024]
@@ -95,10 +96,11 @@ comparison
 comparison.plot()
 
 # %% [markdown]
-# ## How far can one go?
+# ## Smaller budgets
 #
-# For several budgets: the nearest sum of Kronecker products of each kernel, which knows no data;
-# the fit to the calibration data; and the fit after a little training at a low learning rate.
+# For several budgets, the plot shows three models. The first takes the sum of Kronecker products
+# that is nearest to each kernel, without data. The second is fitted to the calibration data. The
+# third is fitted and then trained a little at a low learning rate.
 
 # %%
 budgets = (0.2,) if QUICK else (0.2, 0.1, 0.05)
@@ -115,17 +117,17 @@ plt.figure(figsize=(7, 4))
 plt.axhline(accuracy(trained), color="gray", linestyle="dotted", label="the trained model")
 for name, values in curves.items():
     plt.plot([100 * budget for budget in budgets], values, marker="o", label=name)
-plt.xlabel("parameters that are kept, in percent")
+plt.xlabel("kept parameters, in percent")
 plt.ylabel("accuracy on the test set")
 plt.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# ## Take it along
+# ## Saving
 #
-# The small model is saved and loaded as any other; `import keras_bilinear` is all that loading
-# needs. Where even that is too much, `expand_model` turns it into stock Keras layers again, of
-# full size and with the same outputs.
+# The small model is saved and loaded like any Keras model, after `import keras_bilinear`. To load
+# it without this package, `expand_model` turns it into stock Keras layers, of full size and with
+# the same outputs.
 
 # %%
 small.save("small.keras")

@@ -12,14 +12,15 @@
 #
 # # Fashion-MNIST: a bilinear MLP
 #
-# A dense layer with 1,024 inputs and 1,024 outputs stores a million numbers. A bilinear one
+# A dense layer with 1,024 inputs and 1,024 outputs stores a million numbers. A bilinear layer
 # reshapes its input into a 32 x 32 matrix `X` and multiplies it from both sides, `Y = Lᵀ X R`. The
-# two factors are 32 x 32 as well: 2,048 numbers. One such product is a poor layer, as it can only
-# treat all rows alike and all columns alike. A sum of a few of them, the `rank`, is a good one.
+# two factors are 32 x 32 as well: 2,048 numbers. A single product makes a poor layer, as it treats
+# all rows alike and all columns alike. A sum of a few products makes a good layer; their number is
+# the `rank`.
 #
-# This notebook trains three networks in the same way: a full one, a bilinear one, and a full one
-# that is so narrow that it is as small. The last is the fair rival: a bilinear network is worth it
-# only if it beats the network that one gets by just using fewer units.
+# This notebook trains three networks in the same way: a full network, a bilinear network, and a
+# full network that is so narrow that it is as small as the bilinear network. The narrow network is
+# the fair rival: a bilinear network is worth it only if it beats a network with fewer units.
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
@@ -37,8 +38,8 @@ epochs, batch_size = (1 if QUICK else 12), 128
 # %% [markdown]
 # ## Three networks
 #
-# `BilinearDense` takes the arguments of `Dense`, and `rank`. The last layer has only ten outputs;
-# it is computed in float32, as the softmax of the loss needs that precision.
+# `BilinearDense` takes the arguments of `Dense`, and `rank`. The last layer computes in float32,
+# as the softmax of the loss needs that precision.
 
 
 # %%
@@ -65,10 +66,10 @@ for name, (model, _) in networks.items():
 # %% [markdown]
 # ## Training
 #
-# The bilinear network gets the optimizer and the learning rate of the full one. That works because
-# the factors start such that the kernel they stand for has the variance of a full one, and because
-# their gradients are scaled such that this kernel moves as fast as a full one would. The narrower
-# one gets the rate that was best for it on held-out images.
+# The bilinear network gets the optimizer and the learning rate of the full network. This works for
+# two reasons. The factors start so that their product has the variance of a full kernel. And their
+# gradients are scaled so that the product moves as fast as a full kernel. The narrower network
+# gets the learning rate that was best for it on held-out images.
 
 
 # %%
@@ -95,10 +96,10 @@ for name, (model, learning_rate) in networks.items():
     results[name] = model, train(model, learning_rate)
 
 # %% [markdown]
-# ## What came out
+# ## Results
 #
-# Of the two small networks, one has 51 units in each hidden layer, the other 1,024. That is what
-# the factors buy: the width of a large network at the size of a small one.
+# The narrower network has 51 units in each hidden layer. The bilinear network is as small and has
+# 1,024 units: the width of a large network.
 
 # %%
 draw(results)

@@ -12,15 +12,15 @@
 #
 # # IMDB reviews: bilinear embedding, GRU and LSTM
 #
-# In a network that reads text the embedding table is the largest part: 20,000 words of 128 numbers
-# are 2.6 million parameters. `BilinearEmbedding` stores two small tables instead. A word takes a
-# row from each, and its vector is the outer product of both (a sum of `rank` such products). Rows
-# are shared, but no two words share both. Or, with factors of other shapes, one table has a number
-# of its own for each word, and the other a row that all words share.
+# In a network that reads text, the embedding table is the largest part: 20,000 words of 128
+# numbers are 2.6 million parameters. `BilinearEmbedding` stores two small tables instead. A word
+# takes a row from each table, and its vector is the outer product of both rows, or a sum of `rank`
+# products. Words share rows, but no two words share both rows. With factors of other shapes, the
+# first table has a number for each word, and the second table has a single row for all words.
 #
 # The recurrent layers are bilinear as well: each gate of `BilinearGRU` and `BilinearLSTM` has
-# factors of its own for the input and for the state. On a GPU the kernels are formed once for each
-# call, such that cuDNN does the work; gradients reach the factors.
+# factors for the input and for the state. On a GPU, each call forms the kernels once and then runs
+# cuDNN; gradients reach the factors.
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
@@ -39,8 +39,8 @@ epochs, batch_size = (1 if QUICK else 3), 128
 # %% [markdown]
 # ## Four networks
 #
-# A review is a row of 200 numbers of words; 0 is padding, which the mask skips. The GRU gets a
-# table of words that share rows, the LSTM one with a single number for each word.
+# A review is a row of 200 word ids; 0 is padding, which the mask skips. The bilinear GRU gets a
+# table in which words share rows. The bilinear LSTM gets a table with a number for each word.
 
 
 # %%
@@ -103,12 +103,12 @@ for name, model in networks.items():
     results[name] = model, train(model)
 
 # %% [markdown]
-# ## What came out
+# ## Results
 #
-# Watch the accuracy on the test set from epoch to epoch. A full table has a row for each rare word
-# and learns by heart in which training reviews it stood; words that share their factors cannot be
-# learned by heart one by one. A number for each word is between both: it can tell how much a word
-# speaks for a film or against it, and not much more.
+# Watch the accuracy on the test set from epoch to epoch. A full table has a row for each rare
+# word, so it can memorize the training reviews in which the word occurs. A table with shared rows
+# cannot memorize a single word. A table with a number for each word is in between: the number can
+# say how much the word speaks for or against a film, and little more.
 
 # %%
 draw(results)

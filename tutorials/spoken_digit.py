@@ -12,12 +12,12 @@
 #
 # # Spoken digits: a bilinear GRU
 #
-# A small network that listens for a few words is what runs on a watch or a headset all day. Here
-# it is a GRU of 256 units over a second of sound, full, bilinear, and full with so few units that
-# it is as small.
+# A watch or a headset runs a small network all day, which listens for a few words. Here it is a
+# GRU over a second of sound. Three networks are trained: a full GRU of 256 units, a bilinear GRU
+# of 256 units, and a full GRU with so few units that it is as small as the bilinear GRU.
 #
-# The recordings are split by take: of each speaker and digit the takes 0 to 4 are the test set,
-# the others are for training.
+# The recordings are split by take: takes 0 to 4 of each speaker and digit are the test set, and
+# the other takes are the training set.
 
 # %% tags=["skip-execution"]
 # %pip install -q "keras-bilinear[tutorials]"
@@ -37,8 +37,8 @@ epochs, batch_size = (2 if QUICK else 30), 32
 # %% [markdown]
 # ## From sound to frames
 #
-# The network does not get the wave but its loudness in 40 bands of pitch, every 16 milliseconds: a
-# log-mel spectrogram. The bands are narrow where the ear hears differences well.
+# The input of the network is a log-mel spectrogram: the loudness of the sound in 40 bands of
+# pitch, every 16 milliseconds. The bands are narrow where the ear hears small differences.
 
 # %%
 spectrogram = keras.layers.MelSpectrogram(
@@ -95,10 +95,11 @@ for name, model in networks.items():
 # %% [markdown]
 # ## Training
 #
-# The memory of a GRU is its state. The narrower network is small because it remembers few numbers;
-# the bilinear one remembers 256 and saves in how they are mixed. Each trains at the learning rate
-# that was best for it, or for one of nearly its size, on held-out recordings. Gradients are
-# clipped, as high rates make recurrent networks leap now and then.
+# The memory of a GRU is its state. The narrower network is small because its state has few
+# numbers. The bilinear network has a state of 256 numbers and saves parameters in the kernels.
+# Each network trains at the learning rate that was best on held-out recordings, for the network
+# itself or for a network of nearly its size. Gradients are clipped, as at high learning rates the
+# loss of a recurrent network sometimes leaps.
 
 # %%
 learning_rates = {"full": 0.002, "bilinear, rank 2": 0.002, "narrower full": 0.008}
@@ -129,7 +130,7 @@ for name, model in networks.items():
     results[name] = model, train(model, learning_rates[name])
 
 # %% [markdown]
-# ## What came out
+# ## Results
 
 # %%
 draw(results)
