@@ -236,7 +236,7 @@ class PatchConv2D(keras.Layer):
         self.bias = self.add_weight(shape=(self.filters,), initializer="zeros")
 
     def call(self, inputs):
-        sizes: Any = ops.shape(inputs)[:-1]  # pyright: ignore[reportOptionalSubscript]  # a tuple
+        sizes: Any = ops.shape(inputs)[:-1]
         axes: Any = ((3,), (0,))
         x = ops.image.extract_patches(inputs, self.window, strides=1, padding="same")
         x = ops.reshape(x, (*sizes, *self.rows))

@@ -70,7 +70,7 @@ class Steps:
         return tf.function(forward, **function), tf.function(step, **function)
 
     def _jax(self):
-        import jax  # pyright: ignore[reportMissingImports]  # an optional backend
+        import jax
 
         layer, optimizer = self.layer, self.optimizer
 
@@ -108,7 +108,7 @@ class Steps:
         return lambda: forward(weights, self.inputs).block_until_ready(), step
 
     def _torch(self):
-        import torch  # pyright: ignore[reportMissingImports]  # an optional backend
+        import torch
 
         if self.differentiate_inputs:
             self.inputs = self.inputs.clone().requires_grad_()

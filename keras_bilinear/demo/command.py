@@ -278,7 +278,7 @@ def train(
         epochs=epochs,
         validation_data=(dataset.x_test, dataset.y_test),
         callbacks=[progress],
-        verbose=0,  # pyright: ignore[reportArgumentType]  # Keras infers `str` from its default
+        verbose=0,
     )
     return history.history["val_accuracy"]
 

@@ -71,7 +71,7 @@ def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
 
         wait = tf.test.experimental.sync_devices
     else:
-        import torch  # pyright: ignore[reportMissingImports]  # an optional backend
+        import torch
 
         wait = torch.cuda.synchronize
 
@@ -90,7 +90,7 @@ def _tensorflow(model, inputs):
 
 
 def _jax(model, inputs):
-    import jax  # pyright: ignore[reportMissingImports]  # an optional backend
+    import jax
 
     def call(weights, others, x):
         return model.stateless_call(weights, others, x)[0]
@@ -104,7 +104,7 @@ def _jax(model, inputs):
 
 
 def _torch(model, inputs):
-    import torch  # pyright: ignore[reportMissingImports]  # an optional backend
+    import torch
 
     def forward():
         with torch.no_grad():
