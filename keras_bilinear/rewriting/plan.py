@@ -101,18 +101,7 @@ class LayerPlan:
             raise ValueError(f"`factors` must be two pairs. Received: factors={factors!r}")
         return [
             dataclasses.replace(kernel, input_factors=inputs, output_factors=outputs),
-            *(
-                # A recurrent kernel gets the layer's own outputs.
-                dataclasses.replace(
-                    other,
-                    input_factors=recurrent_input_factors(other.output_dim, outputs),
-                    output_factors=outputs,
-                )
-                if not other.share_right
-                # The projection back to the vocabulary goes from outputs to inputs.
-                else dataclasses.replace(other, input_factors=outputs, output_factors=inputs)
-                for other in others
-            ),
+            *(_alongside(other, kernel, inputs, outputs) for other in others),
         ]
 
     def _cannot_be_rewritten(self, name, value):
@@ -299,3 +288,17 @@ def _layer_plan(content):
         for inputs, outputs, rank, error in content["errors"]
     }
     return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
+
+
+def _alongside(other, first, inputs, outputs):
+    """The factorization of a further kernel of a layer whose first kernel has these factors."""
+    sizes, first_sizes = ((kernel.input_dim, kernel.output_dim) for kernel in (other, first))
+    if not other.share_right and sizes == (first.output_dim, first.output_dim):
+        # A recurrent kernel gets the layer's own outputs.
+        inputs = recurrent_input_factors(first.output_dim, outputs)
+    elif sizes == first_sizes[::-1] and other == first.transposed != first:
+        # The projection back to the vocabulary goes from outputs to inputs.
+        inputs, outputs = outputs, inputs
+    elif sizes != first_sizes:
+        return other
+    return dataclasses.replace(other, input_factors=inputs, output_factors=outputs)
