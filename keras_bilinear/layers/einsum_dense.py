@@ -41,7 +41,7 @@ class _Axes:
                 f"inputs only or one of the outputs only. Received: equation={equation!r}"
             )
 
-    def sizes(self, labels, kernel_shape):
+    def sizes(self, labels: Sequence[str], kernel_shape: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(kernel_shape[self.kernel.index(label)] for label in labels)
 
     def as_rows(self, x):
@@ -84,6 +84,11 @@ class _Axes:
         """A label for each axis of a shape: numbers for those of the ellipsis."""
         more = [str(i) for i in range(len(shape) - len(labels))]
         return [*(more if self.before else ()), *labels, *(more if self.after else ())]
+
+
+def _as_factors(sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Two axes, such as heads and their width, as the factors of their product."""
+    return sizes if len(sizes) == 2 and min(sizes) > 1 else None
 
 
 class EinsumDenseConverter(Converter):
@@ -246,22 +251,21 @@ class BilinearEinsumDense(BilinearLayer):
 
     def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
         kernel_shape, *_ = self._shapes(input_shape)
-        sizes = [
+        inputs, outputs = (
             self._axes.sizes(labels, kernel_shape)
             for labels in (self._axes.contracted, self._axes.produced)
-        ]
-        if None in sizes[0]:
+        )
+        if None in inputs:
             raise ValueError(
                 "The axes that the kernel of `BilinearEinsumDense` takes from the inputs must be "
                 f"known. Received: input_shape={input_shape}, equation={self.equation!r}"
             )
-        input_factors, output_factors = (
-            given or (natural if len(natural) == 2 and min(natural) > 1 else None)
-            for given, natural in zip((self.input_factors, self.output_factors), sizes, strict=True)
-        )
         return {
             "kernel": self.factorization_of(
-                *map(math.prod, sizes), input_factors=input_factors, output_factors=output_factors
+                math.prod(inputs),
+                math.prod(outputs),
+                input_factors=self.input_factors or _as_factors(inputs),
+                output_factors=self.output_factors or _as_factors(outputs),
             )
         }
 
