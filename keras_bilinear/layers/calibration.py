@@ -1,6 +1,7 @@
-"""What a full layer sees of calibration data, as far as the fit of its kernels needs it."""
+"""Statistics of what a full layer sees of calibration data, for the fit of its kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ from keras import ops
 
 from keras_bilinear.data import batches
 from keras_bilinear.keras_private.capture import record
+from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.fit import fit_errors
 from keras_bilinear.layers.converter import Converter, converter_of
 
@@ -30,13 +32,13 @@ class Calibration:
             for name, blocks in converter.kernels(layer).items()
         }
 
-    def add(self, inputs, full_inputs=None, **options) -> None:
+    def add(self, inputs: Any, full_inputs: Any = None, **options: Any) -> None:
         """Adds the inputs of one call.
 
         Args:
-            inputs: what the bilinear layer is going to see.
-            full_inputs: what the full layer sees in the full model; `None` for
-                the same.
+            inputs: inputs that the bilinear layer is going to see.
+            full_inputs: inputs that the full layer sees in the full model; `None` for
+                the same inputs.
             **options: other arguments of the call, such as `mask`.
 
         Raises:
@@ -46,8 +48,8 @@ class Calibration:
         examples = self._examples(inputs, options)
         full = examples if full_inputs is None else self._examples(full_inputs, options)
         for name, blocks in self.statistics.items():
-            for one, rows, full_rows in zip(blocks, examples[name], full[name], strict=True):
-                one.add(rows, full_rows)
+            for block, rows, full_rows in zip(blocks, examples[name], full[name], strict=True):
+                block.add(rows, full_rows)
 
     def _examples(self, inputs, options):
         inputs = np.asarray(ops.convert_to_numpy(inputs))
@@ -62,15 +64,20 @@ class Calibration:
 
     def has_examples(self) -> bool:
         """Whether each kernel has seen something."""
-        return all(one.count for blocks in self.statistics.values() for one in blocks)
+        return all(block.count for blocks in self.statistics.values() for block in blocks)
 
-    def errors(self, factorizations, ranks, sweeps: int = 5) -> dict[int, float]:
-        """The errors of the fit at some ranks: root mean square over the kernels, relative.
+    def errors(
+        self, factorizations: Iterable[Factorization], ranks: Sequence[int], sweeps: int = 5
+    ) -> dict[int, float]:
+        """The relative error of the fit at some ranks: root mean square over the kernels.
 
         Args:
-            factorizations: of the kernels, in their order.
+            factorizations: factorizations of the kernels, in their order.
             ranks: numbers of Kronecker terms.
-            sweeps: see `keras_bilinear.kronecker.fit.fit_kronecker_sum`.
+            sweeps: the largest number of times that a fit solves for both factors.
+
+        Returns:
+            The error by the rank: 0 is exact, 1 is as bad as the mean output.
         """
         found = []
         for factorization, blocks in zip(factorizations, self.statistics.values(), strict=True):
@@ -89,31 +96,35 @@ class Calibration:
             ValueError: if there are none.
         """
         for name, blocks in self.statistics.items():
-            for one in blocks:
-                if not one.count:
+            for block in blocks:
+                if not block.count:
                     raise ValueError(
                         "`calibration_data` must have at least one example. Received: none that "
                         f"reaches {name!r} of the layer {self.layer.name!r}"
                     )
-                if one.count < len(one.kernel):
+                if block.count < len(block.kernel):
                     logging.warning(
                         "%d calibration examples for the %d inputs of %r of the layer %r: "
                         "the fit keeps near its kernel.",
-                        one.count,
-                        len(one.kernel),
+                        block.count,
+                        len(block.kernel),
                         name,
                         self.layer.name,
                     )
                     break
 
 
-def calibrate(converter: Converter, layer: keras.Layer, data) -> Calibration | None:
-    """The calibration of one layer by data of its own; `None` if that is `None`.
+def calibrate(converter: Converter, layer: keras.Layer, data: Any) -> Calibration | None:
+    """The calibration of a single layer.
 
     Args:
         converter: the converter of the layer.
         layer: the built full layer.
-        data: inputs of the layer: an array, or an iterable of arrays.
+        data: inputs of the layer: an array, or an iterable of arrays. `None` gives `None`.
+
+    Raises:
+        TypeError: if the data are neither an array nor iterable.
+        ValueError: if there are no data, or if the layer cannot take them.
     """
     if data is None:
         return None
@@ -138,7 +149,7 @@ def calibrations_of(layers: Mapping[str, keras.Layer]) -> dict[str, Calibration]
     }
 
 
-def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch) -> dict[str, list]:
+def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch: Any) -> dict[str, list]:
     """Runs a model on a batch and notes what some of its layers are called with.
 
     Args:
@@ -157,5 +168,5 @@ def _inputs_and_options(inputs, arguments, outputs):
     del outputs
     names = ("mask", "initial_state")
     options = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    # Of an embedding, which Keras calls with keywords only, but for the inputs.
+    # Keras calls an embedding with keywords for all arguments but the inputs.
     return inputs, {**options, "reverse": arguments.get("reverse", False)}

@@ -1,11 +1,11 @@
-"""What Adam and its kin are to know of factors that it meets in the middle of a training.
+"""What Adam starts with for factors that replace a kernel in the middle of a training.
 
-Adam keeps means of the gradients and of their squares. They begin at zero, and are
-divided by what is missing from them after as many iterations as the optimizer has done.
-For variables that come late nothing seems to be missing: the mean of the squares is far
-too small and the steps are several times too large, for hundreds of steps, which ruins a
-network that was rewritten well. So the squares of new factors begin with an estimate from
-what is known of the kernel, or of the factors, in whose place they are.
+Adam keeps means of the gradients and of their squares. Both begin at zero, and Adam corrects
+them by the number of its iterations. After many iterations the correction is nothing, so for
+a new variable the mean of the squares is far too small. The steps are then several times too
+large, for hundreds of steps, and ruin a network that was rewritten well. So the mean squares
+of new factors begin with an estimate, made from the mean squares of the kernel, or of the
+factors, that they replace.
 """
 
 import keras
@@ -13,7 +13,8 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear.kronecker.nearest import arrange
-from keras_bilinear.layers.converter import full_converter, is_bilinear
+from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
+from keras_bilinear.layers.kernel import KroneckerKernel
 from keras_bilinear.rewriting.sites import walk
 
 # A rewritten network has larger gradients at first, and too much costs less than too little:
@@ -22,46 +23,46 @@ CAUTION = 4.0
 
 
 def of_kernels(model: keras.Model, moments: dict) -> dict:
-    """What an optimizer knows of layers that have, or may get, factors: kernels and biases.
+    """The moments of kernels and biases of all layers that have, or may get, factors.
 
     Args:
         model: the model.
-        moments: by ids of variables the means of their gradients and of the squares.
+        moments: the means of the gradients and of their squares, by ids of variables.
 
     Returns:
-        `{(path of the layer, name of the kernel or bias): (mean, squares)}`, in the shapes
-        that factorizations of the kernels have. For factors, squares are as if each were the
-        product of one number of a left and one of a right factor, and the mean is `None`.
+        `{(path of the layer, name of the kernel or "bias"): (mean, squares)}`. A kernel has
+        the shape `Factorization.full_shape`. Where the layer has factors already, the
+        squares are an estimate, products of those of the left and of the right factor, and
+        the mean is `None`.
     """
     found = {}
     for path, layer, holder in _layers(model):
         if is_bilinear(layer):
             for name, kernel in layer.kernels.items():
                 if id(kernel.left) in moments and id(kernel.right) in moments:
-                    squares = (moments[id(one)][1] for one in (kernel.left, kernel.right))
+                    squares = (moments[id(factor)][1] for factor in (kernel.left, kernel.right))
                     found[path, name] = None, _squares_of_kernel(kernel, *squares)
-        elif converter := full_converter(type(layer)):
+        else:
+            converter = converter_of(layer)
             for name in converter.kernel_names:
                 if (key := id(getattr(holder, name, None))) in moments:
                     found[path, name] = tuple(
                         converter.to_matrix(layer, values) for values in moments[key]
                     )
-        else:
-            continue
         if (key := id(getattr(holder, "bias", None))) in moments:
             found[path, "bias"] = moments[key]
     return found
 
 
 def of_factors(model: keras.Model, known: dict) -> dict:
-    """Mean squares of the gradients of factors and of the biases with them.
+    """The mean squares that the factors and biases of a rewritten model begin with.
 
     Args:
-        model: the model, with the factors.
-        known: what `of_kernels` found before it had them.
+        model: the model, with factors.
+        known: what `of_kernels` found before the rewrite.
 
     Returns:
-        The squares by the ids of the variables.
+        The mean squares by the ids of the variables.
     """
     found = {}
     for path, layer, holder in _layers(model):
@@ -77,20 +78,21 @@ def of_factors(model: keras.Model, known: dict) -> dict:
 
 
 def _layers(model):
-    """Paths, layers, and what has their weights: of recurrent layers the cells."""
+    """Path, layer, and the layer or cell that has its weights, of all layers with kernels."""
     for site in walk(model):
-        yield site.path, site.layer, getattr(site.layer, "cell", site.layer)
+        if is_bilinear(site.layer) or full_converter(type(site.layer)):
+            yield site.path, site.layer, converter_of(site.layer).holder(site.layer)
 
 
 def _squares_of_kernel(kernel, left, right):
     """Mean squares of the gradients of a kernel from those of its factors."""
-    axis = 0 if kernel.factorization.share_right else 1  # that of the terms
+    axis = 0 if kernel.factorization.share_right else 1  # of the terms
     left, right = left.sum(axis, keepdims=True), right.sum(axis, keepdims=True)
     size = 1.0
     for squares, factor in ((left, kernel.left), (right, kernel.right)):
         factor = np.square(_stored(factor)).sum(axis, keepdims=True)
         size = size * (squares * factor).sum(tuple(range(axis, factor.ndim)), keepdims=True)
-    # The sums of what they give for the factors are those that the factors have.
+    # The chain rule leads from these squares back to the sums that the factors have.
     scale = np.divide(1, np.sqrt(size), out=np.zeros_like(size), where=size > 0)
     return ops.convert_to_numpy(kernel.full(left * scale, right))
 
@@ -98,9 +100,9 @@ def _squares_of_kernel(kernel, left, right):
 def _squares_of_factors(kernel, mean, squares):
     """Mean squares of the gradients of the stored factors of a kernel, left and right.
 
-    They would follow from those of the kernel if its numbers had independent gradients. As
-    they have not, the sums are corrected by the means, which the chain rule gives exactly:
-    sums of squares keep their ratio to the squares of the means.
+    They would follow from the squares of the kernel if its numbers had independent gradients.
+    These are not independent. So the sums are corrected by the means, which the chain rule
+    gives exactly: sums of squares keep their ratio to the squares of the means.
     """
     factors = [_stored(factor) for factor in (kernel.left, kernel.right)]
     found = pull_back(kernel, squares, *map(np.square, factors))
@@ -108,8 +110,10 @@ def _squares_of_factors(kernel, mean, squares):
         return found
     ratio = float(squares.sum()) / energy
     return tuple(
-        one * (ratio * _energy(its_mean) / total) if (total := float(one.sum())) else one
-        for one, its_mean in zip(found, pull_back(kernel, mean, *factors), strict=True)
+        its_squares * (ratio * _energy(its_mean) / total)
+        if (total := float(its_squares.sum()))
+        else its_squares
+        for its_squares, its_mean in zip(found, pull_back(kernel, mean, *factors), strict=True)
     )
 
 
@@ -117,30 +121,33 @@ def _energy(values):
     return float(np.square(values).sum())
 
 
-def pull_back(kernel, values, left, right):
-    """Gradients of factors from one of their kernel: the chain rule, without the gain.
+def pull_back(
+    kernel: KroneckerKernel, values: np.ndarray, left: np.ndarray, right: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of both factors from the gradient of their kernel, without the gain.
 
     Args:
-        kernel: a `KroneckerKernel`, of which only the shapes matter.
-        values: gradient of the kernel, of `factorization.full_shape`.
-        left, right: the factors.
+        kernel: a `KroneckerKernel`; only its shapes matter.
+        values: gradient of the kernel, of shape `factorization.full_shape`.
+        left: the left factor.
+        right: the right factor.
 
     Returns:
         The gradients of `left` and of `right`.
     """
-    plan = kernel.factorization
-    count, rank = plan.blocks, plan.rank
+    factorization = kernel.factorization
+    count, rank = factorization.blocks, factorization.rank
     blocks = np.split(values.reshape(-1, values.shape[-1]), count, axis=1)
-    blocks = np.stack([arrange(block, plan.block) for block in blocks])
+    blocks = np.stack([arrange(block, factorization.block) for block in blocks])
     _, a, b, u, v = blocks.shape
-    if plan.share_right:
+    if factorization.share_right:
         lefts = left.reshape(rank, a, count, u).transpose(2, 0, 1, 3)
         rights = np.broadcast_to(right.reshape(rank, b, v), (count, rank, b, v))
     else:
         lefts, rights = left.reshape(count, rank, a, u), right.reshape(count, rank, b, v)
     of_lefts = np.einsum("gabuv,grbv->grau", blocks, rights, optimize=True)
     of_rights = np.einsum("gabuv,grau->grbv", blocks, lefts, optimize=True)
-    if plan.share_right:
+    if factorization.share_right:
         of_lefts, of_rights = of_lefts.transpose(1, 2, 0, 3), of_rights.sum(0)
     return of_lefts.reshape(left.shape), of_rights.reshape(right.shape)
 

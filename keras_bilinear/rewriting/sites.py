@@ -1,4 +1,4 @@
-"""Where a model has layers that bilinear ones can stand for."""
+"""The layers of a model: where they are, and which of them can become bilinear."""
 
 import collections
 import dataclasses
@@ -24,10 +24,10 @@ class Site:
     """One layer of a model.
 
     Attributes:
-        path: names of the layers that hold it and its own, joined by `/`.
+        path: names of the layers that hold the layer, and its own name, joined by `/`.
         layer: the layer.
-        owners: the layers that hold it, from the model on, and for each of them
-            the number that the next one has among its sublayers.
+        owners: pairs `(owner, index)` from the model to the layer: each owner holds
+            the next owner, or the layer, as its sublayer of that index.
     """
 
     path: str
@@ -36,10 +36,10 @@ class Site:
 
 
 def check_built(model: keras.Model) -> None:
-    """Checks that a model is one, and built.
+    """Checks that `model` is a built Keras model.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it is not.
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
@@ -48,10 +48,10 @@ def check_built(model: keras.Model) -> None:
 
 
 def walk(model: keras.Model, weightless: bool = False) -> Iterator[Site]:
-    """Every layer with weights that holds no others, once, in the order of the model.
+    """Every layer with weights that holds no other layers, once, in the order of the model.
 
-    A layer that has a bilinear counterpart, or is one, counts as one that holds
-    no others.
+    A bilinear layer, and a full layer that a bilinear layer can stand for, comes as a whole:
+    the layers in it, such as cells, do not come.
 
     Args:
         model: the model, or a layer that holds others.
@@ -79,7 +79,7 @@ def walk(model: keras.Model, weightless: bool = False) -> Iterator[Site]:
     return visit(model, "", ())
 
 
-def is_leaf(layer):
+def is_leaf(layer: keras.Layer) -> bool:
     """Whether a layer is rewritten, expanded or left alone as a whole."""
     if full_converter(type(layer)) or is_bilinear(layer):
         return True

@@ -51,10 +51,10 @@ class Hidden:
     """A hidden layer of a graph.
 
     Attributes:
-        consumers: names of the layers that get its outputs, and how many positions
-            of them a `Flatten` layer makes to one.
-        normalizations: names of the layers with a weight for each of its units.
-        visible: whether something else gets its outputs as well.
+        consumers: names of the layers that get the outputs, and how many positions a
+            `Flatten` layer before each makes to one.
+        normalizations: names of the layers with a weight for each unit of the layer.
+        visible: whether anything else gets the outputs as well.
     """
 
     consumers: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -99,7 +99,9 @@ def hidden_layers(model: keras.Model) -> dict[str, Hidden]:
     for operation in output_operations(model):
         if id(operation) in source:
             found[source[id(operation)][0]].visible = True
-    return {name: one for name, one in found.items() if one.consumers and not one.visible}
+    return {
+        name: hidden for name, hidden in found.items() if hidden.consumers and not hidden.visible
+    }
 
 
 def _can_be_wider(operation):
@@ -120,14 +122,14 @@ def _has_copies(layer):
 
 
 def _is_elementwise(function):
-    """Whether copies of a number all become the same, which knows nothing of the others."""
+    """Whether a function of many numbers treats each number alone."""
     if function is None:
         return True
     x = np.array([[0.3, -1.2, 2.0], [1.1, 0.0, -0.4]], "float32")
     try:
         y, copies = (
-            ops.convert_to_numpy(function(ops.convert_to_tensor(one)))
-            for one in (x, np.repeat(x, 2, axis=1))
+            ops.convert_to_numpy(function(ops.convert_to_tensor(values)))
+            for values in (x, np.repeat(x, 2, axis=1))
         )
     except Exception:  # whatever a function says of inputs that it was not made for
         return False
@@ -155,8 +157,8 @@ def widen(
 
     Args:
         model: a Sequential or Functional model. It is left untouched.
-        scales: for the names of layers `(input scale, output scale)`: what both
-            factors of their inputs and of their outputs are multiplied by.
+        scales: `(input scale, output scale)` by the names of layers: both input factors
+            are multiplied by the first, both output factors by the second.
         hidden: `hidden_layers` of the full model.
 
     Returns:
@@ -164,9 +166,9 @@ def widen(
     """
     producers = {
         follower: name
-        for name, one in hidden.items()
+        for name, layer in hidden.items()
         if scales.get(name, (1, 1))[1] > 1
-        for follower in one.normalizations
+        for follower in layer.normalizations
     }
 
     def clone(layer):
@@ -196,7 +198,7 @@ def widen(
 
 
 def give_weights(layer: keras.Layer, weights: list) -> None:
-    """Sets all weights of a layer, and what one that was adapted to data makes of them."""
+    """Sets all weights of a layer, and what an adapted layer derives from its weights."""
     layer.set_weights(weights)
     if hasattr(layer, "finalize_state"):
         layer.finalize_state()
@@ -211,8 +213,8 @@ def _wide_arguments(config, width, input_scale, output_scale):
 
 
 def _cell(layer):
-    """What has the factors: of a recurrent layer its cell."""
-    return getattr(layer, "cell", layer)
+    """The layer or cell that has the factors and the bias."""
+    return converter_of(layer).holder(layer)
 
 
 def _widen_layer(narrow, wide, input_scale, output_scale, rng):
@@ -221,7 +223,9 @@ def _widen_layer(narrow, wide, input_scale, output_scale, rng):
         # The recurrent kernel gets the layer's own outputs.
         parts = output_scale if index else input_scale
         factors = (_shares(factor, parts, rng) for factor in kernel.read_factors())
-        wide_kernel.assign_factors(*(np.repeat(one, output_scale, axis=-1) for one in factors))
+        wide_kernel.assign_factors(
+            *(np.repeat(factor, output_scale, axis=-1) for factor in factors)
+        )
     narrow, wide = _cell(narrow), _cell(wide)
     if getattr(narrow, "bias", None) is not None:
         bias = ops.convert_to_numpy(narrow.bias)
