@@ -1,4 +1,6 @@
 import collections
+import functools
+import gc
 import os
 import zlib
 
@@ -9,11 +11,15 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # the more so where other suites run beside this one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 
 import hypothesis
 import keras
 import pytest
 from run_command import run_command
+
+from keras_bilinear.litert import export
 
 pytest.register_assert_rewrite("layer_checks")
 
@@ -55,6 +61,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in dealt]
 
 
+def pytest_collection_finish(session):
+    # The backends' modules hold millions of objects, which live as long as the process does.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 50)
+
+
 def pytest_configure(config):
     # Keras' own tensors, thousands of times.
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation doesn't accept")
@@ -63,6 +76,13 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    """Lets LiteRT files that are exported run as often as they must, not for half a second."""
+    brief = functools.partial(export.run_litert, seconds=0.0)
+    monkeypatch.setattr(export, "run_litert", brief)
 
 
 @pytest.fixture
