@@ -84,6 +84,7 @@ def test_every_kind_of_model_is_rewritten_in_place(make, tmp_path):
     actual = [ops.convert_to_numpy(y) for y in tree.flatten(loaded(x, training=False))]
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    loaded.run_eagerly = eager
     loaded.fit(x, targets(model, x), verbose=0)
 
 
