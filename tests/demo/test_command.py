@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import signal
@@ -36,20 +38,28 @@ def run_file(path, examples):
     return run_litert(path, {"input_1": examples[:, None]}).outputs.values()
 
 
-def test_the_files_are_what_the_table_says(tmp_path, capsys):
-    results = run(tmp_path, "--rank=2")
-    assert {path.name for path in tmp_path.iterdir()} == FILES
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    output = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """The folder that a run wrote into, its results as JSON, and what it printed."""
+    folder = tmp_path_factory.mktemp("first")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = run(folder, "--rank=2", "--seed=3")
+    return folder, results, printed.getvalue()
+
+
+def test_the_files_are_what_the_table_says(first_run):
+    folder, results, output = first_run
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     dataset = datasets.load("digits").head(command.QUICK_EXAMPLES)
     for name in ("full", "bilinear"):
         result = results[name]
-        model = keras.models.load_model(tmp_path / f"{name}.keras")
-        litert_file = tmp_path / f"{name}.tflite"
+        model = keras.models.load_model(folder / f"{name}.keras")
+        litert_file = folder / f"{name}.tflite"
         (outputs,) = run_file(litert_file, dataset.x_test[:8])
         assert result["parameters"] == model.count_params()
         assert result["macs"] == count_macs(model)
-        assert result["keras_bytes"] == os.path.getsize(tmp_path / f"{name}.keras")
+        assert result["keras_bytes"] == os.path.getsize(folder / f"{name}.keras")
         assert result["litert_bytes"] == os.path.getsize(litert_file)
         expected = model.predict(dataset.x_test[:8], verbose=0)
         np.testing.assert_allclose(outputs[:, 0], expected, atol=1e-4)
@@ -64,15 +74,13 @@ def test_the_files_are_what_the_table_says(tmp_path, capsys):
     assert results["settings"]["rank"] == 2
 
 
-def test_same_seed_same_accuracy(tmp_path, monkeypatch):
+def test_same_seed_same_accuracy(first_run, tmp_path, monkeypatch):
     report = LiteRTReport("", 1, {}, 1, 1, None, 1.0, 0.0, 1.0)
     monkeypatch.setattr(command, "write", lambda *_: (1, report))
+    again, other = (run(tmp_path, "--rank=2", f"--seed={seed}") for seed in (3, 4))
     first, again, other = (
-        [
-            run(tmp_path, f"--seed={seed}")[name]["accuracy_by_epoch"]
-            for name in ("full", "bilinear")
-        ]
-        for seed in (3, 3, 4)
+        [results[name]["accuracy_by_epoch"] for name in ("full", "bilinear")]
+        for results in (first_run[1], again, other)
     )
     assert first == again != other
 

@@ -12,6 +12,8 @@ if keras.config.backend() != "tensorflow":
     pytest.skip("the tutorials are written for this backend", allow_module_level=True)
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
+jupyter_client = pytest.importorskip("jupyter_client")
+nbformat = pytest.importorskip("nbformat")
 tf = pytest.importorskip("tensorflow")
 for package in ("ipykernel", "matplotlib", "sklearn", "tensorflow_datasets"):
     pytest.importorskip(package)
@@ -49,15 +51,37 @@ def test_notebook_opens_in_colab(source):
     assert second.source == '%pip install -q "keras-bilinear[tutorials]"'
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """A kernel for all notebooks: most of what a short one takes is to import TensorFlow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BILINEAR_QUICK", "1")
+        manager = jupyter_client.KernelManager(kernel_name="python3")
+        manager.start_kernel()
+        yield manager
+        manager.shutdown_kernel(now=True)
+
+
+# Makes the kernel like a new one, in another folder.
+RESET = """
+%reset -f
+import os
+os.chdir({path!r})
+import keras
+keras.backend.clear_session()
+keras.config.set_dtype_policy("float32")
+%reset -f
+"""
+
+
 @every_tutorial
-def test_notebook_runs(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_BILINEAR_QUICK", "1")
+def test_notebook_runs(source, kernel, tmp_path):
     notebook = jupytext.read(source.with_suffix(".ipynb"))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(RESET.format(path=str(tmp_path))))
     # Cells with the tag "skip-execution", which install packages, are skipped.
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    )
-    client.execute()
+    client = nbclient.NotebookClient(notebook, km=kernel, timeout=300)
+    client.execute(cleanup_kc=False)
+    client.kc.stop_channels()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "dtype policy: " in printed
