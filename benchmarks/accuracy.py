@@ -5,17 +5,15 @@
     python benchmarks/accuracy.py --study=stability --data_dir=DIR
     python benchmarks/accuracy.py --study=cifar10 --data_dir=DIR
 
-and so on for the studies `imdb_reviews`, `spoken_digit` and `tiny_shakespeare`
-of recurrent networks, and for `cifar10_resnet` and `spoken_digit_conv`.
+and so on for the studies `imdb_reviews`, `spoken_digit` and `tiny_shakespeare` of recurrent
+networks, and for `cifar10_resnet` and `spoken_digit_conv`.
 
-Each finished run becomes one row of `benchmarks/results/accuracy_STUDY.csv`; a
-run that stands there already is not done again, so a study can be stopped and
-continued. The table of means over the rows so far is written beside it, as
-Markdown.
+Each finished run becomes a row of `benchmarks/results/accuracy_STUDY.csv`. A run that has a row is
+not done again, so a study can be stopped and continued. A table of the means over the rows is
+written beside the rows, as Markdown.
 
-Where a study chooses anything, it does so by the accuracy on the last tenth of
-the training set, held out. The test set is looked at once, by the chosen
-networks, trained again on the whole training set.
+A study makes every choice by the accuracy on held-out data: the last tenth of the training set. The
+chosen networks are trained again on the whole training set, and only then tested on the test set.
 """
 
 import dataclasses
@@ -60,10 +58,10 @@ BUDGET = 0.03  # Of networks that are rewritten, where a plan can leave so littl
 
 
 def tune(run, accuracy, regimes=REGIMES, seeds=TUNING_SEEDS):
-    """The regime and learning rate of `run` that are best on held-out data.
+    """The regime and the learning rate of `run` that are best on held-out data.
 
-    In each regime the learning rate is doubled or halved, from where `run` has
-    it, for as long as that helps. Every network is tuned by the same steps.
+    In each regime, the search doubles or halves the learning rate of `run` for as long as the
+    accuracy rises. Every network is tuned in this way.
     """
 
     def mean(candidate):
@@ -83,11 +81,11 @@ def tune(run, accuracy, regimes=REGIMES, seeds=TUNING_SEEDS):
 
 
 def fashion_mnist(accuracy):
-    """The MLP 784-1024-1024-10 against bilinear ones of at most 3% of its size.
+    """The MLP 784-1024-1024-10 against bilinear MLPs of at most 3% of its size.
 
-    Every network is tuned; the chosen setting, and the one that is best for the
-    full network, are then tested. Then rank 3 is, in the setting of rank 2 at scale 2
-    and at its own learning rate, and more bilinear ones in the setting of the full network.
+    Every network is tuned, and then tested in its best setting and in the setting that is best for
+    the full network. Then rank 3 is tested in the setting of rank 2 at scale 2 and at its own
+    learning rate, and further bilinear networks are tested in the setting of the full network.
     """
     base = Run("fashion_mnist", "full", (1024, 1024), epochs=12)
     bilinear = dataclasses.replace(base, network="bilinear, rank 10", rank=10, kernels="gain")
@@ -107,7 +105,7 @@ def fashion_mnist(accuracy):
 
 
 def initialization(accuracy):
-    """The ways to store factors, on three data sets, at the full network's learning rates."""
+    """Ways to store factors, on three data sets, at the learning rates of the full networks."""
     tasks = (
         ("digits", (256, 256, 256), 30, {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.03}),
         ("fashion_mnist", (1024, 1024), 4, {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.03}),
@@ -135,7 +133,7 @@ def initialization(accuracy):
 
 
 def stability(accuracy):
-    """Whether a deep network of high rank or wide layers begins to train, by the ways to store."""
+    """Whether deep networks of high rank or wide layers begin to train, by the way of storing."""
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=2, examples=10_000)
     shapes = ((rank, 1, "channel") for rank in (1, 8, 16, 32))
     shapes = (*shapes, (1, 2, "spatial"), (8, 2, "channel"))
@@ -174,14 +172,14 @@ def cifar10(accuracy):
     tuned = _tuned(accuracy, (*narrower, base, _bilinear(base, 1, 2, "channel"), shallower))
     _test(accuracy, (*tuned, *_grid(base, PATTERNS)))
     longer = (*tuned, one_percent, three_percent)
-    _test(accuracy, [dataclasses.replace(one, epochs=CIFAR10_LONG) for one in longer], seeds=3)
+    _test(accuracy, [dataclasses.replace(run, epochs=CIFAR10_LONG) for run in longer], seeds=3)
     narrower, _, base, bilinear, shallower = tuned
     wider = dataclasses.replace(
         shallower, network="shallower, wider full", hidden=(50, 100, 200, 1024)
     )
     regime = {"epochs": CIFAR10_LONG, "dropout": 0.25, "policy": "mixed_bfloat16"}
     kinds = (base, bilinear, shallower, wider, narrower)
-    _test(accuracy, [dataclasses.replace(one, **regime) for one in kinds])
+    _test(accuracy, [dataclasses.replace(run, **regime) for run in kinds])
 
 
 def cifar10_resnet(accuracy):
@@ -315,7 +313,7 @@ def _convolutional_study(
 
 
 def _bilinear(base, rank, scale, pattern="", kernels="gain"):
-    """The bilinear network for a full one."""
+    """The bilinear network with the layers of a full network."""
     return dataclasses.replace(
         base,
         network=f"bilinear, rank {rank}, scale {scale}",
@@ -327,9 +325,9 @@ def _bilinear(base, rank, scale, pattern="", kernels="gain"):
 
 
 def _grid(base, patterns=("",), budget=BUDGET):
-    """Bilinear networks by rank, scale and pattern, a rewritten one, and smaller full ones.
+    """Bilinear networks by rank, scale and pattern, a rewritten network, smaller full networks.
 
-    Wider ones are of the first pattern.
+    Bilinear networks of a larger scale have the first pattern.
     """
     bilinear = [
         _bilinear(base, rank, scale, pattern)
@@ -341,7 +339,7 @@ def _grid(base, patterns=("",), budget=BUDGET):
 
 
 def _smaller(base):
-    """Full networks of less width, then of less depth, where that can be."""
+    """Narrower full networks, and then shallower full networks if the network allows."""
     for part in PARTS:
         hidden = tuple(width // part for width in base.hidden)
         yield dataclasses.replace(base, network=f"full, width 1/{part}", hidden=hidden)
@@ -356,7 +354,7 @@ def _smaller(base):
 
 
 def _tuned(accuracy, networks, seeds=1, regimes=({},)):
-    """The networks, each in the regime and at the learning rate that are best for it."""
+    """The networks, each in its best regime and at its best learning rate."""
     return [tune(network, accuracy, regimes, seeds) for network in networks]
 
 
@@ -366,7 +364,7 @@ def _test(accuracy, networks, seeds=None):
 
 
 def tabulate(rows, study):
-    """Writes the means and deviations over the seeds as Markdown, beside the rows."""
+    """Writes the means and standard deviations over the seeds as Markdown, beside the rows."""
     import numpy as np
 
     costs = read_costs(study)
@@ -434,7 +432,7 @@ STUDY = flags.DEFINE_enum("study", None, list(STUDIES), "what to run")
 
 
 def read_study(study):
-    """The finished runs of a study; older ones lack the newer columns."""
+    """The finished runs of a study; older rows lack the newer columns."""
     missing = {field.name: str(field.default) for field in dataclasses.fields(Run)}
     missing["bits"] = ""
     return [missing | row for row in read_rows(RESULTS / f"accuracy_{study}.csv")]
@@ -460,7 +458,7 @@ def main(argv):
     load_once = functools.cache(load)
 
     def accuracy(run):
-        """The accuracy of a run, from its row or, without one, by training."""
+        """The accuracy of a run, from its row, or by training if it has no row."""
         if run.key not in finished:
             row = dict(zip(fields, run.key, strict=True)) | train(
                 run, load_once(run.dataset, run.examples)

@@ -1,14 +1,13 @@
-"""What the networks of a study cost: their LiteRT files, and their training.
+"""Measures what the networks of a study cost: their LiteRT files and their training.
 
     python benchmarks/accuracy_costs.py --study=cifar10 --data_dir=DIR
 
-Each network of `benchmarks/results/accuracy_STUDY.csv` is exported in float32, with
-random weights, as neither its size nor its speed depends on them. The files are run
-for one example at a time, on one thread, by processes that take turns; the medians of
-the rounds count. Training steps, with Adam on one batch, take turns as well; the seconds
-for an epoch are so many of the median. Unlike those in the study's rows, all are of the
-same machine. They become `benchmarks/results/accuracy_STUDY_costs.csv`, and columns of the
-study's table.
+Exports each network of `benchmarks/results/accuracy_STUDY.csv` in float32, with random weights, as
+neither size nor speed depends on the weights. Processes that take turns run the files, one example
+at a time, on one thread; the medians over the rounds count. Training steps, with Adam on one batch,
+take turns as well. The seconds of an epoch are the median of a step times the number of steps.
+Unlike the seconds in the rows of the study, all costs are measured on the same machine. They become
+`benchmarks/results/accuracy_STUDY_costs.csv` and columns of the table of the study.
 """
 
 import ast
@@ -26,11 +25,11 @@ from absl import app, flags, logging
 ROUNDS = 3
 SECONDS = 0.3
 TRAINING_ROUNDS = 5
-TRAINING_SECONDS = 2.0  # In which a network is trained until the next has its turn.
+TRAINING_SECONDS = 2.0  # Seconds for which a network trains until the next network has its turn.
 
 
 def trainer(run, dataset):
-    """A new network, and a function that trains it for one step."""
+    """A new network, and a function that trains it for a step."""
     import keras
 
     model = networks.build(run, dataset)

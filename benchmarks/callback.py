@@ -1,21 +1,21 @@
-"""When to rewrite a network during its training: accuracy, size and time of schedules.
+"""Measures when to rewrite a network during its training: accuracy, size and time of schedules.
 
     python benchmarks/callback.py --network=fashion_mnist --data_dir=DIR
 
-and so on for `cifar10`. A full network is trained; and networks that keep 3% of its
-parameters at the end:
+and so on for `cifar10`. The script trains a full network, and networks that end with 3% of its
+parameters:
 
-- a fifth, half: rewritten by `BilinearRewrite` after that part of the epochs;
+- a fifth, half: `BilinearRewrite` rewrites the network after that part of the epochs;
 - three steps: to 50%, 15% and 3%, after one, two and three fifths of the epochs;
 - scratch: the network that "half" ends with, bilinear from the start.
 
-Their plans choose from all factors, and in other runs from near-square ones only
-(`low_rank=False`). Each is trained for equally many epochs and, in a second run, for
-about as many as take the time of the full network's, where these are others and all its
-steps are among them. Each finished run becomes one row of
-`benchmarks/results/callback_NETWORK.csv`; a run that stands there is not done again.
-With `--examples`, all are trained on so many; they are another experiment, with a table
-of its own.
+The plans of a run choose from all factors; the plans of another run choose from near-square
+factors only (`low_rank=False`). Each network is trained for the epochs of the full network. In a
+second run, it is trained for as many epochs as take the time of the full network, if their number
+differs and all steps of the schedule fit. Each finished run becomes a row of
+`benchmarks/results/callback_NETWORK.csv`; a run that has a row is not done again. With
+`--examples`, all networks are trained on that many examples, as an experiment with a table of its
+own.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ NETWORKS = {
     "cifar10": (training.Run("cifar10", "full", (32, 64, 128, 1024)), 5),
 }
 METHODS = ("half", "a fifth", "three steps", "scratch")
-# What plans choose from, and whether that holds factors of low rank.
+# What plans choose from, and the value of `low_rank`.
 FACTORS = {"all": True, "near-square": False}
 FIELDS = ("examples", "seed", "method", "factors", "equal")
 FIELDS += ("epochs", "parameters", "accuracy", "seconds")
@@ -47,7 +47,7 @@ CHOICES = flags.DEFINE_multi_enum("factors", [*FACTORS], [*FACTORS], "what plans
 
 
 def schedule(method, epochs):
-    """`{epoch: budget}` of a method; nothing of one that does not rewrite."""
+    """`{epoch: budget}` of a method; empty for a method that does not rewrite."""
     if method in ("full", "scratch"):
         return {}
     if method == "three steps":
@@ -59,9 +59,9 @@ def schedule(method, epochs):
 
 
 def train(run, method, factors, epochs, small, dataset):
-    """A trained model, its accuracy on the test set and the seconds that it took.
+    """A trained model, its accuracy on the test set, and the seconds of its training.
 
-    From scratch, it is one like `small`.
+    The method `"scratch"` trains a model with the layers of `small`.
     """
     import keras
 
@@ -129,8 +129,8 @@ def table(rows):
         "|---|---|---|---|---|---|---|---|---|",
     ]
     trainings = [("full", ""), *itertools.product(METHODS, FACTORS)]
-    for equal, one in itertools.product(("epochs", "time"), trainings):
-        key = (*one, equal)
+    for equal, trained in itertools.product(("epochs", "time"), trainings):
+        key = (*trained, equal)
         found = [row for row in rows if (row["method"], row["factors"], row["equal"]) == key]
         if not found:
             continue
@@ -156,16 +156,16 @@ def main(argv):
     halves = {}
 
     def row(seed, method, factors, equal, count):
-        """The row of a run, which is done if there is none."""
+        """The row of a run. A run without a row is done first."""
         key = str(EXAMPLES.value or "all"), str(seed), method, factors, equal
-        for one in rows:
-            if tuple(one[name] for name in FIELDS[: len(key)]) == key:
-                return one
-        one = dataclasses.replace(run, seed=seed)
+        for finished in rows:
+            if tuple(finished[name] for name in FIELDS[: len(key)]) == key:
+                return finished
+        seeded = dataclasses.replace(run, seed=seed)
         if method == "scratch" and (seed, factors) not in halves:
-            halves[seed, factors], *_ = train(one, "half", factors, epochs, None, dataset)
+            halves[seed, factors], *_ = train(seeded, "half", factors, epochs, None, dataset)
         model, result, seconds = train(
-            one, method, factors, count, halves.get((seed, factors)), dataset
+            seeded, method, factors, count, halves.get((seed, factors)), dataset
         )
         if method == "half" and equal == "epochs":
             halves[seed, factors] = model
@@ -179,8 +179,8 @@ def main(argv):
     for seed in range(training.SEEDS.value):
         full = row(seed, "full", "", "epochs", epochs)
         for method, factors in itertools.product(METHODS, CHOICES.value):
-            one = row(seed, method, factors, "epochs", epochs)
-            more = round(epochs * float(full["seconds"]) / float(one["seconds"]))
+            rewritten = row(seed, method, factors, "epochs", epochs)
+            more = round(epochs * float(full["seconds"]) / float(rewritten["seconds"]))
             budgets = schedule(method, more)
             steps_fit = len(budgets) == len(schedule(method, epochs))
             if more != epochs and steps_fit and more > max(budgets, default=0):

@@ -3,11 +3,11 @@
     KERAS_BACKEND=jax python benchmarks/conv_ways.py [--nomeasure]
     TF_ENABLE_ONEDNN_OPTS=1 KERAS_BACKEND=tensorflow python benchmarks/conv_ways.py
 
-Writes the times into `benchmarks/results/conv_ways_LIBRARY.json` and what comes
-of them into `conv_ways_LIBRARY.md`, where the library is that of the backend's
-convolutions; with `--nomeasure` it takes the times that stand there. The
-coefficients that it prints are those of `keras_bilinear/cost.py`; they are fitted
-on one grid of cases and judged on another one.
+Writes the times into `benchmarks/results/conv_ways_LIBRARY.json` and tables of them into
+`conv_ways_LIBRARY.md`. The library is the one that computes the backend's convolutions. With
+`--nomeasure` it makes the tables from the times in the file. The coefficients that it prints are
+those of `keras_bilinear/kronecker/cost.py`. They are fitted on a grid of cases and tested on
+another grid.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ def fit(times):
 
 
 def judge(cases, times, coefficients):
-    """For each case: the way that is chosen, the best one, and how much slower the chosen is."""
+    """For each case: the chosen way, the best way, and how much slower the chosen way is."""
     for case, both in zip(cases, times, strict=True):
         plan, strides = planned(case)
         predicted = [cost.seconds(plan, way, strides, coefficients) for way in WAYS]
@@ -173,7 +173,7 @@ def main(argv):
         "",
         "Nanoseconds for each output position, forward / training step (Adam), batch of 16, "
         "float32. `left` and `right`: the factor that is applied first. The choice is that of the "
-        "model in `keras_bilinear/cost.py`, for forward pass and training step together.",
+        "model in `keras_bilinear/kronecker/cost.py`, for forward pass and training step together.",
         "",
         "Fitted: " + ", ".join(f"`{work}`" for work in fitted) + ". "
         f"The package has {'these' if fitted == used else 'others: run this anew'}.",

@@ -1,11 +1,11 @@
-"""How much of a trained network is left when it is rewritten, and how soon it comes back.
+"""Measures the accuracy of a trained network right after a rewrite and as it trains on.
 
     python benchmarks/conversion.py
 
-Scikit-learn's digits; an MLP 64-256-256-256-10, every dense layer rewritten at one
-rank: the accuracy on the test set right away, and after 3 and 20 epochs of
-training. The factors are the nearest Kronecker sum of each kernel; those fitted
-to the training inputs; or random, which is training from the start.
+The data are scikit-learn's digits. The network is an MLP 64-256-256-256-10, whose dense layers all
+get the same rank. The accuracy on the test set is measured right after the rewrite and after 3 and
+20 epochs of training. The factors are the Kronecker sum nearest to each kernel, or fitted to the
+training inputs, or random, which is training from scratch.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""The first steps after a rewrite, by what Adam begins the new factors with.
+"""Measures the first steps after a rewrite, by Adam's first second moments of the new factors.
 
     python benchmarks/first_steps.py --data_dir=DIR
 
-Full networks are trained for a fifth of their epochs, and go on for 300 steps: as they are,
-and rewritten by `BilinearRewrite` to 3% of their parameters, with the means of the squares
-of the gradients beginning at zero, at the estimate of `keras_bilinear.rewriting.adam`, and
-at that times its `CAUTION`, as the package does it. The accuracies on the test set become
+Full networks are trained for a fifth of their epochs. Then they train for 300 more steps: full, and
+rewritten by `BilinearRewrite` to 3% of their parameters. Adam's second moments of the new factors
+begin at zero, at the estimate of `keras_bilinear.rewriting.adam`, or at the estimate times
+`CAUTION`, as in the package. The script writes the accuracies on the test set into
 `benchmarks/results/first_steps.md`.
 """
 
@@ -50,7 +50,7 @@ def begin(run, dataset, path):
 
 
 def go_on(run, dataset, path, rewritten):
-    """Accuracies of the saved network, rewritten or not: at first and as it is trained on."""
+    """Accuracies of the saved network, rewritten or not, before and during further training."""
     import keras
 
     from keras_bilinear import BilinearRewrite
@@ -104,7 +104,7 @@ def main(argv):
                 with mock.patch.object(adam, "CAUTION", caution):
                     found[name] = go_on(run, dataset, path, rewritten=True)
         for name, accuracies in found.items():
-            numbers = " | ".join(f"{one:.4f}" for one in accuracies)
+            numbers = " | ".join(f"{accuracy:.4f}" for accuracy in accuracies)
             lines.append(f"| {run.dataset} {run.recurrent} | {name} | {numbers} |")
             logging.info("%s", lines[-1])
     with staged(tables.RESULTS) as folder:

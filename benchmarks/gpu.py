@@ -1,12 +1,11 @@
-"""Times layers on a GPU: the full ones beside bilinear ones, factorized and materialized.
+"""Times layers on a GPU: full layers beside bilinear layers, factorized and materialized.
 
     KERAS_BACKEND=jax python benchmarks/gpu.py
     KERAS_BACKEND=torch python benchmarks/gpu.py
 
-Writes the times into `benchmarks/results/speed_gpu_BACKEND.json`, and the table
-that comes of them into `speed_gpu_BACKEND.md`; with `--nomeasure` it takes the
-times that stand there. Several processes compile, side by side; when all have
-done so, each takes its times alone.
+Writes the times into `benchmarks/results/speed_gpu_BACKEND.json` and a table of them into
+`speed_gpu_BACKEND.md`. With `--nomeasure` it makes the table from the times in the file. Several
+processes compile side by side. When all have compiled, they take their times one after the other.
 """
 
 import dataclasses
@@ -35,15 +34,15 @@ POLICIES = flags.DEFINE_multi_string(
     "policy", ["float32", "mixed_bfloat16"], "dtype policies; may be repeated"
 )
 WAYS = ("full", "factorized", "materialized")
-# How many times as many examples as on a CPU it takes to keep a GPU busy.
+# The factor by which batches are larger than on a CPU, to keep a GPU busy.
 ENLARGED = {"recurrent": 1, "dense": 32, "conv": 8}
 PROCESSES = 15
-# Seconds after which those that have compiled go ahead.
+# Seconds after which the processes that have compiled go ahead.
 PATIENCE = 150
 
 
 def cases():
-    """Shapes of the benchmark of CPUs: of the default pattern, one example at rank 1 only."""
+    """The shapes of the benchmark on CPUs with the default pattern; batches of 1 at rank 1 only."""
     for suite, factor in ENLARGED.items():
         for case in CASES[suite]:
             first, *others = case.batch
@@ -55,7 +54,7 @@ def cases():
 
 
 def layers(case):
-    """The layers of a case by their way."""
+    """The layers of a case, by the way in which they compute."""
     full, bilinear = case.layers()
     lstm = isinstance(full, keras.layers.LSTM)
     if lstm and keras.config.backend() == "jax" and full.compute_dtype != "float32":
@@ -79,9 +78,9 @@ def prepare(case, policy):
     keras.config.set_dtype_policy(policy)
     inputs = case.inputs()
     steps = {way: Steps(layer, inputs, xla=True) for way, layer in layers(case).items()}
-    for one in steps.values():
-        one.forward()
-        one.step()
+    for passes in steps.values():
+        passes.forward()
+        passes.step()
     return steps
 
 
@@ -100,7 +99,10 @@ def work(part, ready, alone, queue):
         logging.warning("not all had compiled when the times of %s were taken", part)
     with alone:
         for index, case, policy, steps in prepared:
-            kinds = ([one.forward for one in steps.values()], [one.step for one in steps.values()])
+            kinds = (
+                [passes.forward for passes in steps.values()],
+                [passes.step for passes in steps.values()],
+            )
             times = [median_seconds(functions, rounds=5, burst=0.02) for functions in kinds]
             seconds = dict(zip(steps, zip(*times, strict=True), strict=True))
             record = {"case": str(case), "policy": policy, "seconds": seconds}
@@ -128,7 +130,7 @@ def measure():
 
 
 def call_seconds():
-    """What a call takes that has the GPU do next to nothing."""
+    """Seconds of a call that gives the GPU almost nothing to do."""
     x = keras.ops.ones((8, 8))
     if keras.config.backend() == "jax":
         return median_seconds([lambda: keras.ops.add(x, x).block_until_ready()])[0]

@@ -1,10 +1,10 @@
-"""Kills a training at random moments, resumes it, and compares it with one that was not.
+"""Kills a training at random moments, resumes it, and compares it with an undisturbed training.
 
     python benchmarks/killed.py
 
-Each trial is a process of its own that trains a network which `BilinearRewrite`
-makes smaller in two steps, killed (`SIGKILL`) at up to three random moments, unless it
-ends before them. Writes `benchmarks/results/killed.md`.
+Each trial is a process that trains a network, which `BilinearRewrite` makes smaller in two steps.
+The script kills the process (`SIGKILL`) at up to three random moments, unless the training ends
+before them, and writes `benchmarks/results/killed.md`.
 """
 
 import json

@@ -1,19 +1,18 @@
-"""Size, speed, memory and accuracy of LiteRT files, full and bilinear.
+"""Measures size, speed, memory and accuracy of LiteRT files, full and bilinear.
 
     python benchmarks/litert_files.py --suite=layers
     python benchmarks/litert_files.py --suite=networks --data_dir=DIR
     python benchmarks/litert_files.py --suite=applications
 
-Each suite writes `benchmarks/results/litert_SUITE.json` and the same as Markdown.
+Each suite writes `benchmarks/results/litert_SUITE.json` and a table beside it, as Markdown.
 
-`layers` has each kind of layer alone. `networks` has the networks of the four
-benchmarks, trained for a few epochs, full and bilinear: enough to see what a file
-loses against its model. `applications` has two networks of keras.applications
-with random weights, rewritten at a tenth of their parameters.
+`layers` exports each kind of layer alone. `networks` exports the networks of four data sets, full
+and bilinear. They are trained for a few epochs, which is enough to see how much accuracy a file
+loses against its model. `applications` exports two networks of keras.applications with random
+weights, rewritten to a tenth of their parameters.
 
-A file is run by a process that does nothing else, on one thread and on two, for
-one example at a time; the processes of all files take turns, and the medians of
-the rounds count.
+A process that does nothing else runs a file, on one and on two threads, one example at a time. The
+processes of all files take turns, and the medians over the rounds count.
 """
 
 import dataclasses
@@ -49,7 +48,7 @@ SUITE = flags.DEFINE_enum("suite", None, ["layers", "networks", "applications"],
 
 @dataclasses.dataclass
 class Record:
-    """One file: what it is of, and what was found."""
+    """What one file holds, and what was measured on it."""
 
     model: str
     variant: str
@@ -159,7 +158,7 @@ def correct(outputs, labels):
 
 
 def export(cases, folder):
-    """Writes all files, and runs each of them on its test set: `[(record, path, inputs)]`."""
+    """Writes all files and runs each file on its test set: `[(record, path, inputs)]`."""
     files = []
     for name, variants, inputs, test in cases:
         for variant, model in variants.items():
@@ -209,24 +208,26 @@ def tabulate(records, command):
     header = ["model", "variant", "numbers", "parameters", "bytes", "us, 1 thread", "us, 2 threads"]
     header += ["memory", "difference", *(["accuracy", "model's"] if tested else [])]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    full = {(one.model, one.quantize): one for one in records if one.variant == "full"}
-    for one in records:
-        other = full[one.model, one.quantize]
+    full = {
+        (record.model, record.quantize): record for record in records if record.variant == "full"
+    }
+    for record in records:
+        other = full[record.model, record.quantize]
 
-        def ratio(text, of, one=one, other=other):
-            if one is other:
+        def ratio(text, of, record=record, other=other):
+            if record is other:
                 return text
-            times = of(other) / of(one)
+            times = of(other) / of(record)
             return f"{text} ({times:.{1 if times >= 1 else 2}f}x)"
 
-        cells = [one.model, one.variant, one.quantize, f"{one.parameters:,}"]
-        cells.append(ratio(f"{one.bytes:,}", lambda record: record.bytes))
+        cells = [record.model, record.variant, record.quantize, f"{record.parameters:,}"]
+        cells.append(ratio(f"{record.bytes:,}", lambda record: record.bytes))
         for index in range(len(THREADS)):
-            text = f"{one.latency_us[index]:,.0f}"
+            text = f"{record.latency_us[index]:,.0f}"
             cells.append(ratio(text, lambda record, index=index: record.latency_us[index]))
-        cells += [bytes_text(one.memory_bytes[0]), f"{one.difference:.1e}"]
+        cells += [bytes_text(record.memory_bytes[0]), f"{record.difference:.1e}"]
         if tested:
-            cells += [f"{one.accuracy:.4f}", f"{one.model_accuracy:.4f}"]
+            cells += [f"{record.accuracy:.4f}", f"{record.model_accuracy:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

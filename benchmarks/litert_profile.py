@@ -1,16 +1,17 @@
-"""Where the time of LiteRT files goes, by the kind of operation.
+"""Measures how the time of LiteRT files is spent, by the kind of operation.
 
     python benchmarks/litert_profile.py --data_dir=DIR
 
-LiteRT's Python package has no profiler. So each operation of a file becomes a file of
-its own, which is run alone, on one thread, with XNNPACK on; the median times are
-summed for each kind, less that of the quickest one, which is little more than the cost
-of a call. What lies in a loop counts as often as the loop runs. Alone, an operation has
-its inputs in the cache and is not fused with others; the time of the whole file, beside
-the sum, tells how far to trust it.
+LiteRT's Python package has no profiler. So the script writes each operation of a file into a file
+of its own and runs it alone, on one thread, with XNNPACK. It adds up the median times for each kind
+of operation. From each time it takes off the time of the quickest operation, which is little more
+than the cost of a call. An operation in a loop counts as often as the loop runs. An operation that
+runs alone has its inputs in the cache and is not fused with others. The time of the whole file
+beside the sum tells how far to trust the sum.
 
-The files are those of `litert_files.py` that miss a goal of speed, or are slower than
-the full network's, and that beside them. The table goes to `benchmarks/results/litert_profile.md`.
+The files are those of `litert_files.py` that miss a goal of speed or are slower than the file of
+the full network, and the file of that full network. The script writes
+`benchmarks/results/litert_profile.md`.
 """
 
 import collections
@@ -46,11 +47,14 @@ NAMES = {
 
 
 def operations(path, steps):
-    """`(kind, times, file)` of each operation in a file: how often it runs, and it alone.
+    """`(kind, times, file)` of each operation in a file.
+
+    `times` is how often the operation runs, and `file` are the bytes of a file with the operation
+    alone.
 
     Args:
         path: the file.
-        steps: how often its loop runs.
+        steps: how often the file's loop runs.
     """
     model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
     for number, graph in enumerate(model.subgraphs):
@@ -61,7 +65,7 @@ def operations(path, steps):
 
 
 def alone(model, graph, operator):
-    """The bytes of a file with one operation of another one."""
+    """The bytes of a file with a single operation of another file."""
     tensors, buffers, places = [], [schema.BufferT()], {-1: -1}  # an input left out is -1
 
     def place(index):
@@ -91,17 +95,17 @@ def alone(model, graph, operator):
 
 
 def microseconds(content):
-    """Median time of a file, on numbers of its own."""
+    """Median time of a file on random inputs."""
     interpreter = Interpreter(model_content=content, num_threads=1)
     interpreter.allocate_tensors()
     rng = np.random.default_rng(0)
-    for one in interpreter.get_input_details():
-        values = rng.normal(size=one["shape"])
-        if one["dtype"] == np.int8:
+    for details in interpreter.get_input_details():
+        values = rng.normal(size=details["shape"])
+        if details["dtype"] == np.int8:
             values *= 40
-        elif one["dtype"] != np.float32:  # indices, which must be there
+        elif details["dtype"] != np.float32:  # indices, which must be there
             values *= 0
-        interpreter.set_tensor(one["index"], values.astype(one["dtype"]))
+        interpreter.set_tensor(details["index"], values.astype(details["dtype"]))
     return 1e6 * median_seconds(interpreter.invoke, SECONDS)
 
 
@@ -150,7 +154,7 @@ def main(argv):
             ]
             lines.append(f"| {kind} | {' | '.join(cells)} |")
         for text, values in (("sum", totals), ("the whole file", wholes)):
-            lines.append(f"| {text} | {' | '.join(f'{one:,.1f}' for one in values.values())} |")
+            lines.append(f"| {text} | {' | '.join(f'{value:,.1f}' for value in values.values())} |")
     with staged(tables.RESULTS) as folder:
         (folder / "litert_profile.md").write_text("\n".join(lines) + "\n")
 

@@ -1,10 +1,10 @@
-"""Times recurrent layers that project their inputs before the loop, and in it.
+"""Times recurrent layers that project their inputs before the loop or inside the loop.
 
     KERAS_BACKEND=tensorflow python benchmarks/loop_ways.py
 
-Writes `benchmarks/results/loop_ways_BACKEND.md`: the times of both ways, and which of
-them the layer takes by itself, as `LOOP_LEAST_MACS` in `keras_bilinear/cost.py` says.
-Both ways take turns.
+Writes `benchmarks/results/loop_ways_BACKEND.md`: the times of both ways, and the way that the layer
+takes by itself, which `LOOP_LEAST_MACS` in `keras_bilinear/kronecker/cost.py` decides. Both ways
+take turns.
 """
 
 import math

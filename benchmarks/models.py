@@ -1,13 +1,12 @@
-"""Well-known models, rewritten on each backend: what works, and how near expanding comes.
+"""Rewrites well-known models on each backend, and expands them again.
 
     python benchmarks/models.py
 
-Each model of `keras.applications` (random weights, 224x224 images) goes through
-`rewrite_model` at a tenth of its parameters, and each Transformer of KerasHub
-(`pip install keras-hub`) at a quarter; then a prediction, a training step, saving, loading in a
-fresh process, and `expand_model`, in a process of its own for each backend. The
-table has the largest differences of outputs, relative to their deviation. Rows that are
-in `benchmarks/results/models.json` already are not done again.
+`rewrite_model` rewrites each model of `keras.applications` (random weights, 224x224 images) to a
+tenth of its parameters, and each Transformer of KerasHub (`pip install keras-hub`) to a quarter.
+Then the model predicts, trains for a step, is saved, loaded in a new process and expanded. Each
+backend has a process of its own. The table has the largest differences of outputs, relative to
+their standard deviation. A row that is in `benchmarks/results/models.json` is not done again.
 """
 
 import contextlib
@@ -74,10 +73,10 @@ def build(name):
         return keras.Model(inputs, layer(inputs)), x
     model = getattr(keras_hub.models, name)(**HUB[name])
     x = {
-        one.name: np.ones((2, TOKENS), "int32")
-        if "mask" in one.name
+        tensor.name: np.ones((2, TOKENS), "int32")
+        if "mask" in tensor.name
         else rng.integers(2, size=(2, TOKENS)).astype("int32")
-        for one in model.inputs
+        for tensor in model.inputs
     }
     return model, x
 
@@ -100,7 +99,7 @@ def difference(actual, expected):
 
 
 def check(name, folder):
-    """Does all of it with a model; prints a JSON record."""
+    """Rewrites, runs, saves and expands a model; prints a JSON record."""
     import keras
     import numpy as np
 
@@ -173,12 +172,13 @@ def tabulate(records):
         "expanded |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, one in records.items():
+    for key, record in records.items():
         name, backend = key.split(" ")
         lines.append(
-            f"| {name} | {backend} | {one['parameters']:,} | {one['small']:,} | {one['layers']} | "
-            f"{one['plan_seconds']:.1f} | {one['rewrite_seconds']:.1f} | {one['loaded']:.1e} | "
-            f"{one['expanded']:.1e} |"
+            f"| {name} | {backend} | {record['parameters']:,} | {record['small']:,} | "
+            f"{record['layers']} | {record['plan_seconds']:.1f} | "
+            f"{record['rewrite_seconds']:.1f} | "
+            f"{record['loaded']:.1e} | {record['expanded']:.1e} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -2,14 +2,14 @@
 
     python benchmarks/plots.py
 
-Each `benchmarks/results/accuracy_STUDY.csv` of networks gives a
-`benchmarks/results/accuracy_STUDY.png`: the medians and ranges over the seeds of what
-stands there, on the test set, with factors stored as the package does; a range leaves the
-plot where a run did not begin to train. Lines join networks that differ in their rank
-only, and full ones that do in their width. Latency is that of their LiteRT files, of the
-networks for which `accuracy_costs.py` has measured it.
+From each `benchmarks/results/accuracy_STUDY.csv` of networks, the script draws
+`benchmarks/results/accuracy_STUDY.png`: the medians and ranges over the seeds of the accuracy on
+the test set, for networks whose factors are stored as the package stores them. A range leaves the
+plot if a run did not begin to train. Lines join bilinear networks that differ in their rank only,
+and full networks that differ in their width only. Latency is that of the LiteRT files, for the
+networks that `accuracy_costs.py` has measured.
 
-`benchmarks/results/accuracy.png` has the small networks of all studies, beside the full ones.
+`benchmarks/results/accuracy.png` shows the small networks of all studies beside the full networks.
 """
 
 import itertools
@@ -50,9 +50,9 @@ AXES = {
 def series(rows):
     """`{(recurrent, kind, pattern, training): [rows of a network, ...]}`, by lines.
 
-    Of a network that was tested in several settings counts the one that is best on
-    held-out data. Numbers of epochs, clipped gradients, and trainings in mixed precision,
-    which have dropout, are told apart.
+    If a network was tested in several settings, the setting that is best on held-out data counts.
+    Numbers of epochs, clipped gradients, and trainings in mixed precision, which have dropout, are
+    told apart.
     """
     networks, held_out = {}, {}
     several = len({row["epochs"] for row in rows}) > 1
@@ -72,7 +72,7 @@ def series(rows):
         best, *others = settings
         if others:
             tried = [setting for setting in settings if (key, setting) in held_out]
-            best = max(tried, key=lambda one: np.mean(accuracies(held_out[key, one])))
+            best = max(tried, key=lambda setting: np.mean(accuracies(held_out[key, setting])))
         found = settings[best]
         kind = re.sub(r", (width|depth) .*", "", network.replace(f", rank {found[0]['rank']}", ""))
         lines.setdefault((recurrent, kind, *how), []).append(found)
@@ -92,7 +92,7 @@ def joined(*parts):
 
 
 def draw(lines, title):
-    """A row of plots for each kind of recurrent layer; one, where there is none."""
+    """A row of plots for each kind of recurrent layer; a single row without recurrent layers."""
     firsts = [rows[0] for line in lines.values() for rows in line]
     columns = [name for name in AXES if any(name in first for first in firsts)]
     kinds = dict.fromkeys(joined(*key[1:]) for key in lines)
@@ -125,7 +125,7 @@ def draw(lines, title):
 
 
 def draw_line(axis, networks, column, label, color):
-    """Networks that differ in one thing only, by a column of theirs."""
+    """Networks that differ in a single property, by a column of their rows."""
     networks = [rows for rows in networks if column in rows[0]]
     networks.sort(key=lambda rows: int(rows[0][column]))
     x = [int(rows[0][column]) for rows in networks]
@@ -145,11 +145,12 @@ def draw_line(axis, networks, column, label, color):
 
 
 def draw_all(lines):
-    """The networks of all studies: how far from the full one's accuracy, by how small a share."""
+    """The networks of all studies: distance from the full network's accuracy, by their share."""
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axis.axhline(0, color="black", linewidth=1)
     colors = iter(matplotlib.color_sequences["tab10"])
-    for study, training in [(name, one) for name, trained in STUDIES.items() for one in trained]:
+    pairs = [(study, training) for study, trainings in STUDIES.items() for training in trainings]
+    for study, training in pairs:
         of_training = {key: line for key, line in lines[study].items() if key[-1] == training}
         for recurrent in dict.fromkeys(key[0] for key in of_training):
             line = of_training[recurrent, "full", "", training]

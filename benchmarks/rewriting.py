@@ -1,20 +1,19 @@
-"""What is left of a trained network at a budget, right away and after fine-tuning.
+"""Measures the accuracy of a trained network that is rewritten, at once and after fine-tuning.
 
     python benchmarks/rewriting.py --network=fashion_mnist --data_dir=DIR
 
-and so on for `cifar10` and `spoken_digit`. A full network is trained, and made
-smaller at four budgets, by five methods:
+and so on for `cifar10` and `spoken_digit`. A full network is trained and then made smaller, at four
+budgets, by these methods:
 
-- fitted: `rewrite_model` with a plan and a fit on training inputs;
-- nearest: `rewrite_model` without data, to the kernels nearest to the full ones;
-- svd: each kernel becomes two of a lower rank, by truncated singular value
-  decomposition; the ranks go up where that keeps most energy for its parameters,
-  until there are as many parameters as in the fitted network;
+- fitted: `rewrite_model` with a plan and a fit to training inputs;
+- nearest: `rewrite_model` without data, to the nearest Kronecker sum of each kernel;
+- svd: each kernel becomes a product of two matrices, by truncated singular value decomposition.
+  The ranks rise where a rank keeps most energy for its parameters, until there are as many
+  parameters as in the fitted network;
 - scratch: the fitted network with random weights.
 
-The full network is trained on as they are. Each finished run becomes one row of
-`benchmarks/results/rewriting_NETWORK.csv`; a run that stands there already is not
-done again.
+The full network is trained further in the same way. Each finished run becomes a row of
+`benchmarks/results/rewriting_NETWORK.csv`; a run that has a row is not done again.
 """
 
 import itertools
@@ -87,7 +86,7 @@ def trained(run, dataset, path):
 
 
 def make_small(model, budget, method, data, seed, cache):
-    """The network of a method; `cache` keeps the fitted one, whose sizes others take."""
+    """The network of a method; `cache` keeps the fitted network, whose size other methods need."""
     import keras
 
     from keras_bilinear import plan_rewrite, rewrite_model
@@ -108,7 +107,7 @@ def make_small(model, budget, method, data, seed, cache):
 
 
 def low_rank_model(model, parameters):
-    """A Sequential model whose kernels are products of two, with at most so many parameters."""
+    """A Sequential model whose kernels are products of two matrices, within a parameter limit."""
     import keras
 
     kernels = {}
@@ -142,7 +141,7 @@ def low_rank_model(model, parameters):
 
 
 def low_rank_layers(layer, ranks):
-    """What stands for a layer whose kernels get these ranks."""
+    """The layers that replace a layer whose kernels get these ranks."""
     import keras
 
     if not ranks:
@@ -176,7 +175,7 @@ def split(kernel, rank):
 
 
 def low_rank_gru(layer, ranks):
-    """A GRU layer each of whose kernels is the product of two."""
+    """A GRU layer whose kernels are products of two matrices."""
     import keras
 
     full = layer.cell
@@ -185,8 +184,8 @@ def low_rank_gru(layer, ranks):
         def build(self, input_shape):
             self.factors = {
                 name: [
-                    self.add_weight(shape=one.shape, name=f"{name}_{side}")
-                    for side, one in zip(("left", "right"), parts, strict=True)
+                    self.add_weight(shape=part.shape, name=f"{name}_{side}")
+                    for side, part in zip(("left", "right"), parts, strict=True)
                 ]
                 for name, parts in factors.items()
             }
@@ -277,7 +276,7 @@ def main(argv):
         tabulate(rows, command)
 
     def fine_tuned(model, rate):
-        """The accuracies of a model, before and while it is trained on."""
+        """The accuracies of a model before and during further training."""
         compile_model(model, rate, EPOCHS, dataset, batch_size)
         accuracies = [test_accuracy(model, dataset)]
         for first, last in ((0, 1), (1, EPOCHS)):
@@ -290,7 +289,7 @@ def main(argv):
                 verbose=0,
             )
             accuracies.append(test_accuracy(model, dataset))
-        return [f"{one:.4f}" for one in accuracies]
+        return [f"{accuracy:.4f}" for accuracy in accuracies]
 
     cache = {}
     for seed in range(training.SEEDS.value):

@@ -16,7 +16,7 @@ TEST_TAKES = range(5)
 def load_imdb_reviews(data_dir):
     """Ids of words, `(n, datasets.TOKENS)`, with the padding first.
 
-    So a recurrent layer ends at the last word, without a mask.
+    A recurrent layer then ends at the last word and needs no mask.
     """
     import keras
 
@@ -34,8 +34,8 @@ def load_imdb_reviews(data_dir):
 def load_spoken_digit(data_dir):
     """Log-mel frames of `(n, FRAMES, MELS)`, with mean 0 and deviation 1 in the training set.
 
-    As its authors do, takes 0 to 4 of each speaker and digit are the test set.
-    A longer recording is cut, a shorter one is followed by silence.
+    Takes 0 to 4 of each speaker and digit are the test set, as the authors of the data define.
+    Longer recordings are cut; silence follows shorter recordings.
     """
     import keras
     import tensorflow_datasets as tfds
@@ -66,7 +66,7 @@ def load_spoken_digit(data_dir):
 
 
 def load_tiny_shakespeare(data_dir):
-    """Ids of characters and of those that follow, both of `(n, CHARACTERS)`."""
+    """Ids of characters, and of the next character at each place, both of `(n, CHARACTERS)`."""
     import tensorflow_datasets as tfds
 
     def read(split):

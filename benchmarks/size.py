@@ -1,4 +1,4 @@
-"""Sizes of full and bilinear layers, in parameters and as LiteRT files.
+"""Measures the sizes of full and bilinear layers, in parameters and as LiteRT files.
 
     python benchmarks/size.py
 
@@ -18,7 +18,7 @@ from keras_bilinear.litert.export import export_litert
 
 
 def sizes(layer, width):
-    """Parameters of a layer, and bytes of a LiteRT model of it alone."""
+    """Parameters of a layer, and bytes of a LiteRT file with the layer alone."""
     model = keras.Sequential([keras.Input((width,)), layer])
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "layer.tflite")

@@ -1,10 +1,10 @@
-"""Times recurrent layers that apply their factors in each step, and that form their kernels.
+"""Times recurrent layers that apply their factors in each step or form their kernels.
 
     KERAS_BACKEND=tensorflow python benchmarks/step_ways.py
 
-Writes `benchmarks/results/step_ways_BACKEND.md`: the times of both ways, and which of
-them the layer takes by itself, as `STEP_LEAST_SAVED` in `keras_bilinear/cost.py` says.
-Both ways take turns.
+Writes `benchmarks/results/step_ways_BACKEND.md`: the times of both ways, and the way that the layer
+takes by itself, which `STEP_LEAST_SAVED` in `keras_bilinear/kronecker/cost.py` decides. Both ways
+take turns.
 """
 
 import os

@@ -10,7 +10,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def machine(backend=None):
-    """The kind of this machine, and the versions; the backend is Keras', if not given."""
+    """The kind of this machine and the versions; `None` as backend stands for that of Keras."""
     import keras
 
     versions = f"Python {platform.python_version()}, Keras {keras.__version__}"
@@ -18,18 +18,18 @@ def machine(backend=None):
 
 
 def milliseconds(seconds):
-    """A cell of several times."""
-    return " / ".join(f"{1e3 * one:.1f}" for one in seconds)
+    """A cell of several times, in milliseconds."""
+    return " / ".join(f"{1e3 * value:.1f}" for value in seconds)
 
 
 def write_lines(name, lines):
-    """Writes a text among the results."""
+    """Writes a text into a file in the folder of results."""
     with staged(RESULTS) as folder:
         (folder / name).write_text("\n".join(lines) + "\n")
 
 
 def read_rows(path):
-    """The rows of a file, as dictionaries of texts; none if there is no file."""
+    """The rows of a file, as dictionaries of texts; empty if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

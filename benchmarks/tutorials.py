@@ -1,10 +1,10 @@
-"""How long the notebooks of `tutorials/` take, in full mode.
+"""Measures how long the notebooks of `tutorials/` take in full mode.
 
     python benchmarks/tutorials.py --data_dir=DIR
 
-Executes each from top to bottom, but for the cell that installs packages, on data sets that
-TensorFlow Datasets has prepared in the folder before. A notebook's seconds become a row of
-`benchmarks/results/tutorials.md`, in the place of an older one.
+Executes each notebook from top to bottom, except for the cell that installs packages, on data sets
+that TensorFlow Datasets has prepared in the folder. The seconds of a notebook become a row of
+`benchmarks/results/tutorials.md`, which replaces an older row.
 """
 
 import os
@@ -23,7 +23,7 @@ TUTORIALS = flags.DEFINE_multi_enum("tutorial", NAMES, NAMES, "notebooks to exec
 
 
 def seconds(name):
-    """The seconds that a notebook takes, its kernel's start among them."""
+    """The seconds that a notebook takes, with the start of its kernel."""
     import jupytext
     import nbclient
 

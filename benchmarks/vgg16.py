@@ -1,9 +1,9 @@
-"""Time and memory of the commands on a model of 138 million parameters.
+"""Measures time and memory of the commands on a model of 138 million parameters.
 
     python benchmarks/vgg16.py
 
-`keras-bilinear inspect`, `plan` and `rewrite` run on a saved `keras.applications.VGG16`
-(random weights), each in a process of its own.
+Runs `keras-bilinear inspect`, `plan` and `rewrite` on a saved `keras.applications.VGG16` with
+random weights, each in a process of its own.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": ("--budget=0.1",),
     "rewrite": ("small.keras", "--budget=0.1"),
 }
-# Between this process and the command, so that the memory is that of the command alone.
+# A process between this process and the command, so that only the command's memory counts.
 MEASURE = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
