@@ -158,8 +158,8 @@ def measure(case: Case, xla: bool, rates: dict[str, float]) -> dict[str, Any]:
         rates: the rates of this machine, as `measure_rates` returns them.
 
     Returns:
-        A record for JSON. Its values are lists with an item for each layer of the case; the
-        floors are those of the full and the bilinear layer. Times are in seconds.
+        A record for JSON. Its values are lists with an item for each layer of the case; the lists
+        of floors have items for the full and the bilinear layer only. Times are in seconds.
     """
     layers = [Steps(layer, case.inputs(), xla) for layer in case.layers()]
     forward = median_seconds([steps.forward for steps in layers])

@@ -1,4 +1,4 @@
-"""Makes a model of stock Keras layers from a saved one with bilinear layers.
+"""Turns the bilinear layers of a saved model into stock Keras layers.
 
 keras-bilinear expand SMALL.keras FULL.keras
 """

@@ -20,8 +20,8 @@ COMMANDS = {
     "demo": ("demo.command", "train a full and a bilinear network the same way and compare them"),
     "inspect": ("cli.inspect", "show what a saved model costs, or two side by side"),
     "plan": ("cli.plan", "show which layers of a saved model would become bilinear"),
-    "rewrite": ("cli.rewrite", "make a smaller model from a saved one"),
-    "expand": ("cli.expand", "make a model of stock layers from a rewritten one"),
+    "rewrite": ("cli.rewrite", "make a smaller model from a saved model"),
+    "expand": ("cli.expand", "make a model of stock layers from a rewritten model"),
     "export": ("cli.export", "write a saved model as a LiteRT file for phones"),
     "benchmark": ("benchmark.command", "time bilinear layers beside the full layers"),
 }

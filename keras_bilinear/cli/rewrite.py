@@ -1,4 +1,4 @@
-"""Makes a smaller model from a saved one.
+"""Makes a smaller model from a saved model.
 
 keras-bilinear rewrite MODEL.keras SMALL.keras --budget=0.1 --calibration=inputs.npy
 keras-bilinear rewrite MODEL.keras SMALL.keras --plan=plan.json

@@ -92,7 +92,7 @@ class DemoResults:
 
     def _draw_costs(self, axes):
         """Draws each cost of the bilinear network as a bar in that of the full network."""
-        axes.set_title("Cost of the bilinear network as a share of the full one", **TITLE)
+        axes.set_title("Cost of the bilinear network as a share of the full network", **TITLE)
         costs = [(getattr(self.full, name), getattr(self.bilinear, name)) for name in _COSTS]
         shares = [bilinear / full for full, bilinear in costs]
         rows = range(len(costs))

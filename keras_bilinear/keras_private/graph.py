@@ -8,6 +8,7 @@ Below Keras' public interface: `keras.src.backend.rnn`, `_analyze_einsum_string`
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,7 +20,8 @@ from keras.src.ops.function import Function
 # The loop over time steps in which `keras.layers.RNN` runs its cell.
 rnn = backend.rnn
 
-Shape = tuple[int | None, ...]
+# Sizes along the axes of a tensor; `None` for a size that is not known.
+Shape = tuple[Any, ...]
 
 
 def analyze_einsum(

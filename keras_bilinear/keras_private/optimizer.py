@@ -35,7 +35,7 @@ def check_optimizer(model: keras.Model) -> None:
     ]
     if others:
         raise ValueError(
-            f"The model {model.name!r} has optimizers of its own beside the compiled one. "
+            f"The model {model.name!r} has optimizers of its own beside its compiled optimizer. "
             "BilinearRewrite cannot give them the new variables. "
             f"Received: {', '.join(map(repr, others))}"
         )
@@ -106,10 +106,11 @@ def move_optimizer(
 
 
 def _copy_slots(old, new, variables, squares):
-    """Copies what an optimizer knows into one of the same class for other variables.
+    """Copies what an optimizer knows into a new optimizer of the same class for other variables.
 
     Raises:
-        ValueError: if a variable of the new optimizer is neither a slot nor one of a kind.
+        ValueError: if the new optimizer has a variable that is neither an attribute nor a slot in
+            a list.
     """
     indices = old._trainable_variables_indices
     done = set()

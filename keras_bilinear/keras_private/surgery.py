@@ -21,8 +21,7 @@ _BOUND = ("build", "quantize")
 def replace_in_place(layer: keras.Layer, other: keras.Layer) -> None:
     """Turns a layer into another layer and keeps it where it is.
 
-    Graphs, attributes, lists and wrappers hold the object, so nothing else
-    has to change.
+    Graphs, attributes, lists and wrappers hold the object, so nothing else has to change.
 
     Args:
         layer: the object that stays.

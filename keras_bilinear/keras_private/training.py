@@ -18,7 +18,7 @@ from keras_bilinear.keras_private.optimizer import fresh_optimizer
 
 # The first and the last version of Keras whose training loop and optimizers are known.
 _KNOWN = ((3, 13), (3, 15))
-# The weights in the folder of a `keras.callbacks.BackupAndRestore`: the latest, and those before.
+# Files in the folder of a `keras.callbacks.BackupAndRestore`: latest weights, weights before them.
 BACKUPS = ("latest.weights.h5", "latest.weights.h5.bkp")
 
 

@@ -46,8 +46,8 @@ def export_litert(
     otherwise. A model of another dtype policy is exported as if it computed in float32. Inputs of
     a subclassed model are float32.
 
-    Before the file gets its name, it is run and its outputs are compared with those of the model.
-    If anything fails, no file is left and an older file stays.
+    Before the file gets its name, LiteRT runs it, and its outputs are compared with the outputs of
+    the model. If anything fails, no file is left and an older file stays.
 
     Args:
         model: a built model, of any backend.
@@ -59,8 +59,8 @@ def export_litert(
         representative_data: inputs of the model without labels: an array, a dictionary of
             arrays, a list with an array for each of several inputs, or an iterable of batches. Of
             a tuple, only the first element counts. At most 256 examples are used. `"int8"` needs
-            about 100 examples to find the range of each value. The first 8 runs are those on
-            which the file is compared with the model. `None` compares them on random inputs.
+            about 100 examples to find the range of each value. The file is compared with the
+            model on the first 8 runs. `None` compares on random inputs.
         input_shapes: shapes of the inputs, with the batch size, such as `(1, 28, 28)`. A tuple
             for a single input, a list of tuples, or a dictionary of tuples by the names of the
             inputs. An input without a name of its own is `input_1`, `input_2` and so on. `None`
@@ -177,7 +177,7 @@ def _has_recurrent(model):
 
 
 def _expected(model, arguments, examples):
-    """The outputs of a model, as `run_litert` gives those of its file."""
+    """The outputs of a model by name, in all runs: arrays of shape `(runs, *shape)`."""
     runs = []
     for values in zip(*examples.values(), strict=True):
         tensors = [keras.ops.convert_to_tensor(value) for value in values]

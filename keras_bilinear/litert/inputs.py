@@ -24,7 +24,7 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
         model: a built model.
         shapes: the argument `input_shapes` of `export_litert`: a tuple for a single input, a list
             of tuples, or a dictionary of tuples by the names of the inputs, each with the batch
-            size. `None` takes the shapes that the model knows, and a batch of one.
+            size. `None` takes the shapes that the model knows and a batch size of 1.
 
     Returns:
         The positional arguments of the call, each a `keras.layers.InputSpec` or nested
@@ -47,7 +47,7 @@ def input_specs(model: keras.Model, shapes: Sequence | Mapping | None) -> list:
     for spec in specs:
         if not all(isinstance(size, int) and size > 0 for size in spec.shape):
             raise ValueError(
-                "LiteRT files have inputs of fixed sizes: `input_shapes` must say those of "
+                "LiteRT files have inputs of fixed sizes: `input_shapes` must say the sizes of "
                 f"{spec.name!r}. Received: shape={tuple(spec.shape)}"
             )
         if spec.dtype == "string":

@@ -27,8 +27,8 @@ class LiteRTReport(Tabular):
         memory_bytes: the most bytes of resident memory of a process that only loads and runs the
             file. `None` where the system does not tell.
         latency_us: median microseconds of a run on one thread.
-        difference: root mean square difference between the outputs of the file and those of the
-            model, relative to the root mean square of the model's outputs.
+        difference: root mean square difference between the outputs of the file and the outputs of
+            the model, relative to the root mean square of the model's outputs.
         tolerance: the largest difference that `export_litert` allowed.
     """
 

@@ -227,8 +227,8 @@ class Comparison(Tabular):
 def summarize(model: keras.Model, data: Any = None) -> Summary:
     """Finds what a model costs: parameters, bytes, operations, activations and latency.
 
-    Operations and activations are those on the current backend and device; on a GPU most layers
-    form their kernels. Within `exporting()` they are those of an exported file.
+    Operations and activations depend on the backend and the device: on a GPU most layers form their
+    kernels. Within `exporting()` they are the operations and activations of an exported file.
 
     Args:
         model: a built model.
@@ -406,7 +406,7 @@ def _shapes(inputs, arguments, outputs) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def _bytes(tensors):
-    """Bytes of tensors or variables. Those without a known shape do not count."""
+    """Bytes of tensors or variables. A tensor without a known shape does not count."""
     return sum(map(_tensor_bytes, tensors))
 
 

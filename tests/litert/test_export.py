@@ -243,7 +243,7 @@ def test_an_unknown_number_of_steps_can_be_given(exported, refuses):
     )
     model = recurrent(layers.LSTM(8), steps=None)
     assert exported(model, input_shapes=(2, 5, 16)).difference < 1e-5
-    refuses(ValueError, r"`input_shapes` must say those of .*None", model)
+    refuses(ValueError, r"`input_shapes` must say the sizes of .*None", model)
 
 
 @on_tensorflow
