@@ -1,7 +1,6 @@
 import contextlib
 import functools
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -10,9 +9,7 @@ import time
 import keras
 import pytest
 
-from keras_bilinear import datasets, files
 from keras_bilinear.cli import main
-from keras_bilinear.messages import require
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("nothing here depends on the backend", allow_module_level=True)
@@ -156,21 +153,6 @@ def test_the_extra_that_brings_a_missing_package_is_named(fails, tmp_path, monke
     assert 'run `pip install "keras-bilinear[litert]"`' in line
 
 
-def test_require_accepts_what_is_installed():
-    require("json", "numpy")
-
-
-def test_the_library_raises_errors_of_python(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match=r"cannot write into '.*below': .*file is no writable folder"):
-        files.check_writable(tmp_path / "file" / "below")
-    with pytest.raises(OSError, match="cannot write into"), files.staged(tmp_path / "file"):
-        pass
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match="needs sklearn: run `pip install"):
-        datasets.load("digits")
-
-
 def test_an_output_folder_that_cannot_be_written(fails, tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in ("file", "file/below/it"):
@@ -182,22 +164,6 @@ def test_an_unknown_data_set(fails, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     line = fails("demo", f"--output_dir={tmp_path}/out", "--dataset=fashion_mnst")
     assert "unknown data set 'fashion_mnst'; did you mean fashion_mnist" in line
-
-
-@pytest.mark.parametrize("name", ["coco/2017", "squad", "mnist:9.9.9", "../digits"])
-def test_a_data_set_of_another_kind(tmp_path, name):
-    pytest.importorskip("tensorflow_datasets")
-    with pytest.raises(ValueError, match="data set"):
-        datasets.load(name, str(tmp_path))
-
-
-def test_without_a_network_a_data_set_is_not_downloaded(tmp_path, monkeypatch):
-    pytest.importorskip("tensorflow_datasets")
-    for scheme in ("http", "https"):
-        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"cannot download data set 'mnist'.*Error.*data_dir="):
-        datasets.load("mnist", str(tmp_path))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_ctrl_c_is_one_line(run, monkeypatch):
@@ -214,24 +180,3 @@ def test_python_m_runs_the_command_line():
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("keras-bilinear: unknown command 'nothing'")
-
-
-def write_and_raise(target, error):
-    with files.staged(target) as folder:
-        (folder / "a").write_text("half")
-        raise error
-
-
-def test_staged_files_appear_together_or_not_at_all(tmp_path):
-    target = tmp_path / "new" / "folder"
-    with files.staged(target) as folder:
-        (folder / "a").write_text("a")
-        assert os.listdir(target) == [folder.name]
-    assert os.listdir(target) == ["a"]
-    for error in (KeyboardInterrupt(), ValueError()):
-        with pytest.raises(type(error)):
-            write_and_raise(target, error)
-    with pytest.raises(OSError, match=r"cannot write into .*No space left"):
-        write_and_raise(target, OSError(28, "No space left on device"))
-    assert os.listdir(target) == ["a"]
-    assert (target / "a").read_text() == "a"

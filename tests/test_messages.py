@@ -1,0 +1,11 @@
+from keras_bilinear.messages import reason, require
+
+
+def test_require_accepts_what_is_installed():
+    require("json", "numpy")
+
+
+def test_the_reason_is_a_line_without_colours_and_without_the_heading_of_keras():
+    text = "Exception encountered when calling Dense.call().\n\n\x1b[1mno such shape\x1b[0m\n\nmore"
+    assert reason(ValueError(text)) == "no such shape"
+    assert reason(ValueError()) == "ValueError"
