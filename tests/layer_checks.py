@@ -47,7 +47,8 @@ import keras_bilinear
 
 for path in pathlib.Path(sys.argv[1]).glob("*.keras"):
     data = np.load(path.with_suffix(".npz"))
-    outputs = keras.models.load_model(path).predict(data["x"], verbose=0).astype("float32")
+    model = keras.models.load_model(path)
+    outputs = keras.ops.convert_to_numpy(model(data["x"], training=False)).astype("float32")
     np.testing.assert_allclose(outputs, data["y"], rtol=1e-6, atol=1e-6, err_msg=path.name)
     print("loaded", path.name)
 """
@@ -170,7 +171,7 @@ class LayerChecks:
                 model = spec.make_model(x, layer)
                 path = tmp_path / f"{name}_{kind}.keras"
                 model.save(path)
-                np.savez(path.with_suffix(".npz"), x=x, y=predict(model, x).astype("float32"))
+                np.savez(path.with_suffix(".npz"), x=x, y=call(model, x).astype("float32"))
         result = subprocess.run(
             [sys.executable, "-c", LOAD_SCRIPT, tmp_path],
             cwd=tmp_path,
