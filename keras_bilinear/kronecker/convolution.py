@@ -1,19 +1,27 @@
-"""Convolutions by the factors of a kernel, one after the other."""
+"""Convolutions by the factors of a kernel, one after the other.
+
+`convolve` is the convolution. It keeps track of axes by their names (`_Named`), as the fastest
+order of the axes in memory depends on the runtime.
+"""
 
 import math
+from typing import Any
 
 from keras import ops
 
+from keras_bilinear.kronecker import Tensor
 from keras_bilinear.kronecker.factorization import Order
 from keras_bilinear.kronecker.target import EXPORTED, holds_integers, runtime
 
 
-def convolve(x, left, right, order, groups=1, **options):
+def convolve(
+    x: Tensor, left: Tensor, right: Tensor, order: Order, groups: int = 1, **options: Any
+) -> Tensor:
     """Convolves by the Kronecker sum without forming it.
 
-    Each factor is a convolution of its own share of the channels, with the other
-    share folded into the batch or, in a file, into the positions; no patches are
-    extracted. A factor whose window is 1 along each axis is a matrix product.
+    Each factor convolves its own share of the channels. The other share is folded into the
+    batch or, in an exported file, into the positions; no patches are extracted. A factor
+    whose window is 1 along each axis is a matrix product.
 
     Args:
         x: `(n, *positions, groups, d1, d2)`.
@@ -21,8 +29,8 @@ def convolve(x, left, right, order, groups=1, **options):
         right: `(rank, *right_window, d2, u2)`.
         order: an `Order`, not `MATERIALIZED`.
         groups: number of groups of channels.
-        **options: `strides`, `dilation_rate` (one number an axis) and `padding`
-            of the whole convolution.
+        **options: `strides` and `dilation_rate` (one number for each spatial axis) and
+            `padding` of the whole convolution.
 
     Returns:
         `(n, *new_positions, groups, u1, u2)`.
@@ -34,11 +42,11 @@ def convolve(x, left, right, order, groups=1, **options):
     x = _Named(x, ("n", *axes, "group", "d1", "d2"), sizes)
     left = _Named(left, ("rank", *axes, "d1", ("group", "u1")), sizes)
     right = _Named(right, ("rank", *axes, "d2", "u2"), sizes)
-    # The stride along an axis is the business of the factor with the window there.
-    of_left = [size > 1 for size in left_window]
-    of_right = [not mine for mine in of_left]
-    left_options, right_options = _on_axes(of_left, **options), _on_axes(of_right, **options)
-    apply_left = _convolve_groups if any(of_left) else _multiply
+    # Along each axis the factor with a window there strides.
+    left_axes = [size > 1 for size in left_window]
+    right_axes = [not is_left for is_left in left_axes]
+    left_options, right_options = _on_axes(left_axes, **options), _on_axes(right_axes, **options)
+    apply_left = _convolve_groups if any(left_axes) else _multiply
     if order is Order.LEFT_FIRST:
         x = apply_left(x, left, ("d1",), ("u1", "rank"), axes, "d2", left_options)
         inputs = _with_terms("d2")
@@ -51,10 +59,10 @@ def convolve(x, left, right, order, groups=1, **options):
 
 
 class _Named:
-    """A tensor that goes by the names of its axes, whatever their order in memory."""
+    """A tensor whose axes have names, whatever their order in memory."""
 
     def __init__(self, tensor, axes, sizes):
-        """Names the axes of `tensor`; one of several names is split, by their `sizes`."""
+        """Names the axes of `tensor`. An axis with a tuple of names is split, by their `sizes`."""
         self.sizes = dict(sizes)
         names, shape = [], []
         for axis, size in zip(axes, ops.shape(tensor), strict=True):
@@ -69,7 +77,7 @@ class _Named:
         self.tensor = tensor if len(names) == len(axes) else ops.reshape(tensor, shape)
 
     def merge(self, *groups):
-        """The tensor with these axes, each a name or a tuple of names to make one axis of."""
+        """The tensor with these axes; the axes of a tuple of names become one axis."""
         groups = [group if isinstance(group, tuple) else (group,) for group in groups]
         order = [self.names.index(name) for group in groups for name in group]
         tensor = self.tensor
@@ -85,10 +93,13 @@ class _Named:
         return _Named(tensor, tuple(n for n in self.names if n != name), self.sizes)
 
 
-def _on_axes(mine, strides, dilation_rate, padding):
+def _on_axes(applies, strides, dilation_rate, padding):
+    """The options of the convolution by one factor, which strides on some of the axes."""
     return {
-        "strides": tuple(s if its else 1 for s, its in zip(strides, mine, strict=True)),
-        "dilation_rate": tuple(d if its else 1 for d, its in zip(dilation_rate, mine, strict=True)),
+        "strides": tuple(s if used else 1 for s, used in zip(strides, applies, strict=True)),
+        "dilation_rate": tuple(
+            d if used else 1 for d, used in zip(dilation_rate, applies, strict=True)
+        ),
         "padding": padding,
         "data_format": "channels_last",
     }
@@ -97,8 +108,8 @@ def _on_axes(mine, strides, dilation_rate, padding):
 def _with_terms(name):
     """The channels of a right factor together with the terms, in the order of their axes.
 
-    The transposes of a LiteRT file take the least time like this: those of floats with
-    the channels innermost, those of integers with the terms.
+    The transposes of a LiteRT file take the least time like this: transposes of floats with
+    the channels innermost, transposes of integers with the terms innermost.
     """
     return (name, "rank") if holds_integers() else ("rank", name)
 
@@ -106,9 +117,9 @@ def _with_terms(name):
 def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
     """Convolves the channels `inputs` to `outputs`, with the axes `batch` folded into the batch.
 
-    In a file all but the first of these are folded into the last axis of positions
-    instead, beside which they lie in memory: a window that is dilated by their number
-    meets the same one of them at each place.
+    In a file, all but the first axis of `batch` are folded into the last axis of positions
+    instead, beside which they lie in memory. A window that is dilated by their size meets
+    the same index of them at each place.
     """
     n, *others = batch
     *first, last = axes
@@ -133,23 +144,23 @@ def _convolve(x, kernel, inputs, outputs, axes, batch, options, group=()):
 def _folds_beside(positions, window, rank, options):
     """Whether a convolution leaves other channels beside the last axis of positions.
 
-    It saves a file transposes. But those that are left take longer for integers of rank 1.
+    It saves a file transposes. But for integers of rank 1 the transposes that stay take longer.
     """
     if runtime() != EXPORTED or (holds_integers() and rank == 1):
         return False
-    # ONNX files made of sizes that are not known do not run; three axes were not measured.
+    # ONNX files with unknown sizes here do not run. Three axes were not measured.
     if len(positions) > 2 or not all(isinstance(size, int) for size in positions):
         return False
     *_, stride = strides = options["strides"]
     if window == 1:
         return stride == 1
-    # Dilation needs strides of 1, and padding that is the same on both sides.
+    # Dilation needs strides of 1 and the same padding on both sides.
     symmetric = options["padding"] == "valid" or window % 2
     return symmetric and max(strides) == 1
 
 
 def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
-    """Convolves as `_convolve`, with a kernel for each group."""
+    """Convolves like `_convolve`, with a kernel for each group."""
     if x.sizes["group"] == 1:
         return _convolve(x, kernel, inputs, outputs, axes, ("n", other), options, ("group",))
     groups = [
@@ -170,7 +181,7 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
 
 def _multiply(x, kernel, inputs, outputs, axes, other, options):
     """Contracts with a left factor without a window: a matrix product."""
-    if x.sizes["group"] == x.sizes[other] == 1:  # with the channels last, as they are
+    if x.sizes["group"] == x.sizes[other] == 1:  # the channels are last already
         kernel = kernel.merge(("group", *axes, *inputs), outputs)
         y = ops.matmul(x.merge(("n", "group"), *axes, (*inputs, other)), kernel)
         return _Named(y, ("n", *axes, ("group", *outputs, other)), x.sizes)
@@ -190,5 +201,5 @@ def _multiply(x, kernel, inputs, outputs, axes, other, options):
 
 
 def _without(sizes, axes):
-    """The sizes but for those that a convolution changes."""
+    """The sizes without those that a convolution changes."""
     return {name: size for name, size in sizes.items() if name not in axes}

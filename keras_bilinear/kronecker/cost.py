@@ -1,9 +1,14 @@
-"""Which way to apply a Kronecker kernel is the fastest: a model fitted to measurements."""
+"""Which way to apply a Kronecker kernel is the fastest: a model fitted to measurements.
+
+`choose_order` decides for a kernel; `pays_in_steps` decides where a recurrent layer projects its
+inputs. `count_macs`, `count_between`, `work` and `seconds` say what a convolution costs.
+"""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
-from keras_bilinear.kronecker.factorization import FACTORIZED, Order
+from keras_bilinear.kronecker.factorization import FACTORIZED, Factorization, Order
 from keras_bilinear.kronecker.target import EXPORTED, convolution_library, on_gpu, runtime
 
 
@@ -18,7 +23,7 @@ class Work:
         outputs: numbers that convolutions put out.
         multiplied: numbers that enter and leave matrix products.
         moved: numbers that are transposed.
-        chained: operations that follow on another one.
+        chained: operations that wait for another operation.
     """
 
     macs: float
@@ -26,7 +31,7 @@ class Work:
     outputs: float
     multiplied: float
     moved: float
-    chained: int
+    chained: float
 
 
 # Nanoseconds for each number of `Work`, forward pass and training step
@@ -58,18 +63,18 @@ NANOSECONDS = {
 SMALL_PRODUCT = 2.5
 
 # The operations that factors add to a recurrent step cost as much as so many multiplications,
-# as SMALL_PRODUCT counts them: factors that save fewer are slower than the kernel. PyTorch's
-# are called from Python, in each step. See benchmarks/results/step_ways_BACKEND.md.
+# as SMALL_PRODUCT counts them: factors that save fewer are slower than the kernel. PyTorch
+# calls its operations from Python, in each step. See benchmarks/results/step_ways_BACKEND.md.
 STEP_LEAST_SAVED = {"tensorflow": 1e4, "jax": 1e4, "torch": 2.5e5}
 
 # From so many multiplications of a time step's inputs on, or SMALL_PRODUCT times as many
-# with factors, they are in the loop: `benchmarks/loop_ways.py` times both ways.
+# with factors, the loop projects them: `benchmarks/loop_ways.py` times both ways.
 LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
 
-# On a GPU factors are faster than the kernel only where that has so many
-# multiplications for each position, and they a fraction of them: see
-# benchmarks/results/speed_gpu_BACKEND.md. PyTorch launches each operation by
-# itself, which takes longer than all but the largest of them.
+# On a GPU factors are faster than the kernel only where the kernel has at least so many
+# multiplications for each position, and the factors at most a share of them: see
+# benchmarks/results/speed_gpu_BACKEND.md. PyTorch launches each operation by itself, which
+# takes longer than all but the largest operations.
 GPU_LEAST_MACS = {"tensorflow": 4e5, "jax": 4e5, "torch": 4e6}
 GPU_SHARE = 1 / 5
 
@@ -78,9 +83,9 @@ GPU_SHARE = 1 / 5
 class _Step:
     """One operation of a way: a convolution or, in `multiplies`, a matrix product.
 
-    It has `positions` output positions for each one of the whole convolution;
-    for each it reads `inputs` numbers at each place of its window, each of which
-    meets `fan_out` others, and puts out `outputs` numbers.
+    It has `positions` output positions for each output position of the whole
+    convolution. For each it reads `inputs` numbers at each place of its window, each of
+    which meets `fan_out` numbers of the factor, and puts out `outputs` numbers.
     """
 
     positions: int
@@ -92,21 +97,31 @@ class _Step:
     multiplies: bool = False
 
     @property
-    def macs(self):
+    def macs(self) -> int:
         return self.positions * self.window * self.inputs * self.fan_out
 
 
-def _steps(plan, order, strides):
+def _steps(
+    factorization: Factorization, order: Order, strides: Sequence[int]
+) -> tuple[_Step] | tuple[_Step, _Step]:
     whole = math.prod(strides)
     if order is Order.MATERIALIZED:
-        out = plan.output_dim
-        return (_Step(1, whole, math.prod(plan.window), plan.input_dim, out, out),)
-    (d1, d2), (u1, u2), rank = plan.input_factors, plan.output_factors, plan.rank
-    windows = math.prod(plan.left_window), math.prod(plan.right_window)
-    # Along an axis where the left factor has no window, the right one strides.
-    own = math.prod(s for s, size in zip(strides, plan.left_window, strict=True) if size > 1)
+        out = factorization.output_dim
+        return (
+            _Step(1, whole, math.prod(factorization.window), factorization.input_dim, out, out),
+        )
+    (d1, d2), (u1, u2), rank = (
+        factorization.input_factors,
+        factorization.output_factors,
+        factorization.rank,
+    )
+    windows = math.prod(factorization.left_window), math.prod(factorization.right_window)
+    # Along an axis where the left factor has no window, the right factor strides.
+    own = math.prod(
+        s for s, size in zip(strides, factorization.left_window, strict=True) if size > 1
+    )
     left, right = (own, windows[0]), (whole // own, windows[1])
-    product, between = windows[0] == 1, plan.between(order)
+    product, between = windows[0] == 1, factorization.between(order)
     if order is Order.LEFT_FIRST:
         return (
             _Step(right[0], *left, d1 * d2, u1 * rank, between, product),
@@ -118,141 +133,169 @@ def _steps(plan, order, strides):
     )
 
 
-def count_macs(plan, order, strides):
+def count_macs(factorization: Factorization, order: Order, strides: Sequence[int]) -> int:
     """Multiply-accumulate operations of a convolution for each output position.
 
-    Exact for padding `"same"`. Without padding, the factor that is applied first
-    has some more positions than the whole, which are not counted.
+    The count is exact for padding `"same"`. Without padding, the factor that is applied
+    first has some more positions than the whole convolution, which are not counted.
 
     Args:
-        plan: a `Factorization` with windows.
+        factorization: the shapes of the kernel.
         order: an `Order`.
-        strides: one number for each axis.
+        strides: one number for each spatial axis.
     """
-    if plan.pointwise:
-        return plan.full_macs if order is Order.MATERIALIZED else plan.macs
-    return plan.blocks * sum(step.macs for step in _steps(plan, order, strides))
+    if factorization.pointwise:
+        return factorization.full_macs if order is Order.MATERIALIZED else factorization.macs
+    return factorization.blocks * sum(step.macs for step in _steps(factorization, order, strides))
 
 
-def count_between(plan, order, strides):
+def count_between(factorization: Factorization, order: Order, strides: Sequence[int]) -> int:
     """Numbers between both factors of a convolution for each output position.
 
-    Arguments as of `count_macs`, but for a materialized kernel, which has none.
+    The arguments are those of `count_macs`; `order` is not `MATERIALIZED`.
     """
-    first = 1 if plan.pointwise else _steps(plan, order, strides)[0].positions
-    return plan.blocks * first * plan.between(order)
+    first = 1 if factorization.pointwise else _steps(factorization, order, strides)[0].positions
+    return factorization.blocks * first * factorization.between(order)
 
 
-def work(plan, order, strides):
-    """The `Work` of a convolution; arguments as of `count_macs`."""
-    steps = _steps(plan, order, strides)
+def work(factorization: Factorization, order: Order, strides: Sequence[int]) -> Work:
+    """The `Work` of a convolution; the arguments are those of `count_macs`."""
+    steps = _steps(factorization, order, strides)
     macs = patches = outputs = multiplied = 0
     for step in steps:
         if step.multiplies:
             multiplied += step.positions * (step.inputs + step.outputs)
             continue
-        # Of the three passes of a step the gradient of the inputs knows no strides.
+        # Of the three passes of a training step, the gradient of the inputs has no strides.
         passes = (2 + step.strides) / 3
         macs += passes * step.macs
         patches += passes * step.positions * step.window * step.inputs
         outputs += step.positions * step.outputs
     moved = 0
-    # Those of a kernel of low rank lie in memory as both factors take them.
-    if order is not Order.MATERIALIZED and not plan.is_low_rank:
+    # With factors of low rank, numbers lie in memory as both factors take them.
+    if len(steps) == 2 and not factorization.is_low_rank:
         first, last = steps
         moved = math.prod(strides) * first.inputs + last.outputs
         # A matrix product of rank 1 takes its operand as the convolution leaves it.
-        if plan.rank > 1 or not (first.multiplies or last.multiplies):
+        if factorization.rank > 1 or not (first.multiplies or last.multiplies):
             moved += first.positions * first.outputs
     numbers = macs, patches, outputs, multiplied, moved
-    return Work(*(plan.blocks * number for number in numbers), chained=len(steps) - 1)
+    return Work(*(factorization.blocks * number for number in numbers), chained=len(steps) - 1)
 
 
-def seconds(plan, order, strides, coefficients=None):
-    """Predicted time for each output position, in arbitrary units of this library."""
+def seconds(
+    factorization: Factorization,
+    order: Order,
+    strides: Sequence[int],
+    coefficients: tuple[Work, Work] | None = None,
+) -> float:
+    """Predicted time of a convolution for each output position.
+
+    Args:
+        factorization: the shapes of the kernel.
+        order: an `Order`.
+        strides: one number for each spatial axis.
+        coefficients: the rates of the factorized and of the materialized ways; `None` for
+            `NANOSECONDS` of the library that computes convolutions here.
+
+    Returns:
+        A time in arbitrary units, which only compare within one library.
+    """
     factorized, materialized = coefficients or NANOSECONDS[convolution_library()]
     rates = materialized if order is Order.MATERIALIZED else factorized
     each = zip(
-        dataclasses.astuple(work(plan, order, strides)), dataclasses.astuple(rates), strict=True
+        dataclasses.astuple(work(factorization, order, strides)),
+        dataclasses.astuple(rates),
+        strict=True,
     )
     return sum(amount * rate for amount, rate in each)
 
 
-def choose_order(plan, implementation, strides=()):
+def choose_order(
+    factorization: Factorization, implementation: str, strides: Sequence[int] = ()
+) -> Order:
     """The `Order` in which a kernel is applied to inputs the fastest.
 
-    A dense projection goes by its MACs, and so do the gates of a recurrent layer,
-    whose small products, but for those of low rank, count `SMALL_PRODUCT` times, and
-    which have to save `STEP_LEAST_SAVED`; a convolution goes by the fitted model. On
-    a GPU all kernels are materialized but the largest ones, and those of recurrent
-    layers always.
-
-    An exported file would hold a formed kernel in its full size, so there the
-    factors are taken wherever they are the smaller, in the order with fewer MACs.
-    Of two with as many the right one comes first: as it does not sum over the
-    terms, it makes more channels at once, which fill the machine's vectors.
+    - A dense projection takes the way with the fewest multiplications.
+    - So do the gates of a recurrent layer. There multiplications in small products count
+      `SMALL_PRODUCT` times, except for factors of low rank, and factors have to save
+      `STEP_LEAST_SAVED` of them.
+    - A convolution takes the way that the fitted model predicts to be the fastest.
+    - On a GPU only the largest kernels are factorized, and recurrent kernels never.
+    - An exported file would hold a materialized kernel in its full size. So its layers apply
+      the factors wherever they have fewer numbers than the kernel, in the order with fewer
+      multiplications. If both orders have as many, the right factor comes first: as it
+      does not sum over the terms, it makes more channels at once, which fill the machine's
+      vectors.
 
     Args:
-        plan: a `Factorization`.
-        implementation: `"auto"`, `"factorized"` or `"materialized"`.
-        strides: those of a convolution.
+        factorization: the shapes of the kernel.
+        implementation: `"auto"` chooses; `"factorized"` and `"materialized"` restrict the
+            choice, except in an exported file.
+        strides: strides of a convolution along each spatial axis.
     """
     if runtime() == EXPORTED:
-        if plan.parameters >= plan.full_parameters:
+        if factorization.parameters >= factorization.full_parameters:
             return Order.MATERIALIZED
-        if plan.pointwise:
-            return plan.order
-        return min(reversed(FACTORIZED), key=lambda order: count_macs(plan, order, strides))
+        if factorization.pointwise:
+            return factorization.order
+        return min(
+            reversed(FACTORIZED), key=lambda order: count_macs(factorization, order, strides)
+        )
     if implementation == "materialized":
         return Order.MATERIALIZED
-    if implementation == "auto" and on_gpu() and not _pays_on_gpu(plan, strides):
+    if implementation == "auto" and on_gpu() and not _pays_on_gpu(factorization, strides):
         return Order.MATERIALIZED
-    if plan.pointwise:
-        least = 0 if plan.share_right else STEP_LEAST_SAVED[runtime()]
-        pays = implementation == "factorized" or saved_macs(plan) >= least
-        return plan.order if pays else Order.MATERIALIZED
+    if factorization.pointwise:
+        least = 0 if factorization.share_right else STEP_LEAST_SAVED[runtime()]
+        pays = implementation == "factorized" or saved_macs(factorization) >= least
+        return factorization.order if pays else Order.MATERIALIZED
     ways = FACTORIZED if implementation == "factorized" else Order
-    return min(ways, key=lambda order: seconds(plan, order, strides))
+    return min(ways, key=lambda order: seconds(factorization, order, strides))
 
 
-def saved_macs(plan):
+def saved_macs(factorization: Factorization) -> float:
     """Multiplications that factors save for each position, as `STEP_LEAST_SAVED` counts them."""
-    return plan.full_macs - plan.macs * _weight_of_small_products(plan)
+    return factorization.full_macs - factorization.macs * _weight_of_small_products(factorization)
 
 
-def pays_in_steps(plan, order, batch_size):
-    """Whether the inputs of a recurrent layer are projected faster in its loop than before it.
+def pays_in_steps(factorization: Factorization, order: Order, batch_size: int | None) -> bool:
+    """Whether a recurrent layer projects its inputs faster in its loop than before the loop.
 
-    They are where a time step has many, on a CPU. A file is for single examples.
+    It does on a CPU, if a time step has at least `LOOP_LEAST_MACS` multiplications. An
+    exported file is for single examples, whose time steps have fewer.
 
     Args:
-        plan: the `Factorization` of its input kernel.
-        order: an `Order`.
-        batch_size: `None` where it is not known.
+        factorization: the shapes of the input kernel.
+        order: the `Order` in which the layer applies the kernel.
+        batch_size: number of examples; `None` if unknown.
     """
     if runtime() == EXPORTED or on_gpu():
         return False
-    return step_macs(plan, order, batch_size) >= LOOP_LEAST_MACS[runtime()]
+    return step_macs(factorization, order, batch_size) >= LOOP_LEAST_MACS[runtime()]
 
 
-def step_macs(plan, order, batch_size):
-    """Multiplications of the inputs of one time step, as `LOOP_LEAST_MACS` counts them."""
+def step_macs(factorization: Factorization, order: Order, batch_size: int | None) -> float:
+    """Multiplications of the inputs of one time step, as `LOOP_LEAST_MACS` counts them.
+
+    The arguments are those of `pays_in_steps`.
+    """
     macs = (
-        plan.full_macs
+        factorization.full_macs
         if order is Order.MATERIALIZED
-        else plan.macs / _weight_of_small_products(plan)
+        else factorization.macs / _weight_of_small_products(factorization)
     )
     return (batch_size or 32) * macs
 
 
-def _weight_of_small_products(plan):
-    return 1 if plan.share_right or plan.is_low_rank else SMALL_PRODUCT
+def _weight_of_small_products(factorization):
+    return 1 if factorization.share_right or factorization.is_low_rank else SMALL_PRODUCT
 
 
-def _pays_on_gpu(plan, strides):
+def _pays_on_gpu(factorization, strides):
     """Whether a GPU is faster with the factors of this kernel than with the kernel."""
-    if not plan.share_right:  # the gates of a recurrent layer
+    if not factorization.share_right:  # the gates of a recurrent layer
         return False
-    full = count_macs(plan, Order.MATERIALIZED, strides)
-    factorized = min(count_macs(plan, order, strides) for order in FACTORIZED)
+    full = count_macs(factorization, Order.MATERIALIZED, strides)
+    factorized = min(count_macs(factorization, order, strides) for order in FACTORIZED)
     return full >= GPU_LEAST_MACS[runtime()] and factorized <= GPU_SHARE * full

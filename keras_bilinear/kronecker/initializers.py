@@ -1,4 +1,4 @@
-"""Initial values of the factors, so that their product starts like the full kernel.
+"""Initial values of the factors, with which their product starts like the full kernel.
 
 With `sigma` the deviation that the layer's `kernel_initializer` gives the full
 kernel, each factor is stored with a deviation `s` near it, and the product of
@@ -6,34 +6,37 @@ the factors is multiplied by a constant, the `gain`, that makes up for it:
 
     W = gain * sum_r kron(L_r, R_r)        gain = sigma / (s^2 * sqrt(rank))
 
-So the stored numbers have the size of the full kernel's, and optimizers whose
-steps do not depend on the size of the gradient (Adam and its kin) move the
-kernel by as much as they would move the full one's. Where that would be too
-much, as deep networks do not begin to train then, `s` is larger than `sigma`:
+So the stored numbers are as large as the numbers of the full kernel. Optimizers whose steps do
+not depend on the size of the gradient (Adam and its kin) then move the kernel by as much as they
+would move the full kernel. Where deep networks would not begin to train with such large steps,
+`s` is larger than `sigma`:
 
-- in wide layers, whose kernels have small numbers: `s` is at least 1/40, of
-  which a step at Adam's default rate is 4%;
-- at a rank above 8, as terms that move in step move their sum by as many times
-  as there are terms: `s` grows with the root of the rank, such that they move
-  it no more than 8 terms do. In a wide layer that is more for its size, so there
-  fewer terms do: `s` grows as `sigma` falls from 1/40 to 1/80.
+- in wide layers, whose kernels have small numbers: `s` is at least 1/40. A step at Adam's
+  default rate is 4% of that.
+- at a rank above 8: terms that move in step move their sum by as many times as there are
+  terms. So `s` grows with the root of the rank, such that the terms move their sum no more
+  than 8 terms do. In a wide layer such a move is larger for the size of the kernel, so there
+  `s` also grows as `sigma` falls from 1/40 to 1/80.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import keras
 from keras import ops
 
+from keras_bilinear.kronecker import Tensor
+
 # Deviation of a unit normal distribution that is cut off at two deviations.
 _TRUNCATED_DEVIATION = 0.87962566103423978
 
-# What the stored deviation goes by, see above.
+# The limits of the stored deviation: see the module's docstring.
 _LEAST_STORED = 1 / 40
 _MOST_IN_STEP = 8
 _WIDEST = 2
 
-# Fixed initializers, and what the right factor has where the left one has their
-# values, so that the product has them too.
+# Fixed initializers of the left factor, and the initializer of the right factor with which the
+# product has the fixed values too.
 _FIXED = {
     keras.initializers.Constant: keras.initializers.Ones,
     keras.initializers.Identity: keras.initializers.Identity,
@@ -41,12 +44,17 @@ _FIXED = {
 }
 
 
-def deviation(initializer, fan_in, fan_out):
+def deviation(initializer: Callable, fan_in: int, fan_out: int) -> float | None:
     """The deviation of what a zero-mean random initializer draws.
 
+    Args:
+        initializer: a Keras initializer, or another callable.
+        fan_in: fan-in of the variable.
+        fan_out: fan-out of the variable.
+
     Returns:
-        A float, or `None` if the initializer is none of Keras' zero-mean random
-        ones, so that its deviation is not known from its arguments.
+        A float, or `None` if the initializer is not one of Keras' zero-mean random
+        initializers, so that its arguments do not tell its deviation.
     """
     if isinstance(initializer, keras.initializers.Orthogonal):
         return abs(initializer.gain) / math.sqrt(max(fan_in, fan_out))
@@ -68,30 +76,40 @@ class FactorInitializers:
 
     Which values the factors start with depends on the layer's initializer:
 
-    - Keras' zero-mean random ones (`"glorot_uniform"`, `"uniform"`, ...): its
-      own distribution, scaled so that the materialized kernel has the variance
-      that the full kernel would have, for any factors and rank.
-    - the fixed ones (`"zeros"`, `"ones"`, `Constant`, `"identity"`): the kernel
-      has just these values; an identity, where both sides have the same
-      factors. They stand in the first term. The other terms, and the only one of
-      `"zeros"`, have a random left and a zero right factor: their product is
-      zero, but unlike two zero factors, or terms that are all alike, they train.
-    - `"orthogonal"`: a kernel with orthonormal rows or columns, as the Kronecker
-      product of such factors has them. The terms of a sum share the columns of
-      an orthogonal matrix among themselves, which makes the sum orthogonal too,
-      up to a rank of `min(d1, u1)`.
-    - any other (your own): it is called once for each matrix `L_r` and `R_r`,
+    - A zero-mean random initializer of Keras (`"glorot_uniform"`, `"uniform"`, ...): its own
+      distribution, scaled so that the materialized kernel has the variance that the full
+      kernel would have, for any factors and rank.
+    - A fixed initializer (`"zeros"`, `"ones"`, `Constant`, `"identity"`): the kernel has just
+      these values; an identity only if both sides have the same factors. The first term has
+      the values. Each other term, and the first term of `"zeros"`, has a random left and a
+      zero right factor. The product is zero, but unlike two zero factors, or terms that are
+      all alike, such terms train.
+    - `"orthogonal"`: a kernel with orthonormal rows or columns, as the Kronecker product of
+      orthogonal factors has them. The terms of a sum share the columns of an orthogonal
+      matrix among themselves, which makes the sum orthogonal too, up to a rank of
+      `min(d1, u1)`.
+    - Any other initializer (your own): it is called once for each matrix `L_r` and `R_r`,
       and their product is divided by `sqrt(rank)`.
 
     Args:
         initializer: the layer's initializer, an instance or a callable.
-        left_shape: `(rank, d1, u1)`.
-        right_shape: `(rank, d2, u2)`.
+        left_shape: `(rank, *left_window, d1, u1)`.
+        right_shape: `(rank, *right_window, d2, u2)`.
         fan_in: fan-in of the full kernel.
         fan_out: fan-out of the full kernel.
+
+    Attributes:
+        gain: the constant that multiplies the product of the factors.
     """
 
-    def __init__(self, initializer, left_shape, right_shape, fan_in, fan_out):
+    def __init__(
+        self,
+        initializer: Callable,
+        left_shape: Sequence[int],
+        right_shape: Sequence[int],
+        fan_in: int,
+        fan_out: int,
+    ):
         glorot = keras.initializers.GlorotUniform()
         known = deviation(initializer, fan_in, fan_out)
         zeros = isinstance(initializer, keras.initializers.Zeros) or known == 0
@@ -103,12 +121,12 @@ class FactorInitializers:
         self._initializer = initializer
         self._left_size, self._right_size = math.prod(left_shape), math.prod(right_shape)
         self._rank = left_shape[0]
-        full = known or deviation(glorot, fan_in, fan_out)
+        full = known or _deviation(glorot, fan_in, fan_out)
         width = min(max(1, _LEAST_STORED / full), _WIDEST)
         in_step = width * math.sqrt(self._rank / _MOST_IN_STEP)
         self._stored = max(full, _LEAST_STORED) * max(1, in_step)
         self.gain = full / (self._stored**2 * math.sqrt(self._rank))
-        # What each product of two matrices is multiplied by.
+        # What multiplies each product of two matrices.
         self._scale = 1 / math.sqrt(self._rank)
         if self._orthogonal:
             self._initializer = keras.initializers.Orthogonal(seed=initializer.seed)
@@ -117,14 +135,16 @@ class FactorInitializers:
             own = math.prod(max(shape[-2:]) for shape in (left_shape, right_shape)) ** -0.5
             self._scale = full / own / (1 if self._shares else math.sqrt(self._rank))
 
-    def left(self, shape, dtype=None):
+    def left(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
+        """Initial values of the left factor, of `left_shape`."""
         if self._random is None:
             matrices = self._shares_of_one if self._orthogonal and self._shares else self._matrices
             return self._scaled(matrices(shape, dtype, first_seed=0))
         left = ops.reshape(self._draw(dtype)[: self._left_size], shape)
         return self._with_first_term(left, self._first_term) if self._fixed else left
 
-    def right(self, shape, dtype=None):
+    def right(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
+        """Initial values of the right factor, of `right_shape`."""
         if self._fixed:
             first_term = _FIXED.get(type(self._first_term))
             return self._with_first_term(ops.zeros(shape, dtype), first_term and first_term())
@@ -135,8 +155,9 @@ class FactorInitializers:
     def _draw(self, dtype):
         # One draw holds both factors: an initializer gives the same numbers
         # each time it is called, and equal factors would be no random kernel.
+        assert self._random is not None
         size = self._left_size + self._right_size
-        scale = self._stored / deviation(self._random, size, size)
+        scale = self._stored / _deviation(self._random, size, size)
         return ops.multiply(self._random((size,), dtype=dtype), scale)
 
     def _with_first_term(self, factor, initializer):
@@ -156,29 +177,42 @@ class FactorInitializers:
         )
 
     def _shares_of_one(self, shape, dtype, first_seed):
-        """Splits an orthogonal matrix `A B` into terms: each has some columns of `A`."""
+        """Splits an orthogonal matrix `A B` into terms, each with some columns of `A`."""
         rank, rows, columns = shape
         inner = min(rows, columns)
         a = _with_seed_offset(self._initializer, first_seed)((rows, inner), dtype=dtype)
         b = _with_seed_offset(self._initializer, first_seed + 1)((inner, columns), dtype=dtype)
         owner = ops.arange(inner) * rank // inner
-        mine = ops.cast(ops.equal(owner, ops.arange(rank)[:, None]), a.dtype)
-        return ops.matmul(ops.multiply(a, mine[:, None]), b)
+        owned = ops.cast(ops.equal(owner, ops.arange(rank)[:, None]), a.dtype)
+        return ops.matmul(ops.multiply(a, owned[:, None]), b)
 
     def _scaled(self, matrices):
-        """Both factors together make up for the scale and for the gain."""
+        """One factor's share of the scale and of the gain: the root of both."""
         return ops.multiply(matrices, math.sqrt(self._scale / self.gain))
 
 
+def _deviation(initializer, fan_in, fan_out) -> float:
+    """The deviation of an initializer whose deviation is known."""
+    known = deviation(initializer, fan_in, fan_out)
+    assert known is not None
+    return known
+
+
 def _with_seed_offset(initializer, offset):
+    """The initializer with another seed, so that it draws other numbers."""
     seed = getattr(initializer, "seed", None)
     if not isinstance(seed, int):
         return initializer
     return type(initializer).from_config({**initializer.get_config(), "seed": seed + offset})
 
 
-def split_into_blocks(initializer, blocks):
-    """The initializer of each block of a kernel; an identity stands in the first block."""
+def split_into_blocks(initializer: Callable, blocks: int) -> list[Callable]:
+    """The initializer of each block of a kernel.
+
+    Args:
+        initializer: initializer of the kernel. An identity is in the first block alone.
+        blocks: number of blocks.
+    """
     if isinstance(initializer, keras.initializers.Identity):
         return [initializer, *[keras.initializers.Zeros()] * (blocks - 1)]
     return [_with_seed_offset(initializer, 100 * block) for block in range(blocks)]

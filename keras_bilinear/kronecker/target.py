@@ -1,4 +1,8 @@
-"""Where the operations that layers make are going to run: on Keras' backend, or from a file."""
+"""Where the operations that layers make are going to run: on Keras' backend, or from a file.
+
+`runtime`, `on_gpu`, `convolution_library`, `differentiable` and `holds_integers` tell; `exporting`
+is the context in which they run from a file.
+"""
 
 import contextlib
 import contextvars
@@ -86,9 +90,9 @@ def exporting(integers: bool = False) -> Iterator[None]:
     >>> y.shape == (2, 64)
     True
     """
-    tokens = _RUNTIME.set(EXPORTED), _INTEGERS.set(integers)
+    outer_runtime, outer_integers = _RUNTIME.set(EXPORTED), _INTEGERS.set(integers)
     try:
         yield
     finally:
-        for variable, token in zip((_RUNTIME, _INTEGERS), tokens, strict=True):
-            variable.reset(token)
+        _RUNTIME.reset(outer_runtime)
+        _INTEGERS.reset(outer_integers)

@@ -1,17 +1,24 @@
-"""The kernels of bilinear layers: factors that stand for one."""
+"""The kernels of bilinear layers: trainable factors that stand for a full kernel.
+
+A `KroneckerKernel` has one pair of factors; a `GateKernel` has a pair for each gate of a cell.
+"""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_bilinear.kronecker import products
+from keras_bilinear.kronecker import Tensor, products
 from keras_bilinear.kronecker.convolution import convolve
 from keras_bilinear.kronecker.cost import choose_order, count_between, count_macs
-from keras_bilinear.kronecker.factorization import Order
+from keras_bilinear.kronecker.factorization import Factorization, Order
 from keras_bilinear.kronecker.fit import fit_kronecker_sum
 from keras_bilinear.kronecker.initializers import FactorInitializers, split_into_blocks
 from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
+from keras_bilinear.kronecker.statistics import InputStatistics, Statistics
 from keras_bilinear.kronecker.target import EXPORTED, differentiable, exporting, runtime
 
 
@@ -20,12 +27,11 @@ class KroneckerKernel:
 
     The kernel is `W = gain * sum_r kron(L_r, R_r)`, cut to its true size.
 
-    The gain (see `keras_bilinear.kronecker.initializers`) serves the optimizers whose
-    steps do not depend on the size of the gradient. It would enter the steps of
-    those that do (SGD) squared, and they would diverge. So the gradients of the
-    stored factors are divided by the gain, whether the layer is called for
-    training or not: SGD moves the kernel as if there were none, and Adam and its
-    kin do not see the difference.
+    The gain (see `keras_bilinear.kronecker.initializers`) serves the optimizers whose steps do
+    not depend on the size of the gradient. It would enter the steps of SGD, which do, squared,
+    and SGD would diverge. So the kernel divides the gradients of the stored factors by the
+    gain, in and out of training. SGD then moves the kernel as if there were no gain, and Adam
+    and its kin do not see the difference.
 
     Args:
         layer: the layer that owns the variables.
@@ -33,22 +39,28 @@ class KroneckerKernel:
         initializer: initializer of the full kernel, see `FactorInitializers`.
         regularizer: applied to each stored factor.
         constraint: applied to each stored factor.
-        implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"`
-            materializes only where that is faster, see `keras_bilinear.kronecker.cost`.
-        strides: those of a convolution.
-        name: of the kernel; those of the factors end with it.
+        implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"` forms the kernel
+            only where that is faster, see `keras_bilinear.kronecker.cost`.
+        strides: strides of a convolution along each spatial axis.
+        name: name of the kernel; the names of the variables end with it.
+
+    Attributes:
+        factorization: the shapes.
+        gain: the constant that multiplies the product of the stored factors.
+        left: the stored left factor, a variable of `factorization.left_shape`.
+        right: the stored right factor, a variable of `factorization.right_shape`.
     """
 
     def __init__(
         self,
-        layer,
-        factorization,
-        initializer,
-        regularizer=None,
-        constraint=None,
-        implementation="auto",
-        strides=(),
-        name="kernel",
+        layer: keras.Layer,
+        factorization: Factorization,
+        initializer: Callable,
+        regularizer: Callable | None = None,
+        constraint: Callable | None = None,
+        implementation: str = "auto",
+        strides: Sequence[int] = (),
+        name: str = "kernel",
     ):
         coupled, window = factorization.coupled, math.prod(factorization.window)
         stacked = not factorization.share_right
@@ -93,8 +105,11 @@ class KroneckerKernel:
             **shared,
         )
 
-    def factors(self):
-        """`(left, right)` tensors whose Kronecker sum is the (padded) kernel, gain included."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The left and the right factor, whose Kronecker sum is the (padded) kernel.
+
+        They include the gain, and gradients pass through them to the stored factors.
+        """
         left, right = ops.convert_to_tensor(self.left), ops.convert_to_tensor(self.right)
         if differentiable():
             left = _scale_gradient(left, 1 / self.gain)
@@ -105,42 +120,55 @@ class KroneckerKernel:
         return left, ops.multiply(right, self.gain)
 
     @property
-    def order(self):
+    def order(self) -> Order:
         """The `Order` in which the factors are applied."""
         return self._exported_order if runtime() == EXPORTED else self._order
 
     @property
-    def materialized(self):
-        """Whether the full kernel is formed at each call."""
+    def materialized(self) -> bool:
+        """Whether each call forms the full kernel."""
         return self.order is Order.MATERIALIZED
 
     @property
-    def macs(self):
+    def macs(self) -> int:
         """Multiply-accumulate operations for each row, or for each output position."""
         return count_macs(self.factorization, self.order, self._strides)
 
     @property
-    def between(self):
+    def between(self) -> int:
         """Numbers between both factors for each row, or for each output position."""
         return count_between(self.factorization, self.order, self._strides)
 
-    def materialize(self):
-        """The kernel, of `factorization.full_shape`."""
+    def materialize(self) -> Tensor:
+        """The kernel, a new tensor of `factorization.full_shape`."""
         return self.full(*self.factors())
 
-    def full(self, left, right):
-        """What two factors stand for, of any rank and without gain."""
-        plan = self.factorization
+    def full(self, left: Tensor, right: Tensor) -> Tensor:
+        """The kernel of other factors, without the gain.
+
+        Args:
+            left: a tensor or array of `factorization.left_shape`, but for the rank.
+            right: likewise, of `factorization.right_shape`.
+
+        Returns:
+            A tensor of `factorization.full_shape`.
+        """
+        factorization = self.factorization
         kernel = products.materialize(left, right)
-        leading = (*plan.window, plan.padded_input_dim, plan.blocks)
-        kernel = ops.reshape(kernel, (*leading, plan.padded_output_dim))
-        kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
-        return ops.reshape(kernel, plan.full_shape)
+        leading = (*factorization.window, factorization.padded_input_dim, factorization.blocks)
+        kernel = ops.reshape(kernel, (*leading, factorization.padded_output_dim))
+        kernel = kernel[..., : factorization.input_dim, :, : factorization.output_dim]
+        return ops.reshape(kernel, factorization.full_shape)
 
-    def project(self, x, transposed=False):
-        """`x @ W`, or `x @ W^T`, over the last axis of an `x` of any rank.
+    def project(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """Multiplies the last axis of a tensor by the kernel, which must be pointwise.
 
-        For pointwise kernels.
+        Args:
+            x: `(..., input_dim)`; if `transposed`, `(..., output_dim)`.
+            transposed: whether to multiply by the transposed kernel.
+
+        Returns:
+            `(..., output_dim)`; if `transposed`, `(..., input_dim)`.
         """
         factorization = self.factorization
         if self.materialized:
@@ -161,19 +189,19 @@ class KroneckerKernel:
         return project(x)[0]
 
     @staticmethod
-    def _with_padding(project, plan):
-        """Makes a function of padded rows one of an `x` of any rank and of the true sizes."""
+    def _with_padding(project, factorization):
+        """Makes a function of padded rows a function of any tensor with true sizes."""
 
         def project_padded(x):
             leading = _known_shape(x, axes=-1)
-            padding = plan.padded_input_dim - plan.input_dim
+            padding = factorization.padded_input_dim - factorization.input_dim
             if padding:
                 x = ops.pad(x, ((0, 0),) * len(leading) + ((0, padding),))
-            return [_restore(y, leading, plan) for y in project(x)]
+            return [_restore(y, leading, factorization) for y in project(x)]
 
         return project_padded
 
-    def convolve(self, x, data_format="channels_last", **options):
+    def convolve(self, x: Tensor, data_format: str = "channels_last", **options: Any) -> Tensor:
         """The convolution of `x` with the kernel.
 
         Args:
@@ -181,16 +209,16 @@ class KroneckerKernel:
             data_format: `"channels_last"` or `"channels_first"`.
             **options: `strides`, `padding` and `dilation_rate` of `keras.ops.conv`.
         """
-        plan = self.factorization
+        factorization = self.factorization
         if self.materialized:
             kernel = ops.cast(self.materialize(), x.dtype)
             return ops.conv(x, kernel, data_format=data_format, **options)
         dtype = x.dtype
         channels_first = data_format == "channels_first"
-        axes = range(1, 1 + len(plan.window))
+        axes = range(1, 1 + len(factorization.window))
         if channels_first:
             x = ops.transpose(x, (0, *(axis + 1 for axis in axes), 1))
-        if plan.pointwise:
+        if factorization.pointwise:
             steps = (slice(None, None, step) for step in options["strides"])
             y = self.project(x[(slice(None), *steps)])
         else:
@@ -199,65 +227,87 @@ class KroneckerKernel:
         return ops.transpose(y, (0, len(y.shape) - 1, *axes)) if channels_first else y
 
     def _convolve_blocks(self, x, **options):
-        plan = self.factorization
+        factorization = self.factorization
         leading = ops.shape(x)[:-1]
-        padding = plan.padded_input_dim - plan.input_dim
+        padding = factorization.padded_input_dim - factorization.input_dim
         if padding:
-            x = ops.reshape(x, (*leading, plan.blocks, plan.input_dim))
+            x = ops.reshape(x, (*leading, factorization.blocks, factorization.input_dim))
             x = ops.pad(x, ((0, 0),) * (len(leading) + 1) + ((0, padding),))
-        x = ops.reshape(x, (*leading, plan.blocks, *plan.input_factors))
+        x = ops.reshape(x, (*leading, factorization.blocks, *factorization.input_factors))
         left, right = self.factors()
-        y = convolve(x, left, right, self.order, plan.blocks, **options)
+        y = convolve(x, left, right, self.order, factorization.blocks, **options)
         leading = ops.shape(y)[:-3]
-        if plan.padded_output_dim != plan.output_dim:
-            y = ops.reshape(y, (*leading, plan.blocks, plan.padded_output_dim))
-            y = y[..., : plan.output_dim]
-        return ops.reshape(y, (*leading, plan.blocks * plan.output_dim))
+        if factorization.padded_output_dim != factorization.output_dim:
+            y = ops.reshape(y, (*leading, factorization.blocks, factorization.padded_output_dim))
+            y = y[..., : factorization.output_dim]
+        return ops.reshape(y, (*leading, factorization.blocks * factorization.output_dim))
 
-    def rows(self, indices):
-        """Rows of the kernel: `indices.shape + (output_dim,)`."""
+    def rows(self, indices: Tensor) -> Tensor:
+        """Looks up rows of the kernel, as an embedding does.
+
+        Args:
+            indices: integers of any shape.
+
+        Returns:
+            `(*indices.shape, output_dim)`.
+        """
         if self.materialized:
             return ops.take(self.materialize(), indices, axis=0)
         rows = products.rows(indices, *self.factors())
         return _restore(rows, _known_shape(indices), self.factorization)
 
-    def assign(self, kernel):
-        """Stores the Kronecker sum that is nearest to a full kernel."""
-        self.assign_factors(*nearest_kronecker_sum(kernel, self.factorization))
-
-    def fit(self, statistics, centred):
-        """Stores the Kronecker sum that is fitted to examples.
+    def assign(self, kernel: np.ndarray) -> None:
+        """Stores the Kronecker sum that is nearest to a full kernel.
 
         Args:
-            statistics: one of `keras_bilinear.kronecker.fit` for each block.
+            kernel: an array of `factorization.full_shape`.
+        """
+        self.assign_factors(*nearest_kronecker_sum(kernel, self.factorization))
+
+    def fit(self, statistics: Sequence[Statistics], centred: bool) -> np.ndarray | float:
+        """Stores the Kronecker sum that fits examples best.
+
+        Args:
+            statistics: the statistics of the examples for each block.
             centred: whether a bias takes the means.
 
         Returns:
-            For each block what is to be added to the bias, side by side.
+            What to add to the bias for each output of the kernel, 0 if not `centred`.
         """
         self._fit(statistics, centred)
         if not centred:
             return 0.0
-        plan = self.factorization
+        factorization = self.factorization
         kernel = ops.convert_to_numpy(self.materialize()).astype("float64")
-        kernel = kernel.reshape(-1, len(statistics), plan.output_dim)
-        means = [one.means() for one in statistics]
+        kernel = kernel.reshape(-1, len(statistics), factorization.output_dim)
+        # Only matrix products have a bias.
+        means = [of_block.means() for of_block in cast("Sequence[InputStatistics]", statistics)]
         return np.concatenate(
             [target - input @ kernel[:, i] for i, (input, target) in enumerate(means)]
         )
 
-    def _fit(self, statistics, centred):
+    def _fit(self, statistics: Sequence[Statistics], centred: bool) -> None:
         fit = fit_kronecker_sum(statistics, self.factorization, centred)
         self.assign_factors(fit.left, fit.right)
 
-    def read_factors(self):
-        """Left and right kernel as float64 arrays, with their share of the gain."""
-        gain = math.sqrt(self.gain)
-        arrays = (ops.convert_to_numpy(one).astype("float64") for one in (self.left, self.right))
-        return tuple(gain * array for array in arrays)
+    def read_factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """The left and the right factor as float64 arrays.
 
-    def assign_factors(self, left, right):
-        """Stores arrays such as `read_factors` gives."""
+        Each has the root of the gain in it, so their Kronecker sum is the (padded) kernel.
+        """
+        left, right = (
+            math.sqrt(self.gain) * ops.convert_to_numpy(variable).astype("float64")
+            for variable in (self.left, self.right)
+        )
+        return left, right
+
+    def assign_factors(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Stores factors whose Kronecker sum is the (padded) kernel.
+
+        Args:
+            left: an array of `factorization.left_shape`.
+            right: an array of `factorization.right_shape`.
+        """
         for variable, values in ((self.left, left), (self.right, right)):
             # NumPy has no bfloat16, and not every backend rounds float64 to it.
             dtype = "float64" if variable.dtype == "float64" else "float32"
@@ -271,7 +321,7 @@ def _scale_gradient(x, scale):
 
 
 def _known_shape(x, axes=None):
-    """Leading dimensions of `x`, with `-1` for one that is not known."""
+    """Leading dimensions of `x`, with `-1` for a single unknown dimension."""
     static = x.shape[:axes]
     if sum(size is None for size in static) > 1:
         return ops.shape(x)[:axes]
@@ -279,7 +329,7 @@ def _known_shape(x, axes=None):
 
 
 def _restore(y, leading, factorization):
-    """Cuts the padding off `(n, padded_output_dim)` and gives it its leading dimensions back."""
+    """Cuts the padding off `(n, padded_output_dim)` and restores the leading dimensions."""
     if factorization.padded_output_dim != factorization.output_dim:
         y = y[:, : factorization.output_dim]
     return y if len(leading) == 1 else ops.reshape(y, (*leading, factorization.output_dim))
@@ -288,50 +338,68 @@ def _restore(y, leading, factorization):
 class GateKernel(KroneckerKernel):
     """The kernels of a cell's gates, side by side as in the stock cell, each a Kronecker sum."""
 
-    def materialize(self, gates=None):
-        """The kernel of all gates, or of some, of `(input_dim, gates * units)`."""
+    def materialize(self, gates: Sequence[int] | None = None) -> Tensor:
+        """The kernel of all gates, or of some gates that are neighbours.
+
+        Args:
+            gates: numbers of the gates, ascending; `None` for all.
+
+        Returns:
+            `(input_dim, gates * units)`.
+        """
         return self.full(*self.factors(), gates)
 
-    def full(self, left, right, gates=None):
-        plan = self.factorization
-        kernel = products.materialize_gates(*self._pick(left, right, gates))
-        kernel = kernel[: plan.input_dim, :, : plan.output_dim]
-        return ops.reshape(kernel, (plan.input_dim, -1))
+    def full(self, left: Tensor, right: Tensor, gates: Sequence[int] | None = None) -> Tensor:
+        factorization = self.factorization
+        kernel = products.materialize_blocks(*self._pick(left, right, gates))
+        kernel = kernel[: factorization.input_dim, :, : factorization.output_dim]
+        return ops.reshape(kernel, (factorization.input_dim, -1))
 
     def _pick(self, left, right, gates):
-        """The factors of some gates that are neighbours, or of all."""
+        """The factors of all gates, or of some gates that are neighbours."""
         if not gates or len(gates) == self.factorization.blocks:
             return left, right
         return left[gates[0] : gates[-1] + 1], right[gates[0] : gates[-1] + 1]
 
-    def projection(self, gates=None):
-        """A function that multiplies an `x` of any rank by the kernels of all gates, or of some.
+    def projection(
+        self, gates: Sequence[int] | None = None
+    ) -> Callable[[Tensor], Sequence[Tensor]]:
+        """Prepares products with the kernels of all gates, or of some gates that are neighbours.
 
-        It returns one tensor for each gate. What depends on the factors alone
-        is computed here, once, and not at each call of the function.
+        What depends on the factors alone is computed here, once for all calls of the function.
+
+        Args:
+            gates: numbers of the gates, ascending; `None` for all.
+
+        Returns:
+            A function from `(..., input_dim)` to `(..., units)` for each gate.
         """
-        plan = self.factorization
-        gates = gates or range(plan.blocks)
+        factorization = self.factorization
+        gates = gates or range(factorization.blocks)
         if self.materialized:
             kernel = self.materialize(gates)
             return lambda x: split_blocks(ops.matmul(x, kernel), len(gates))
         left, right = self._pick(*self.factors(), gates)
-        return self._with_padding(products.projection(left, right, self.order), plan)
+        return self._with_padding(products.projection(left, right, self.order), factorization)
 
-    def assign(self, kernel):
-        plan = self.factorization
+    def assign(self, kernel: np.ndarray) -> None:
+        factorization = self.factorization
         self._assign_gates(
-            nearest_kronecker_sum(block, plan.block)
-            for block in np.split(kernel, plan.blocks, axis=1)
+            nearest_kronecker_sum(block, factorization.block)
+            for block in np.split(kernel, factorization.blocks, axis=1)
         )
 
-    def _fit(self, statistics, centred):
-        fits = [fit_kronecker_sum([one], self.factorization.block, centred) for one in statistics]
+    def _fit(self, statistics: Sequence[Statistics], centred: bool) -> None:
+        fits = [
+            fit_kronecker_sum([of_gate], self.factorization.block, centred)
+            for of_gate in statistics
+        ]
         self._assign_gates((fit.left, fit.right) for fit in fits)
 
-    def _assign_gates(self, pairs):
+    def _assign_gates(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         self.assign_factors(*(np.stack(side) for side in zip(*pairs, strict=True)))
 
 
-def split_blocks(x, count):
+def split_blocks(x: Tensor, count: int) -> Sequence[Tensor]:
+    """Splits the last axis into `count` blocks of the same size."""
     return [x] if count == 1 else ops.split(x, count, axis=-1)
