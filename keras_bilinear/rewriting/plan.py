@@ -290,6 +290,16 @@ def _layer_plan(content):
     return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
 
 
+def _factorization(content: Mapping[str, Any]) -> Factorization:
+    shapes: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+    }
+    if "gates" in shapes:  # a plan that was saved before there were `blocks`
+        groups, gates = shapes.pop("groups"), shapes.pop("gates")
+        shapes |= {"blocks": gates or groups, "share_right": not gates}
+    return Factorization(**shapes)
+
+
 def _alongside(other, first, inputs, outputs):
     """The factorization of a further kernel of a layer whose first kernel has these factors."""
     sizes, first_sizes = ((kernel.input_dim, kernel.output_dim) for kernel in (other, first))
