@@ -91,8 +91,8 @@ def test_errors_are_those_of_the_examples_and_not_above_the_nearest_sums(
 @pytest.mark.parametrize("centred", [False, True])
 def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
     monkeypatch.setattr("keras_bilinear.kronecker.fit.TOLERANCE", 0.0)
-    monkeypatch.setattr("keras_bilinear.kronecker.fit.LEAST_PRIOR", 0.0)
-    monkeypatch.setattr("keras_bilinear.kronecker.fit.PRIOR", 0.0)
+    monkeypatch.setattr("keras_bilinear.kronecker.least_squares.LEAST_PRIOR", 0.0)
+    monkeypatch.setattr("keras_bilinear.kronecker.least_squares.PRIOR", 0.0)
     plan = Factorization.create(input_dim=12, output_dim=9, rank=2, **WINDOWS[pattern])
     rng = np.random.default_rng(0)
     _, rows, statistics = problem(rng, plan)
