@@ -45,6 +45,24 @@ class BilinearLayer(keras.layers.Layer):
     Raises:
         ValueError: if an argument is not valid.
 
+    Example:
+
+    >>> class BilinearSquare(BilinearLayer):
+    ...     def factorize(self, input_shape):
+    ...         width = input_shape[-1]
+    ...         return {"kernel": self.factorization_of(width, width)}
+    ...
+    ...     def build(self, input_shape):
+    ...         self.add_kernel("kernel", self.factorize(input_shape)["kernel"])
+    ...
+    ...     def call(self, inputs):
+    ...         return self.kernels["kernel"].project(inputs)
+    >>> layer = BilinearSquare(rank=2)
+    >>> layer(np.ones((8, 64), "float32")).shape == (8, 64)
+    True
+    >>> layer.count_params()  # a full kernel has 4,096
+    256
+
     Reference:
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
         Bilinear Projections", section III, arXiv:2011.01391.
