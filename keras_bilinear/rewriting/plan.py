@@ -272,15 +272,6 @@ def _text(factors):
     return " -> ".join("x".join(map(str, pair)) for pair in factors)
 
 
-def _factorization(values: dict[str, Any]) -> Factorization:
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    values = {**values, **lists}
-    if "gates" in values:  # a plan that was saved before there were `blocks`
-        groups, gates = values.pop("groups"), values.pop("gates")
-        values |= {"blocks": gates or groups, "share_right": not gates}
-    return Factorization(**values)
-
-
 def _layer_plan(content):
     factorizations = [_factorization(values) for values in content["factorizations"]]
     errors = {
