@@ -1,4 +1,4 @@
-"""Texts of errors, and the error about missing packages."""
+"""Texts of errors, and checks that raise errors: of missing packages and of choices."""
 
 import importlib.util
 import re

@@ -10,9 +10,7 @@ from keras_bilinear.kronecker.nearest import input_index, remaining_energies
 from keras_bilinear.layers.calibration import calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.rewriting.plan import Candidates, RewritePlan
-from keras_bilinear.rewriting.sites import (
-    walk,
-)
+from keras_bilinear.rewriting.sites import walk
 
 # Near-square kernels whose linear systems have more unknowns take long to fit. They are fitted
 # only where near-square kernels of lower rank are not behind kernels of low rank of their size.

@@ -133,7 +133,7 @@ def rewrite_layers(
 
     Args:
         model: the model.
-        sites: its full layers.
+        sites: layers of the model. Layers without a rank in the plan stay what they are.
         plan: what each layer becomes.
         batches: calibration data as batches, or `None`, see `rewrite_model`.
 
