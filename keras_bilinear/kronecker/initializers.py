@@ -112,6 +112,10 @@ class FactorInitializers:
     ):
         glorot = keras.initializers.GlorotUniform()
         known = deviation(initializer, fan_in, fan_out)
+        if known and isinstance(initializer, keras.initializers.Orthogonal):
+            # As a matrix, the kernel of a convolution has the window on the side of the inputs.
+            window = math.prod((*left_shape[1:-2], *right_shape[1:-2]))
+            known = deviation(initializer, fan_in, fan_out // window)
         zeros = isinstance(initializer, keras.initializers.Zeros) or known == 0
         self._fixed = zeros or type(initializer) in _FIXED
         self._orthogonal = isinstance(initializer, keras.initializers.Orthogonal) and not zeros
@@ -130,9 +134,10 @@ class FactorInitializers:
         self._scale = 1 / math.sqrt(self._rank)
         if self._orthogonal:
             self._initializer = keras.initializers.Orthogonal(seed=initializer.seed)
-            self._shares = self._rank <= min(left_shape[-2:])
+            left_sides, right_sides = _matrix_sides(left_shape), _matrix_sides(right_shape)
+            self._shares = self._rank <= min(left_sides)
             # The product of matrices with orthonormal rows has a deviation of its own.
-            own = math.prod(max(shape[-2:]) for shape in (left_shape, right_shape)) ** -0.5
+            own = (max(left_sides) * max(right_sides)) ** -0.5
             self._scale = full / own / (1 if self._shares else math.sqrt(self._rank))
 
     def left(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
@@ -178,17 +183,23 @@ class FactorInitializers:
 
     def _shares_of_one(self, shape, dtype, first_seed):
         """Splits an orthogonal matrix `A B` into terms, each with some columns of `A`."""
-        rank, rows, columns = shape
+        rank = shape[0]
+        rows, columns = _matrix_sides(shape)
         inner = min(rows, columns)
         a = _with_seed_offset(self._initializer, first_seed)((rows, inner), dtype=dtype)
         b = _with_seed_offset(self._initializer, first_seed + 1)((inner, columns), dtype=dtype)
         owner = ops.arange(inner) * rank // inner
         owned = ops.cast(ops.equal(owner, ops.arange(rank)[:, None]), a.dtype)
-        return ops.matmul(ops.multiply(a, owned[:, None]), b)
+        return ops.reshape(ops.matmul(ops.multiply(a, owned[:, None]), b), shape)
 
     def _scaled(self, matrices):
         """One factor's share of the scale and of the gain: the root of both."""
         return ops.multiply(matrices, math.sqrt(self._scale / self.gain))
+
+
+def _matrix_sides(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of each term of a factor as a matrix, the window among the rows."""
+    return math.prod(shape[1:-1]), shape[-1]
 
 
 def _deviation(initializer, fan_in, fan_out) -> float:

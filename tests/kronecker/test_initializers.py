@@ -4,7 +4,7 @@ import oracle
 import pytest
 from keras import ops
 
-from keras_bilinear import BilinearDense, BilinearEmbedding
+from keras_bilinear import BilinearConv2D, BilinearDense, BilinearEmbedding
 from keras_bilinear.kronecker.initializers import deviation
 
 SEEDS = 40
@@ -152,6 +152,26 @@ def test_zeros_can_be_trained(initializer):
 def test_product_of_orthogonal_factors_is_orthogonal():
     kernel = oracle.full_kernel(make("orthogonal", (36, 36)))
     np.testing.assert_allclose(kernel.T @ kernel, np.eye(36), atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["channel", "spatial"])
+@pytest.mark.parametrize("filters", [8, 64, 400])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_orthogonal_kernels_of_convolutions_are_orthogonal(pattern, filters, rank):
+    initializer = keras.initializers.Orthogonal(gain=1.5, seed=1)
+    layer = BilinearConv2D(filters, 3, rank=rank, pattern=pattern, kernel_initializer=initializer)
+    layer.build((None, 8, 8, 16))
+    kernel = oracle.full_kernel(layer).reshape(-1, filters)
+    values = np.linalg.svd(kernel, compute_uv=False)
+    np.testing.assert_allclose(values, 1.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_orthogonal_convolutions_of_a_higher_rank_keep_the_norm(groups):
+    initializer = keras.initializers.Orthogonal(seed=1)
+    layer = BilinearConv2D(64, 3, rank=9, groups=groups, kernel_initializer=initializer)
+    layer.build((None, 8, 8, 16))
+    np.testing.assert_allclose(np.sum(oracle.full_kernel(layer) ** 2), 64, rtol=0.1)
 
 
 def test_orthogonal_of_a_higher_rank_keeps_the_norm():
