@@ -202,7 +202,8 @@ class Converter:
         for name in self.shared_names:
             values = getattr(self.holder(source), name, None)
             if values is not None:
-                getattr(self.holder(target), name).assign(values)
+                # Through NumPy, as JAX gives away the memory of what it updates.
+                getattr(self.holder(target), name).assign(ops.convert_to_numpy(values))
 
     def from_full(self, full: keras.Layer, calibration=None, **own: Any) -> keras.Layer:
         """Makes the bilinear layer from a full layer.

@@ -53,7 +53,7 @@ class RecurrentConverter(Converter):
         super().copy_shared(source, target)
         states = (getattr(layer, "states", None) or () for layer in (source, target))
         for state, its_copy in zip(*states, strict=True):
-            its_copy.assign(state)
+            its_copy.assign(ops.convert_to_numpy(state))
 
     def rows(
         self,
