@@ -42,7 +42,8 @@ def plan_rewrite(
 
     Each layer gets either near-square factors or the factors of a kernel of low rank: two
     plain layers, one after the other. Among all plans within the limit, this one has the
-    smallest sum of squared predicted errors: a knapsack, solved by HiGHS. Grouped
+    smallest sum of squared predicted errors: a knapsack, solved
+    by HiGHS to within a thousandth. Grouped
     convolutions and layers with a `scale` keep near-square factors.
 
     Args:
