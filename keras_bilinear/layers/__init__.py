@@ -7,6 +7,7 @@ from keras_bilinear.layers.embedding import BilinearEmbedding
 from keras_bilinear.layers.gru import BilinearGRU, BilinearGRUCell
 from keras_bilinear.layers.lstm import BilinearLSTM, BilinearLSTMCell
 from keras_bilinear.layers.reversible_embedding import BilinearReversibleEmbedding
+from keras_bilinear.layers.separable_conv import BilinearSeparableConv1D, BilinearSeparableConv2D
 from keras_bilinear.layers.simple_rnn import BilinearSimpleRNN, BilinearSimpleRNNCell
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "BilinearLSTMCell",
     "BilinearLayer",
     "BilinearReversibleEmbedding",
+    "BilinearSeparableConv1D",
+    "BilinearSeparableConv2D",
     "BilinearSimpleRNN",
     "BilinearSimpleRNNCell",
     "Converter",

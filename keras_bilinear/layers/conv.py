@@ -12,13 +12,44 @@ from keras_bilinear.layers.converter import (
     Converter,
     check_width,
     converter_of,
-    is_bilinear,
     register,
 )
+from keras_bilinear.layers.data_format import add_bias, channel_axis
 
 PATTERNS = ("auto", "channel", "spatial")
 # Patches of one batch of calibration data that count.
 MOST_PATCHES = 8192
+
+
+def check_pattern(pattern: Any) -> None:
+    """Checks that a pattern is one of `PATTERNS`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if pattern not in PATTERNS:
+        raise ValueError(f"`pattern` must be one of {PATTERNS}. Received: pattern={pattern!r}")
+
+
+def split_window(kernel_size: tuple[int, ...], pattern: str) -> dict[str, tuple[int, ...]]:
+    """The windows of the left and the right factor, as arguments of `Factorization.create`."""
+    ones = (1,) * len(kernel_size)
+    left, right = ones, kernel_size
+    if pattern == "spatial":
+        left, right = kernel_size[:1] + ones[1:], ones[:1] + kernel_size[1:]
+    return {"left_window": left, "right_window": right}
+
+
+def shape_of_any_size(layer: Any, channels: int) -> tuple:
+    """The shape of inputs of a convolution with so many channels, at positions not known."""
+    positions = (None,) * len(layer.kernel_size)
+    channels_last = layer.data_format == "channels_last"
+    return (None, *positions, channels) if channels_last else (None, channels, *positions)
+
+
+def count_positions(layer: Any, shape: tuple) -> int:
+    """How many positions inputs or outputs of that shape have, in all examples together."""
+    return math.prod(shape) // shape[channel_axis(layer.data_format)]
 
 
 class ConvConverter(Converter):
@@ -29,14 +60,8 @@ class ConvConverter(Converter):
     def count_blocks(self, full: keras.Layer) -> int:
         return full.groups
 
-    def input_dim(self, layer: keras.Layer) -> int:
-        return super().input_dim(layer) if is_bilinear(layer) else layer.kernel.shape[-2]
-
     def input_shape(self, layer: keras.Layer) -> tuple:
-        channels = self.input_dim(layer) * layer.groups
-        positions = (None,) * len(layer.kernel_size)
-        channels_last = layer.data_format == "channels_last"
-        return (None, *positions, channels) if channels_last else (None, channels, *positions)
+        return shape_of_any_size(layer, self.input_dim(layer) * layer.groups)
 
     def rows(self, full: keras.Layer, inputs: np.ndarray, **call: Any) -> dict[str, list]:
         channels_last = full.data_format == "channels_last"
@@ -44,13 +69,12 @@ class ConvConverter(Converter):
         check_width(full, inputs, width, -1 if channels_last else 1)
         if not channels_last:
             inputs = np.moveaxis(inputs, 1, -1)
-        patches = _patches(full, inputs, MOST_PATCHES)
+        patches = choose_patches(full, inputs, MOST_PATCHES)
         blocks = np.split(patches, full.groups, axis=-1)
         return {"kernel": [block.reshape(len(patches), -1) for block in blocks]}
 
     def applications(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
-        axis = -1 if layer.data_format == "channels_last" else 1
-        return math.prod(outputs) // outputs[axis]
+        return count_positions(layer, outputs)
 
 
 class BilinearConv(BilinearLayer):
@@ -167,8 +191,7 @@ class BilinearConv(BilinearLayer):
         )
         self.filters = check_positive_int("filters", filters)
         self.groups = check_positive_int("groups", groups)
-        if pattern not in PATTERNS:
-            raise ValueError(f"`pattern` must be one of {PATTERNS}. Received: pattern={pattern!r}")
+        check_pattern(pattern)
         check_factors("output_factors", output_factors, self.filters // self.groups)
         self.kernel_size = full.kernel_size
         self.strides = full.strides
@@ -188,7 +211,7 @@ class BilinearConv(BilinearLayer):
         self.input_spec = keras.layers.InputSpec(min_ndim=len(self.kernel_size) + 2)
 
     def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
-        channels = input_shape[self._channel_axis]
+        channels = input_shape[channel_axis(self.data_format)]
         if channels is None:
             raise ValueError(
                 f"The channel dimension of the input of `{type(self).__name__}` must be known. "
@@ -202,20 +225,14 @@ class BilinearConv(BilinearLayer):
             )
         # Refuses sizes that leave no output.
         self.compute_output_shape(input_shape)
-        left_window, right_window = self._windows()
         return {
             "kernel": self.factorization_of(
                 channels // self.groups,
                 self.filters // self.groups,
-                left_window=left_window,
-                right_window=right_window,
                 blocks=self.groups,
+                **split_window(self.kernel_size, self.pattern),
             )
         }
-
-    @property
-    def _channel_axis(self) -> int:
-        return -1 if self.data_format == "channels_last" else 1
 
     def build(self, input_shape: tuple):
         self._kernel = self.add_kernel(
@@ -234,18 +251,11 @@ class BilinearConv(BilinearLayer):
                 regularizer=self.bias_regularizer,
                 constraint=self.bias_constraint,
             )
+        axis = channel_axis(self.data_format)
         self.input_spec = keras.layers.InputSpec(
-            min_ndim=len(self.kernel_size) + 2,
-            axes={self._channel_axis: input_shape[self._channel_axis]},
+            min_ndim=len(self.kernel_size) + 2, axes={axis: input_shape[axis]}
         )
         self.built = True
-
-    def _windows(self):
-        """The windows of the left and the right factor."""
-        ones = (1,) * len(self.kernel_size)
-        if self.pattern == "spatial":
-            return self.kernel_size[:1] + ones[1:], ones[:1] + self.kernel_size[1:]
-        return ones, self.kernel_size
 
     def call(self, inputs, training: bool | None = None):
         del training  # changes nothing
@@ -262,9 +272,7 @@ class BilinearConv(BilinearLayer):
             padding=padding,
             dilation_rate=self.dilation_rate,
         )
-        if self.bias is not None:
-            shape = (1, self.filters) + (1,) * len(self.kernel_size)
-            x = ops.add(x, self.bias if channels_last else ops.reshape(self.bias, shape))
+        x = add_bias(x, self.bias, self.data_format)
         if self.activation is not None:
             x = self.activation(x)
         return x
@@ -344,10 +352,17 @@ class BilinearConv(BilinearLayer):
         )
 
 
-def _patches(layer, inputs, most):
-    """At most so many of the patches that a stock convolution sees: `(n, *window, c)`.
+def choose_patches(layer: Any, inputs: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the patches that a convolution sees, chosen by the shape alone.
 
-    Which ones depends on the shape alone.
+    Args:
+        layer: what has the options of the convolution, such as the stock layer: `kernel_size`,
+            `strides`, `padding` and `dilation_rate`.
+        inputs: `(n, *positions, c)`.
+        most: the largest number of patches.
+
+    Returns:
+        `(patches, *window, c)`.
     """
     axes = range(1, inputs.ndim - 1)
     spans = [
@@ -369,10 +384,14 @@ def _patches(layer, inputs, most):
     strides = (slice(None, None, stride) for stride in layer.strides)
     rates = (slice(None, None, rate) for rate in layer.dilation_rate)
     windows = windows[(slice(None), *strides, slice(None), *rates)]
-    places = windows.shape[: inputs.ndim - 1]
-    chosen = np.random.default_rng(0).permutation(math.prod(places))[:most]
-    chosen = np.unravel_index(np.sort(chosen), places)
+    chosen = choose_places(windows.shape[: inputs.ndim - 1], most)
     return np.moveaxis(windows[chosen], 1, -1)
+
+
+def choose_places(shape: tuple[int, ...], most: int) -> tuple[np.ndarray, ...]:
+    """An index of at most so many random places of an array, by its shape alone."""
+    chosen = np.random.default_rng(0).permutation(math.prod(shape))[:most]
+    return np.unravel_index(np.sort(chosen), shape)
 
 
 @register(keras.layers.Conv1D, converter=ConvConverter)

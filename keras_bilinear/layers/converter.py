@@ -42,7 +42,8 @@ class Converter:
 
     Attributes:
         kernel_names: attributes of the full layer that become sums of Kronecker products.
-        shared_names: attributes of both layers with the weights that stay as they are.
+        shared_names: attributes of both layers with the weights that stay as they are; a fit
+            may add to the one that is named `bias`.
         constraint_names: arguments of the full layer that constrain its kernels. A rewrite
             leaves a layer with such a constraint alone, as factors do not keep it.
         width: argument of both layers that sets the number of output channels, if a plan may
@@ -77,13 +78,13 @@ class Converter:
         return 1
 
     def weights(self, full: keras.Layer) -> dict[str, np.ndarray]:
-        """The kernels, by their names and as `to_matrix` gives them, and the bias.
+        """The kernels, as `to_matrix` gives them, and the shared weights, by their names.
 
         Raises:
             ValueError: if a weight is NaN or infinite.
         """
         weights = {}
-        for name in (*self.kernel_names, "bias"):
+        for name in (*self.kernel_names, *self.shared_names):
             variable = getattr(self.holder(full), name, None)
             if variable is None:
                 continue
@@ -171,7 +172,7 @@ class Converter:
         """The width of the inputs of a block of the first kernel of a built layer."""
         if is_bilinear(layer):
             return layer.kernels[self.kernel_names[0]].factorization.input_dim
-        return getattr(self.holder(layer), self.kernel_names[0]).shape[0]
+        return getattr(self.holder(layer), self.kernel_names[0]).shape[-2]
 
     def input_shape(self, layer: keras.Layer) -> tuple:
         """A shape of inputs that a built layer takes; `None` where any size will do."""

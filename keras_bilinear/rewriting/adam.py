@@ -23,39 +23,40 @@ CAUTION = 4.0
 
 
 def of_kernels(model: keras.Model, moments: dict) -> dict:
-    """The moments of kernels and biases of all layers that have, or may get, factors.
+    """The moments of the weights of all layers that have, or may get, factors.
 
     Args:
         model: the model.
         moments: the means of the gradients and of their squares, by ids of variables.
 
     Returns:
-        `{(path of the layer, name of the kernel or "bias"): (mean, squares)}`. A kernel has
+        `{(path of the layer, name of the weight): (mean, squares)}`. A kernel has
         the shape `Factorization.full_shape`. Where the layer has factors already, the
         squares are an estimate, products of those of the left and of the right factor, and
         the mean is `None`.
     """
     found = {}
-    for path, layer, holder in _layers(model):
+    for path, layer, converter in _layers(model):
+        holder = converter.holder(layer)
         if is_bilinear(layer):
             for name, kernel in layer.kernels.items():
                 if id(kernel.left) in moments and id(kernel.right) in moments:
                     squares = (moments[id(factor)][1] for factor in (kernel.left, kernel.right))
                     found[path, name] = None, _squares_of_kernel(kernel, *squares)
         else:
-            converter = converter_of(layer)
             for name in converter.kernel_names:
                 if (key := id(getattr(holder, name, None))) in moments:
                     found[path, name] = tuple(
                         converter.to_matrix(layer, values) for values in moments[key]
                     )
-        if (key := id(getattr(holder, "bias", None))) in moments:
-            found[path, "bias"] = moments[key]
+        for name in converter.shared_names:
+            if (key := id(getattr(holder, name, None))) in moments:
+                found[path, name] = moments[key]
     return found
 
 
 def of_factors(model: keras.Model, known: dict) -> dict:
-    """The mean squares that the factors and biases of a rewritten model begin with.
+    """The mean squares that the weights of rewritten layers begin with.
 
     Args:
         model: the model, with factors.
@@ -65,23 +66,24 @@ def of_factors(model: keras.Model, known: dict) -> dict:
         The mean squares by the ids of the variables.
     """
     found = {}
-    for path, layer, holder in _layers(model):
+    for path, layer, converter in _layers(model):
         if not is_bilinear(layer):
             continue
         for name, kernel in layer.kernels.items():
             if (path, name) in known:
                 left, right = _squares_of_factors(kernel, *known[path, name])
                 found |= {id(kernel.left): left, id(kernel.right): right}
-        if (path, "bias") in known:
-            _, found[id(holder.bias)] = known[path, "bias"]
+        for name in converter.shared_names:
+            if (path, name) in known:
+                _, found[id(getattr(converter.holder(layer), name))] = known[path, name]
     return {key: CAUTION * squares for key, squares in found.items()}
 
 
 def _layers(model):
-    """Path, layer, and the layer or cell that has its weights, of all layers with kernels."""
+    """Path, layer and converter of all layers that have one."""
     for site in walk(model):
         if is_bilinear(site.layer) or full_converter(type(site.layer)):
-            yield site.path, site.layer, converter_of(site.layer).holder(site.layer)
+            yield site.path, site.layer, converter_of(site.layer)
 
 
 def _squares_of_kernel(kernel, left, right):

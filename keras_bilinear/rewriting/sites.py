@@ -11,12 +11,7 @@ from keras_bilinear.layers.converter import full_converter, is_bilinear
 
 # Layers that read or write the kernel of a layer they hold.
 _MEDDLERS = (keras.layers.SpectralNormalization,)
-_DEPTHWISE = (
-    keras.layers.DepthwiseConv1D,
-    keras.layers.DepthwiseConv2D,
-    keras.layers.SeparableConv1D,
-    keras.layers.SeparableConv2D,
-)
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 @dataclasses.dataclass(frozen=True)

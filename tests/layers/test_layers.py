@@ -11,6 +11,8 @@ from keras_bilinear import (
     BilinearEinsumDense,
     BilinearEmbedding,
     BilinearReversibleEmbedding,
+    BilinearSeparableConv1D,
+    BilinearSeparableConv2D,
 )
 
 random = np.random.default_rng(0)
@@ -57,6 +59,35 @@ def conv_spec(layer_class, dimensions):
         },
         inputs=tuple(random.normal(size=(3, *size, 12)).astype("float32") for size in sizes),
         # Strides and dilation exclude each other.
+        at_default=("dilation_rate",),
+    )
+
+
+def separable_conv_spec(layer_class, dimensions):
+    sizes = (6, 5)[:dimensions], (5, 4)[:dimensions]
+    of_both = {
+        key.replace("kernel", kernel): value
+        for key, value in KERNEL_AND_BIAS.items()
+        for kernel in ("depthwise", "pointwise")
+    }
+    return LayerSpec(
+        layer_class,
+        arguments={"filters": 10, "kernel_size": 3, "implementation": "factorized"},
+        every_argument={
+            **SHARED,
+            **of_both,
+            "filters": 8,
+            "kernel_size": (3, 2)[:dimensions],
+            "strides": (2,) * dimensions,
+            "padding": "same",
+            "data_format": "channels_last",
+            "dilation_rate": 1,
+            "depth_multiplier": 2,
+            "input_factors": (6, 4),
+            "output_factors": (2, 4),
+        },
+        inputs=tuple(random.normal(size=(3, *size, 12)).astype("float32") for size in sizes),
+        # Not every backend has both strides and dilation.
         at_default=("dilation_rate",),
     )
 
@@ -137,6 +168,11 @@ SPECS = {
     "conv1d": conv_spec(BilinearConv1D, 1),
     "conv2d": conv_spec(BilinearConv2D, 2),
     "conv3d": conv_spec(BilinearConv3D, 3),
+    "separable_conv2d": separable_conv_spec(BilinearSeparableConv2D, 2),
+}
+# They have the code of the layers of two dimensions, and are saved and loaded only.
+OTHER_DIMENSIONS = {
+    "separable_conv1d": separable_conv_spec(BilinearSeparableConv1D, 1),
 }
 
 
@@ -147,7 +183,7 @@ def spec(request):
 
 @pytest.fixture
 def specs():
-    return SPECS
+    return {**SPECS, **OTHER_DIMENSIONS}
 
 
 class TestEveryLayer(LayerChecks):

@@ -8,6 +8,7 @@ from keras_bilinear import (
     BilinearEmbedding,
     BilinearGRU,
     BilinearLSTM,
+    BilinearSeparableConv2D,
     BilinearSimpleRNN,
 )
 from keras_bilinear.kronecker import convolution, products
@@ -16,7 +17,7 @@ from keras_bilinear.reports.summary import count_macs
 
 
 class CountingOps:
-    """Stands in for `keras.ops` and counts the multiplications of `matmul` and `conv`."""
+    """Stands in for `keras.ops` and counts the multiplications of products and convolutions."""
 
     def __init__(self):
         self.macs = 0
@@ -121,6 +122,12 @@ def test_macs_of_a_recurrent_layer(layer_class, counted):
     assert macs(keras.Input((5, 9)), layer.expand()) == full
     materialized = layer_class(12, implementation="materialized")
     assert macs(keras.Input((5, 9)), materialized) == full
+
+
+def test_macs_of_a_separable_convolution():
+    layer = BilinearSeparableConv2D(32, 3, 2, "same", implementation="factorized")
+    assert macs(keras.Input((8, 8, 16)), layer) == 16 * (9 * 16 + layer.factorization.macs)
+    assert macs(keras.Input((8, 8, 16)), layer.expand()) == 16 * (9 * 16 + 16 * 32)
 
 
 def test_layers_without_a_projection_have_no_macs():

@@ -17,6 +17,7 @@ LAYERS = {
     "dense": (lambda: keras.layers.Dense(23), (15,)),
     "einsum": (lambda: keras.layers.EinsumDense("abc,cde->abde", (None, 3, 8)), (2, 12)),
     "conv": (lambda: keras.layers.Conv2D(10, (3, 2), groups=2), (6, 6, 12)),
+    "separable conv": (lambda: keras.layers.SeparableConv2D(10, 3, depth_multiplier=2), (6, 6, 7)),
     "gru": (lambda: keras.layers.GRU(12), (3, 10)),
     "lstm": (lambda: keras.layers.LSTM(12), (3, 10)),
     "embedding": (lambda: keras.layers.Embedding(37, 16), ()),
@@ -71,17 +72,18 @@ def test_of_one_gradient_the_squares_have_the_exact_sum(kind):
     before, after = model_of(full), model_of(layer)
     inner = getattr(full, "cell", full)
     moments, gradients = {}, {}
-    for name in (*kernels(layer), "bias")[: len(inner.trainable_variables)]:
+    shared = full_converter(type(full)).shared_names
+    for name in (*kernels(layer), *shared)[: len(inner.trainable_variables)]:
         variable = getattr(inner, name)
         gradients[name] = normal(variable.shape)
         moments[id(variable)] = gradients[name], np.square(gradients[name])
     layer.name = full.name
     known = adam.of_kernels(before, moments)
     squares = adam.of_factors(after, known)
-    if "bias" in gradients:
+    for name in gradients.keys() & {*shared}:
         np.testing.assert_array_equal(
-            squares.pop(id(getattr(layer, "cell", layer).bias)),
-            CAUTION * np.square(gradients["bias"]),
+            squares.pop(id(getattr(getattr(layer, "cell", layer), name))),
+            CAUTION * np.square(gradients[name]),
         )
     assert len(squares) == 2 * len(kernels(layer))
     for name, kernel in kernels(layer).items():
