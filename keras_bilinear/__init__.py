@@ -3,8 +3,11 @@
 from keras_bilinear.kronecker.target import exporting
 from keras_bilinear.layers import (
     BilinearConv1D,
+    BilinearConv1DTranspose,
     BilinearConv2D,
+    BilinearConv2DTranspose,
     BilinearConv3D,
+    BilinearConv3DTranspose,
     BilinearDense,
     BilinearEinsumDense,
     BilinearEmbedding,
@@ -31,8 +34,11 @@ from keras_bilinear.version import __version__
 
 __all__ = [
     "BilinearConv1D",
+    "BilinearConv1DTranspose",
     "BilinearConv2D",
+    "BilinearConv2DTranspose",
     "BilinearConv3D",
+    "BilinearConv3DTranspose",
     "BilinearDense",
     "BilinearEinsumDense",
     "BilinearEmbedding",

@@ -1,7 +1,7 @@
 """Convolutions by the factors of a kernel, one after the other.
 
-`convolve` is the convolution. It keeps track of axes by their names (`_Named`), as the fastest
-order of the axes in memory depends on the runtime.
+`convolve` is the convolution and `convolve_transpose` its adjoint. They keep track of
+axes by their names (`_Named`), as the fastest order of the axes in memory depends on the runtime.
 """
 
 import math
@@ -12,6 +12,9 @@ from keras import ops
 from keras_bilinear.kronecker import Tensor
 from keras_bilinear.kronecker.factorization import Order
 from keras_bilinear.kronecker.target import EXPORTED, holds_integers, runtime
+
+# LiteRT's library for floats, XNNPACK, transposes no tensors with more axes.
+_MOST_AXES_IN_A_FILE = 6
 
 
 def convolve(
@@ -35,6 +38,37 @@ def convolve(
     Returns:
         `(n, *new_positions, groups, u1, u2)`.
     """
+    return _convolve_twice(x, left, right, order, groups, options)
+
+
+def convolve_transpose(
+    x: Tensor, left: Tensor, right: Tensor, order: Order, groups: int = 1, **options: Any
+) -> Tensor:
+    """Convolves, transposed, by the Kronecker sum without forming it.
+
+    Like `convolve`: each factor that has a window is a transposed convolution of its own share
+    of the channels.
+
+    Args:
+        x: `(n, *positions, 1, d1, d2)`.
+        left: `(rank, *left_window, d1, u1)`.
+        right: `(rank, *right_window, d2, u2)`.
+        order: an `Order`, not `MATERIALIZED`.
+        groups: number of groups of channels, which must be 1.
+        **options: `strides`, `dilation_rate` (one number for each spatial axis),
+            `output_padding` (likewise, or `None`) and `padding` of the whole transposed
+            convolution.
+
+    Returns:
+        `(n, *new_positions, 1, u1, u2)`.
+    """
+    return _convolve_twice(x, left, right, order, groups, options, transposed=True)
+
+
+def _convolve_twice(x, left, right, order, groups, options, transposed=False):
+    """Convolves by both factors, each along the axes on which it has a window."""
+    convolve_left = _convolve_transposed_groups if transposed else _convolve_groups
+    convolve_right = _convolve_transposed if transposed else _convolve
     rank, *left_window, d1, u1 = left.shape
     d2, u2 = right.shape[-2:]
     sizes = {"rank": rank, "group": groups, "d1": d1, "d2": d2, "u1": u1 // groups, "u2": u2}
@@ -42,20 +76,27 @@ def convolve(
     x = _Named(x, ("n", *axes, "group", "d1", "d2"), sizes)
     left = _Named(left, ("rank", *axes, "d1", ("group", "u1")), sizes)
     right = _Named(right, ("rank", *axes, "d2", "u2"), sizes)
-    # Along each axis the factor with a window there strides.
-    left_axes = [size > 1 for size in left_window]
-    right_axes = [not is_left for is_left in left_axes]
-    left_options, right_options = _on_axes(left_axes, **options), _on_axes(right_axes, **options)
-    apply_left = _convolve_groups if any(left_axes) else _multiply
+    has_left_window, left_options, right_options = _share_options(left_window, options)
+    apply_left = convolve_left if has_left_window else _multiply
     if order is Order.LEFT_FIRST:
         x = apply_left(x, left, ("d1",), ("u1", "rank"), axes, "d2", left_options)
         inputs = _with_terms("d2")
-        x = _convolve(x, right, inputs, ("u2",), axes, ("n", "group", "u1"), right_options)
+        x = convolve_right(x, right, inputs, ("u2",), axes, ("n", "group", "u1"), right_options)
     else:
         outputs = _with_terms("u2")
-        x = _convolve(x, right, ("d2",), outputs, axes, ("n", "group", "d1"), right_options)
+        x = convolve_right(x, right, ("d2",), outputs, axes, ("n", "group", "d1"), right_options)
         x = apply_left(x, left, ("d1", "rank"), ("u1",), axes, "u2", left_options)
     return x.merge("n", *axes, "group", "u1", "u2")
+
+
+def _share_options(left_window, options):
+    """Whether the left factor has a window, and the options of the left and the right factor.
+
+    Along each axis the factor with a window there strides.
+    """
+    of_left = [size > 1 for size in left_window]
+    of_right = [not is_left for is_left in of_left]
+    return any(of_left), _on_axes(of_left, **options), _on_axes(of_right, **options)
 
 
 class _Named:
@@ -82,8 +123,8 @@ class _Named:
         order = [self.names.index(name) for group in groups for name in group]
         tensor = self.tensor
         if order != sorted(order):
-            tensor = ops.transpose(tensor, order)
-        if len(groups) == len(order) == len(self.names):
+            tensor = _transpose(tensor, order)
+        if len(groups) == len(order) == len(tensor.shape):
             return tensor
         return ops.reshape(tensor, [math.prod(self.sizes[n] for n in group) for group in groups])
 
@@ -93,9 +134,24 @@ class _Named:
         return _Named(tensor, tuple(n for n in self.names if n != name), self.sizes)
 
 
-def _on_axes(applies, strides, dilation_rate, padding):
+def _transpose(x, order):
+    """`x` with its axes in another order. In a file, axes that stay neighbours may become one."""
+    if len(order) <= _MOST_AXES_IN_A_FILE or runtime() != EXPORTED:
+        return ops.transpose(x, order)
+    runs = []
+    for axis in order:
+        if runs and axis == runs[-1][-1] + 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    shape, first = ops.shape(x), sorted(runs)
+    x = ops.reshape(x, [math.prod(shape[axis] for axis in run) for run in first])
+    return ops.transpose(x, [first.index(run) for run in runs])
+
+
+def _on_axes(applies, strides, dilation_rate, padding, output_padding=None):
     """The options of the convolution by one factor, which strides on some of the axes."""
-    return {
+    options = {
         "strides": tuple(s if used else 1 for s, used in zip(strides, applies, strict=True)),
         "dilation_rate": tuple(
             d if used else 1 for d, used in zip(dilation_rate, applies, strict=True)
@@ -103,6 +159,10 @@ def _on_axes(applies, strides, dilation_rate, padding):
         "padding": padding,
         "data_format": "channels_last",
     }
+    if output_padding is not None:
+        pairs = zip(output_padding, applies, strict=True)
+        options["output_padding"] = tuple(size if used else 0 for size, used in pairs)
+    return options
 
 
 def _with_terms(name):
@@ -177,6 +237,20 @@ def _convolve_groups(x, kernel, inputs, outputs, axes, other, options):
     ]
     y = ops.stack([group.tensor for group in groups])
     return _Named(y, ("group", *groups[0].names), _without(x.sizes, axes))
+
+
+def _convolve_transposed(x, kernel, inputs, outputs, axes, batch, options, group=()):
+    """Convolves, transposed, with the axes `batch` folded into the batch."""
+    merged = x.merge(batch, *axes, (*group, *inputs))
+    kernel = kernel.merge(*axes, (*group, *outputs), inputs)
+    y = ops.conv_transpose(merged, ops.cast(kernel, merged.dtype), **options)
+    return _Named(y, (batch, *axes, (*group, *outputs)), _without(x.sizes, axes))
+
+
+def _convolve_transposed_groups(x, kernel, inputs, outputs, axes, other, options):
+    """Convolves, transposed, by a left factor of a single group."""
+    group = ("group",)
+    return _convolve_transposed(x, kernel, inputs, outputs, axes, ("n", other), options, group)
 
 
 def _multiply(x, kernel, inputs, outputs, axes, other, options):

@@ -78,6 +78,13 @@ LOOP_LEAST_MACS = {"tensorflow": 2e6, "jax": 2e6, "torch": 1e7}
 GPU_LEAST_MACS = {"tensorflow": 4e5, "jax": 4e5, "torch": 4e6}
 GPU_SHARE = 1 / 5
 
+# The order of the factors in a transposed convolution, from the order in its adjoint.
+_ADJOINT = {
+    Order.LEFT_FIRST: Order.RIGHT_FIRST,
+    Order.RIGHT_FIRST: Order.LEFT_FIRST,
+    Order.MATERIALIZED: Order.MATERIALIZED,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
@@ -156,6 +163,44 @@ def count_between(factorization: Factorization, order: Order, strides: Sequence[
     """
     first = 1 if factorization.pointwise else _steps(factorization, order, strides)[0].positions
     return factorization.blocks * first * factorization.between(order)
+
+
+def count_transposed_macs(
+    factorization: Factorization, order: Order, strides: Sequence[int]
+) -> int:
+    """Multiply-accumulate operations of a transposed convolution for each input position.
+
+    A transposed convolution is the adjoint of a convolution from its outputs to its inputs,
+    which has as many. The factors come the other way round there.
+
+    Args:
+        factorization: the shapes of the kernel, with the inputs of the transposed convolution.
+        order: an `Order`.
+        strides: one number for each spatial axis.
+    """
+    return count_macs(factorization.transposed, _ADJOINT[order], strides)
+
+
+def count_transposed_between(
+    factorization: Factorization, order: Order, strides: Sequence[int]
+) -> int:
+    """Numbers between both factors of a transposed convolution for each input position.
+
+    The arguments are those of `count_transposed_macs`; `order` is not `MATERIALIZED`.
+    """
+    return count_between(factorization.transposed, _ADJOINT[order], strides)
+
+
+def choose_transposed_order(
+    factorization: Factorization, implementation: str, strides: Sequence[int] = ()
+) -> Order:
+    """The `Order` in which a transposed convolution applies a kernel the fastest.
+
+    A training step makes the same three passes through it and through its adjoint, so the
+    model that is fitted to convolutions holds for it. The arguments are those of
+    `choose_order`.
+    """
+    return _ADJOINT[choose_order(factorization.transposed, implementation, strides)]
 
 
 def work(factorization: Factorization, order: Order, strides: Sequence[int]) -> Work:

@@ -442,7 +442,11 @@ class Factorization:
 
     @property
     def transposed(self) -> Self:
-        """The factorization of the transposed kernel of a dense projection."""
+        """The factorization of the transposed kernel, with the same windows.
+
+        It is the kernel of the adjoint: a dense projection, or a convolution, from the outputs
+        to the inputs.
+        """
         return dataclasses.replace(
             self,
             input_dim=self.output_dim,

@@ -1,5 +1,10 @@
 from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.layers.conv import BilinearConv1D, BilinearConv2D, BilinearConv3D
+from keras_bilinear.layers.conv_transpose import (
+    BilinearConv1DTranspose,
+    BilinearConv2DTranspose,
+    BilinearConv3DTranspose,
+)
 from keras_bilinear.layers.converter import Converter, register
 from keras_bilinear.layers.dense import BilinearDense
 from keras_bilinear.layers.einsum_dense import BilinearEinsumDense
@@ -12,8 +17,11 @@ from keras_bilinear.layers.simple_rnn import BilinearSimpleRNN, BilinearSimpleRN
 
 __all__ = [
     "BilinearConv1D",
+    "BilinearConv1DTranspose",
     "BilinearConv2D",
+    "BilinearConv2DTranspose",
     "BilinearConv3D",
+    "BilinearConv3DTranspose",
     "BilinearDense",
     "BilinearEinsumDense",
     "BilinearEmbedding",

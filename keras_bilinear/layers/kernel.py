@@ -20,6 +20,7 @@ from keras_bilinear.kronecker.initializers import FactorInitializers, split_into
 from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
 from keras_bilinear.kronecker.statistics import InputStatistics, Statistics
 from keras_bilinear.kronecker.target import EXPORTED, differentiable, exporting, runtime
+from keras_bilinear.layers.data_format import with_channels_last
 
 
 class KroneckerKernel:
@@ -62,15 +63,15 @@ class KroneckerKernel:
         strides: Sequence[int] = (),
         name: str = "kernel",
     ):
-        coupled, window = factorization.coupled, math.prod(factorization.window)
-        stacked = not factorization.share_right
+        coupled, stacked = factorization.coupled, not factorization.share_right
+        fan_in, fan_out = self._fans(factorization)
         initializers = [
             FactorInitializers(
                 of_block,
                 coupled.left_shape,
                 coupled.right_shape,
-                fan_in=window * factorization.input_dim,
-                fan_out=window * factorization.blocks * factorization.output_dim,
+                fan_in=fan_in,
+                fan_out=fan_out,
             )
             for of_block in (
                 split_into_blocks(initializer, factorization.blocks) if stacked else [initializer]
@@ -88,9 +89,9 @@ class KroneckerKernel:
         self.factorization = factorization
         self.gain = initializers[0].gain
         self._strides = strides
-        self._order = choose_order(factorization, implementation, strides)
+        self._order = self._choose_order(factorization, implementation, strides)
         with exporting():
-            self._exported_order = choose_order(factorization, implementation, strides)
+            self._exported_order = self._choose_order(factorization, implementation, strides)
         shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
         self.left = layer.add_weight(
             name=f"left_{name}",
@@ -104,6 +105,14 @@ class KroneckerKernel:
             initializer=initialize("right"),
             **shared,
         )
+
+    _choose_order = staticmethod(choose_order)
+
+    @staticmethod
+    def _fans(factorization: Factorization) -> tuple[int, int]:
+        """Fan-in and fan-out of the full layer's kernel."""
+        *window, inputs, outputs = factorization.full_shape
+        return math.prod(window) * inputs, math.prod(window) * outputs
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The left and the right factor, whose Kronecker sum is the (padded) kernel.
@@ -213,20 +222,17 @@ class KroneckerKernel:
         if self.materialized:
             kernel = ops.cast(self.materialize(), x.dtype)
             return ops.conv(x, kernel, data_format=data_format, **options)
-        dtype = x.dtype
-        channels_first = data_format == "channels_first"
-        axes = range(1, 1 + len(factorization.window))
-        if channels_first:
-            x = ops.transpose(x, (0, *(axis + 1 for axis in axes), 1))
-        if factorization.pointwise:
-            steps = (slice(None, None, step) for step in options["strides"])
-            y = self.project(x[(slice(None), *steps)])
-        else:
-            y = self._convolve_blocks(x, **options)
-        y = ops.cast(y, dtype)
-        return ops.transpose(y, (0, len(y.shape) - 1, *axes)) if channels_first else y
 
-    def _convolve_blocks(self, x, **options):
+        def convolve_channels_last(x):
+            if factorization.pointwise:
+                steps = (slice(None, None, step) for step in options["strides"])
+                return self.project(x[(slice(None), *steps)])
+            return self._convolve_blocks(convolve, x, **options)
+
+        return with_channels_last(convolve_channels_last, x, data_format)
+
+    def _convolve_blocks(self, convolve, x, **options):
+        """Convolves by a function that takes the channels of `x` as padded blocks."""
         factorization = self.factorization
         leading = ops.shape(x)[:-1]
         padding = factorization.padded_input_dim - factorization.input_dim
@@ -386,7 +392,7 @@ class GateKernel(KroneckerKernel):
         factorization = self.factorization
         self._assign_gates(
             nearest_kronecker_sum(block, factorization.block)
-            for block in np.split(kernel, factorization.blocks, axis=1)
+            for block in np.split(kernel, factorization.blocks, axis=-1)
         )
 
     def _fit(self, statistics: Sequence[Statistics], centred: bool) -> None:

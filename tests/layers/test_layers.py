@@ -5,8 +5,11 @@ from layer_checks import LayerChecks, LayerSpec
 
 from keras_bilinear import (
     BilinearConv1D,
+    BilinearConv1DTranspose,
     BilinearConv2D,
+    BilinearConv2DTranspose,
     BilinearConv3D,
+    BilinearConv3DTranspose,
     BilinearDense,
     BilinearEinsumDense,
     BilinearEmbedding,
@@ -55,6 +58,31 @@ def conv_spec(layer_class, dimensions):
             "groups": 2,
             "input_factors": (2, 3),
             "output_factors": (2, 2),
+            "pattern": "spatial",
+        },
+        inputs=tuple(random.normal(size=(3, *size, 12)).astype("float32") for size in sizes),
+        # Strides and dilation exclude each other.
+        at_default=("dilation_rate",),
+    )
+
+
+def conv_transpose_spec(layer_class, dimensions):
+    sizes = (4, 3, 3)[:dimensions], (3, 4, 2)[:dimensions]
+    return LayerSpec(
+        layer_class,
+        arguments={"filters": 10, "kernel_size": 3, "implementation": "factorized"},
+        every_argument={
+            **SHARED,
+            **KERNEL_AND_BIAS,
+            "filters": 8,
+            "kernel_size": (3, 2, 2)[:dimensions],
+            "strides": (2,) * dimensions,
+            "padding": "same",
+            "output_padding": (1,) * dimensions,
+            "data_format": "channels_last",
+            "dilation_rate": 1,
+            "input_factors": (4, 3),
+            "output_factors": (2, 4),
             "pattern": "spatial",
         },
         inputs=tuple(random.normal(size=(3, *size, 12)).astype("float32") for size in sizes),
@@ -168,10 +196,13 @@ SPECS = {
     "conv1d": conv_spec(BilinearConv1D, 1),
     "conv2d": conv_spec(BilinearConv2D, 2),
     "conv3d": conv_spec(BilinearConv3D, 3),
+    "conv2d_transpose": conv_transpose_spec(BilinearConv2DTranspose, 2),
     "separable_conv2d": separable_conv_spec(BilinearSeparableConv2D, 2),
 }
 # They have the code of the layers of two dimensions, and are saved and loaded only.
 OTHER_DIMENSIONS = {
+    "conv1d_transpose": conv_transpose_spec(BilinearConv1DTranspose, 1),
+    "conv3d_transpose": conv_transpose_spec(BilinearConv3DTranspose, 3),
     "separable_conv1d": separable_conv_spec(BilinearSeparableConv1D, 1),
 }
 

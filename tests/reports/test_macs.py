@@ -4,6 +4,7 @@ import pytest
 
 from keras_bilinear import (
     BilinearConv2D,
+    BilinearConv2DTranspose,
     BilinearDense,
     BilinearEmbedding,
     BilinearGRU,
@@ -34,6 +35,10 @@ class CountingOps:
         y = keras.ops.conv(x, kernel, **options)
         self.macs += int(np.prod(y.shape[:-1])) * int(np.prod(kernel.shape))
         return y
+
+    def conv_transpose(self, x, kernel, **options):
+        self.macs += int(np.prod(x.shape[:-1])) * int(np.prod(kernel.shape))
+        return keras.ops.conv_transpose(x, kernel, **options)
 
 
 @pytest.fixture
@@ -122,6 +127,19 @@ def test_macs_of_a_recurrent_layer(layer_class, counted):
     assert macs(keras.Input((5, 9)), layer.expand()) == full
     materialized = layer_class(12, implementation="materialized")
     assert macs(keras.Input((5, 9)), materialized) == full
+
+
+@pytest.mark.parametrize("pattern", ["channel", "spatial"])
+@pytest.mark.parametrize("order", FACTORIZED)
+def test_macs_of_a_transposed_convolution(order, pattern, counted):
+    layer = BilinearConv2DTranspose(12, 3, (2, 3), "same", rank=2, pattern=pattern)
+    model = keras.Sequential([keras.Input((4, 5, 6)), layer])
+    layer._kernel._order = order
+    counted.macs = 0
+    layer(np.zeros((1, 4, 5, 6), "float32"), training=False)
+    expected = counted.macs
+    assert count_macs(model) == expected > 0
+    assert macs(keras.Input((4, 5, 6)), layer.expand()) == 4 * 5 * 9 * 6 * 12
 
 
 def test_macs_of_a_separable_convolution():

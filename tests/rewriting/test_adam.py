@@ -17,6 +17,7 @@ LAYERS = {
     "dense": (lambda: keras.layers.Dense(23), (15,)),
     "einsum": (lambda: keras.layers.EinsumDense("abc,cde->abde", (None, 3, 8)), (2, 12)),
     "conv": (lambda: keras.layers.Conv2D(10, (3, 2), groups=2), (6, 6, 12)),
+    "transposed conv": (lambda: keras.layers.Conv2DTranspose(10, (3, 2), 2), (4, 4, 7)),
     "separable conv": (lambda: keras.layers.SeparableConv2D(10, 3, depth_multiplier=2), (6, 6, 7)),
     "gru": (lambda: keras.layers.GRU(12), (3, 10)),
     "lstm": (lambda: keras.layers.LSTM(12), (3, 10)),
