@@ -14,11 +14,14 @@ import keras
 import numpy as np
 from keras.src import backend
 from keras.src.layers.core.einsum_dense import _analyze_einsum_string
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from keras.src.models.functional import Functional
 from keras.src.ops.function import Function
 
 # The loop over time steps in which `keras.layers.RNN` runs its cell.
 rnn = backend.rnn
+# The cell of `keras.layers.ConvLSTM2D` and its kin, which has no public name.
+conv_lstm_cell = ConvLSTMCell
 
 # Sizes along the axes of a tensor; `None` for a size that is not known.
 Shape = tuple[Any, ...]

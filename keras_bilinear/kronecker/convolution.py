@@ -1,7 +1,8 @@
 """Convolutions by the factors of a kernel, one after the other.
 
-`convolve` is the convolution and `convolve_transpose` its adjoint. They keep track of
-axes by their names (`_Named`), as the fastest order of the axes in memory depends on the runtime.
+`convolve` is the convolution, `convolve_transpose` its adjoint and `convolve_gates` several
+convolutions of the same inputs. They keep track of axes by their names (`_Named`), as the fastest
+order of the axes in memory depends on the runtime.
 """
 
 import math
@@ -63,6 +64,50 @@ def convolve_transpose(
         `(n, *new_positions, 1, u1, u2)`.
     """
     return _convolve_twice(x, left, right, order, groups, options, transposed=True)
+
+
+def convolve_gates(
+    x: Tensor, left: Tensor, right: Tensor, order: Order, **options: Any
+) -> list[Tensor]:
+    """Convolves by several Kronecker sums, one for each gate of a cell.
+
+    Like `convolve`. The factors that come first are one operation for all gates; the factors
+    that come second are an operation for each gate.
+
+    Args:
+        x: `(n, *positions, 1, d1, d2)`.
+        left: `(gates, rank, *left_window, d1, u1)`.
+        right: `(gates, rank, *right_window, d2, u2)`.
+        order: an `Order`, not `MATERIALIZED`.
+        **options: `strides`, `dilation_rate` (one number for each spatial axis) and `padding`.
+
+    Returns:
+        A list with a tensor of `(n, *new_positions, 1, u1, u2)` for each gate.
+    """
+    gates, rank, *left_window, d1, u1 = left.shape
+    d2, u2 = right.shape[-2:]
+    sizes = {"gate": gates, "rank": rank, "group": 1, "d1": d1, "d2": d2, "u1": u1, "u2": u2}
+    axes = tuple(range(len(left_window)))
+    x = _Named(x, ("n", *axes, "group", "d1", "d2"), sizes)
+    left = _Named(left, ("gate", "rank", *axes, "d1", ("group", "u1")), sizes)
+    right = _Named(right, ("gate", "rank", *axes, "d2", "u2"), sizes)
+    has_left_window, left_options, right_options = _share_options(left_window, options)
+    apply_left = _convolve_groups if has_left_window else _multiply
+    if order is Order.LEFT_FIRST:
+        x = apply_left(x, left, ("d1",), ("gate", "u1", "rank"), axes, "d2", left_options)
+        inputs, batch = _with_terms("d2"), ("n", "group", "u1")
+        outputs = [
+            _convolve(of_gate, kernel, inputs, ("u2",), axes, batch, right_options)
+            for of_gate, kernel in zip(x.unstack("gate"), right.unstack("gate"), strict=True)
+        ]
+    else:
+        channels, batch = ("gate", *_with_terms("u2")), ("n", "group", "d1")
+        x = _convolve(x, right, ("d2",), channels, axes, batch, right_options)
+        outputs = [
+            apply_left(of_gate, kernel, ("d1", "rank"), ("u1",), axes, "u2", left_options)
+            for of_gate, kernel in zip(x.unstack("gate"), left.unstack("gate"), strict=True)
+        ]
+    return [of_gate.merge("n", *axes, "group", "u1", "u2") for of_gate in outputs]
 
 
 def _convolve_twice(x, left, right, order, groups, options, transposed=False):
@@ -132,6 +177,12 @@ class _Named:
         """The tensor at one index of an axis, without that axis."""
         tensor = ops.take(self.tensor, index, axis=self.names.index(name))
         return _Named(tensor, tuple(n for n in self.names if n != name), self.sizes)
+
+    def unstack(self, name):
+        """The tensors at all indices of an axis, without that axis."""
+        tensors = ops.unstack(self.tensor, axis=self.names.index(name))
+        names = tuple(n for n in self.names if n != name)
+        return [_Named(tensor, names, self.sizes) for tensor in tensors]
 
 
 def _transpose(x, order):

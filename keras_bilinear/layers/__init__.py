@@ -1,5 +1,6 @@
 from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.layers.conv import BilinearConv1D, BilinearConv2D, BilinearConv3D
+from keras_bilinear.layers.conv_lstm import BilinearConvLSTM1D, BilinearConvLSTM2D
 from keras_bilinear.layers.conv_transpose import (
     BilinearConv1DTranspose,
     BilinearConv2DTranspose,
@@ -22,6 +23,8 @@ __all__ = [
     "BilinearConv2DTranspose",
     "BilinearConv3D",
     "BilinearConv3DTranspose",
+    "BilinearConvLSTM1D",
+    "BilinearConvLSTM2D",
     "BilinearDense",
     "BilinearEinsumDense",
     "BilinearEmbedding",

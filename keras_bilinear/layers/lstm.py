@@ -8,9 +8,41 @@ from keras_bilinear.layers.converter import register
 from keras_bilinear.layers.recurrent import BilinearCell, BilinearRNN, RecurrentConverter
 
 
+class LSTMGates(BilinearCell):
+    """The gates of a long short-term memory: what its cells, dense or convolutional, share."""
+
+    gates = 4
+
+    def _bias_initializer(self):
+        if not self.unit_forget_bias:
+            return self.bias_initializer
+
+        def initialize(shape, dtype=None):
+            units = shape[0] // 4
+            first, others = (
+                self.bias_initializer((size,), dtype=dtype) for size in (units, 2 * units)
+            )
+            return ops.concatenate([first, ops.ones((units,), dtype), others])
+
+        return initialize
+
+    def make_step(self, mask):
+        project = self._projection(self._recurrent_kernel, mask)
+
+        def step(x, states):
+            state, carry = states
+            i, f, c, o = map(operator.add, x, project(state))
+            carry = self.recurrent_activation(f) * carry
+            carry = carry + self.recurrent_activation(i) * self.activation(c)
+            output = self.recurrent_activation(o) * self.activation(carry)
+            return output, [output, carry]
+
+        return step
+
+
 @register(keras.layers.LSTMCell, converter=RecurrentConverter)
 @keras.saving.register_keras_serializable(package="keras_bilinear")
-class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
+class BilinearLSTMCell(LSTMGates, keras.layers.LSTMCell):
     """One step of a long short-term memory with bilinear kernels.
 
     The cell stands for `keras.layers.LSTMCell` and takes its arguments. Each gate's
@@ -68,34 +100,6 @@ class BilinearLSTMCell(BilinearCell, keras.layers.LSTMCell):
         Yu, Gao, Zhou, Zhang, "Parameter Efficient Deep Neural Networks with
         Bilinear Projections", section III, arXiv:2011.01391.
     """
-
-    gates = 4
-
-    def _bias_initializer(self):
-        if not self.unit_forget_bias:
-            return self.bias_initializer
-
-        def initialize(shape, dtype=None):
-            units = shape[0] // 4
-            first, others = (
-                self.bias_initializer((size,), dtype=dtype) for size in (units, 2 * units)
-            )
-            return ops.concatenate([first, ops.ones((units,), dtype), others])
-
-        return initialize
-
-    def make_step(self, mask):
-        project = self._projection(self._recurrent_kernel, mask)
-
-        def step(x, states):
-            state, carry = states
-            i, f, c, o = map(operator.add, x, project(state))
-            carry = self.recurrent_activation(f) * carry
-            carry = carry + self.recurrent_activation(i) * self.activation(c)
-            output = self.recurrent_activation(o) * self.activation(carry)
-            return output, [output, carry]
-
-        return step
 
 
 @register(keras.layers.LSTM, converter=RecurrentConverter)

@@ -69,6 +69,26 @@ class RecurrentConverter(Converter):
                 f"`calibration_data` must be inputs of the layer {full.name!r}, of 3 axes. "
                 f"Received: an array of shape {inputs.shape}"
             )
+        inputs, states = self.steps(full, inputs, mask, initial_state)
+        return {
+            "kernel": [inputs] * self.count_blocks(full),
+            "recurrent_kernel": self.state_rows(full.cell, inputs, states),
+        }
+
+    def steps(
+        self, full: keras.Layer, inputs: np.ndarray, mask: Any = None, initial_state: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The inputs of all steps of a call that are not masked, and the states before them.
+
+        Args:
+            full: a built full layer.
+            inputs: inputs of the call, `(sequences, timesteps, ...)`.
+            mask: the mask of the call.
+            initial_state: the first states of the call; `None` for zeros.
+
+        Returns:
+            Two arrays, of `(steps, ...)`.
+        """
         config = {**full.get_config(), "return_sequences": True, "return_state": False}
         runner = type(full).from_config({**config, "stateful": False, "unroll": False})
         runner.build(inputs.shape)
@@ -85,13 +105,10 @@ class RecurrentConverter(Converter):
             first = ops.convert_to_numpy(tree.flatten(initial_state)[0])[:, None]
         # The state before a step is the output of the last step that was not masked.
         after = np.maximum.accumulate(np.where(seen, range(1, inputs.shape[1] + 1), 0), axis=1)
-        before = np.pad(after, ((0, 0), (1, 0)))[:, :-1, None]
+        before = np.pad(after, ((0, 0), (1, 0)))[:, :-1]
+        before = before.reshape(*before.shape, *[1] * (outputs.ndim - 2))
         states = np.take_along_axis(np.concatenate([first, outputs], axis=1), before, axis=1)
-        inputs, states = inputs[seen], states[seen]
-        return {
-            "kernel": [inputs] * self.count_blocks(full),
-            "recurrent_kernel": self.state_rows(full.cell, inputs, states),
-        }
+        return inputs[seen], states[seen]
 
     def state_rows(self, cell: keras.Layer, inputs: np.ndarray, states: np.ndarray) -> list:
         """What the recurrent kernel of each gate of a full cell multiplies.
@@ -143,6 +160,7 @@ class BilinearCell(BilinearLayer):
 
     gates: int
     own_arguments = RECURRENT
+    units_argument = "units"  # of the stock cell, sets the width of the output
 
     def __init__(
         self,
@@ -162,7 +180,8 @@ class BilinearCell(BilinearLayer):
             implementation=implementation,
             **kwargs,
         )
-        self.units = check_positive_int("units", self.units)
+        name = self.units_argument
+        self.units = check_positive_int(name, getattr(self, name))
         if recurrent_rank is not None:
             recurrent_rank = check_positive_int("recurrent_rank", recurrent_rank)
         check_factors("output_factors", output_factors, self.units)
@@ -197,7 +216,7 @@ class BilinearCell(BilinearLayer):
             self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
-            kernel_class=GateKernel,
+            **self._kernel_options("kernel"),
         )
         self._recurrent_kernel = self.add_kernel(
             "recurrent_kernel",
@@ -205,7 +224,7 @@ class BilinearCell(BilinearLayer):
             self.recurrent_initializer,
             regularizer=self.recurrent_regularizer,
             constraint=self.recurrent_constraint,
-            kernel_class=GateKernel,
+            **self._kernel_options("recurrent_kernel"),
         )
         if self.use_bias:
             self.bias = self.add_weight(
@@ -216,6 +235,10 @@ class BilinearCell(BilinearLayer):
                 constraint=self.bias_constraint,
             )
         self.built = True
+
+    def _kernel_options(self, name: str) -> dict[str, Any]:
+        """The class of a kernel, and arguments that only this class has."""
+        return {"kernel_class": GateKernel}
 
     def _bias_shape(self):
         return (self.gates * self.units,)
@@ -359,18 +382,30 @@ class BilinearRNN(keras.layers.RNN):
         implementation: str = "auto",
         **kwargs,
     ):
+        own = {
+            "rank": rank,
+            "recurrent_rank": recurrent_rank,
+            "input_factors": input_factors,
+            "output_factors": output_factors,
+            "implementation": implementation,
+        }
+        self._set_up(args, kwargs, own)
+
+    def _set_up(self, args, kwargs, own):
+        """Makes the cell, and calls the constructor of `keras.layers.RNN`.
+
+        Args:
+            args: arguments of the stock layer.
+            kwargs: arguments of the stock layer, by name.
+            own: the arguments that the stock layer does not have.
+        """
         # The stock layer checks and completes what it knows.
         full = self.full_class(*args, **{**kwargs, "name": "full"})
         of_cell = inspect.signature(type(full.cell).__init__).parameters
+        options = {name: getattr(full.cell, name) for name in of_cell if hasattr(full.cell, name)}
+        # The stock cell of a convolution calls the number of its dimensions `rank`.
         cell = self.cell_class(
-            **{name: getattr(full.cell, name) for name in of_cell if hasattr(full.cell, name)},
-            rank=rank,
-            recurrent_rank=recurrent_rank,
-            input_factors=input_factors,
-            output_factors=output_factors,
-            implementation=implementation,
-            dtype=full.dtype_policy,
-            trainable=full.trainable,
+            **{**options, **own}, dtype=full.dtype_policy, trainable=full.trainable
         )
         of_full = inspect.signature(self.full_class.__init__).parameters
         of_rnn = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll")
@@ -379,7 +414,7 @@ class BilinearRNN(keras.layers.RNN):
             cell,
             **{name: getattr(full, name) for name in of_rnn},
             activity_regularizer=full.activity_regularizer,
-            **{name: value for name, value in kwargs.items() if name not in of_full},
+            **{k: value for k, value in kwargs.items() if k not in (*of_full, *of_rnn)},
         )
         self.input_spec = full.input_spec
         self.supports_jit = full.supports_jit
@@ -406,12 +441,12 @@ class BilinearRNN(keras.layers.RNN):
             # PyTorch would not find the old state when it differentiates.
             initial_state = [ops.copy(state) for state in initial_state]
         dropped, recurrent_dropped = self.cell.dropout_masks(
-            sequences[:, 0, :], initial_state[0], training
+            sequences[:, 0], initial_state[0], training
         )
         x = _swap(sequences)
         project = self.cell.input_projection(dropped)
         step = self.cell.make_step(recurrent_dropped)
-        size, steps, _ = sequences.shape
+        size, steps = sequences.shape[:2]
         if keras.config.backend() == "torch":
             steps = int(steps)  # where it is traced, a tensor, which Keras takes for lengths
         # While a model is exported, a free size may be a symbol.
@@ -439,7 +474,7 @@ class BilinearRNN(keras.layers.RNN):
             **super().get_config(),
             # Keras forgets that of its simple recurrent layer.
             "seed": self.cell.seed,
-            **{name: getattr(self.cell, name) for name in RECURRENT},
+            **{name: getattr(self.cell, name) for name in self.own_arguments},
         }
 
     def factorize(self, input_shape: tuple) -> dict[str, Factorization]:

@@ -5,6 +5,7 @@ import pytest
 from keras_bilinear import (
     BilinearConv2D,
     BilinearConv2DTranspose,
+    BilinearConvLSTM2D,
     BilinearDense,
     BilinearEmbedding,
     BilinearGRU,
@@ -148,6 +149,20 @@ def test_macs_of_a_separable_convolution():
     assert macs(keras.Input((8, 8, 16)), layer.expand()) == 16 * (9 * 16 + 16 * 32)
 
 
+@pytest.mark.parametrize("pattern", ["channel", "spatial"])
+@pytest.mark.parametrize("order", FACTORIZED)
+def test_macs_of_a_convolutional_lstm(order, pattern, counted):
+    layer = BilinearConvLSTM2D(6, 3, 2, "same", rank=2, pattern=pattern, unroll=True)
+    model = keras.Sequential([keras.Input((3, 6, 4, 5)), layer])
+    for kernel in layer.kernels.values():
+        kernel._order = order
+    counted.macs = 0
+    layer(np.zeros((1, 3, 6, 4, 5), "float32"), training=False)
+    expected = counted.macs
+    assert count_macs(model) == expected > 0
+    assert macs(keras.Input((3, 6, 4, 5)), layer.expand()) == 3 * 6 * 9 * (5 + 6) * 4 * 6
+
+
 def test_layers_without_a_projection_have_no_macs():
     assert (
         macs(
@@ -162,7 +177,7 @@ def test_layers_without_a_projection_have_no_macs():
 
 
 def test_what_cannot_be_counted_is_refused():
-    with pytest.raises(ValueError, match=r"cannot be counted. Received: conv_lstm2d"):
-        macs(keras.Input((4, 3, 3, 2)), keras.layers.ConvLSTM2D(2, 3))
+    with pytest.raises(ValueError, match=r"cannot be counted. Received: conv_lstm3d"):
+        macs(keras.Input((4, 3, 3, 3, 2)), keras.layers.ConvLSTM3D(2, 3))
     with pytest.raises(ValueError, match=r"if its shape is known. Received: model="):
         macs(keras.Input((None, 3)), keras.layers.Dense(2))

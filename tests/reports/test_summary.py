@@ -117,7 +117,7 @@ def test_sizes_that_are_not_known_need_data():
 
 
 def test_operations_that_are_not_known_are_said():
-    model = keras.Sequential([keras.Input((2, 4, 4, 3)), layers.ConvLSTM2D(2, 3, name="odd")])
+    model = keras.Sequential([keras.Input((2, 4, 4, 4, 3)), layers.ConvLSTM3D(2, 3, name="odd")])
     assert summarize(model).not_counted == ("odd/conv_lstm_cell",)
 
 

@@ -19,6 +19,7 @@ LAYERS = {
     "conv": (lambda: keras.layers.Conv2D(10, (3, 2), groups=2), (6, 6, 12)),
     "transposed conv": (lambda: keras.layers.Conv2DTranspose(10, (3, 2), 2), (4, 4, 7)),
     "separable conv": (lambda: keras.layers.SeparableConv2D(10, 3, depth_multiplier=2), (6, 6, 7)),
+    "conv lstm": (lambda: keras.layers.ConvLSTM1D(6, 3), (3, 6, 5)),
     "gru": (lambda: keras.layers.GRU(12), (3, 10)),
     "lstm": (lambda: keras.layers.LSTM(12), (3, 10)),
     "embedding": (lambda: keras.layers.Embedding(37, 16), ()),
