@@ -1,6 +1,8 @@
 """Batches of the inputs of a model."""
 
-from collections.abc import Iterable, Mapping
+import itertools
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import keras
@@ -24,9 +26,37 @@ def batches(data: Any, name: str = "calibration_data", size: int = 128) -> Itera
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
         return data
     raise TypeError(
-        f"`{name}` must be an array or an iterable of arrays. "
-        f"Received: {name}={data!r} (of type {type(data).__name__})"
+        f"`{name}` must be an array or an iterable of arrays. Received: {describe(data)}"
     )
+
+
+def describe(value: Any) -> str:
+    """A value in a few words, for error texts: arrays by their shapes, never by their numbers.
+
+    >>> describe(np.ones((3, 4))), describe({"a": np.ones(5)}), describe(0.5)
+    ('an array of shape (3, 4)', 'a dict of a: (5,)', '0.5 of type float')
+    """
+    kind = type(value).__name__
+    if hasattr(value, "shape"):
+        return f"an array of shape {shape_of(value)}"
+    items = value.items() if isinstance(value, Mapping) else None
+    if items and all(hasattr(array, "shape") for _, array in items):
+        return f"a {kind} of {', '.join(f'{key}: {shape_of(array)}' for key, array in items)}"
+    if isinstance(value, list | tuple) and any(hasattr(array, "shape") for array in value):
+        return f"a {kind} of {_shapes_text(map(shape_of, value))}"
+    return f"{reprlib.repr(value)} of type {kind}"
+
+
+def shape_of(value: Any) -> tuple:
+    """The shape of an array or tensor; `()` for a number or a text."""
+    return tuple(getattr(value, "shape", ()))
+
+
+def _shapes_text(shapes: Iterable[tuple], most: int = 8) -> str:
+    """Shapes, separated by commas; not more than a few of them."""
+    shapes = iter(shapes)
+    shown = [*map(str, itertools.islice(shapes, most))]
+    return ", ".join([*shown, "..."] if next(shapes, None) is not None else shown)
 
 
 @overload
@@ -54,7 +84,8 @@ def model_batches(
 
     Raises:
         TypeError: if `data` is of another type.
-        ValueError: if there is no batch, or if the arrays of several inputs differ in length.
+        ValueError: if there is no batch, if the arrays of several inputs differ in length, or
+            if shapes do not fit the model.
     """
     if data is None:
         return None
@@ -70,8 +101,12 @@ def model_batches(
     data = batches(data, name, size)
     if iter(data) is data:
         data = list(data)
-    if next(iter(data), None) is None:
+    first = next(iter(data), None)
+    if first is None:
         raise ValueError(f"`{name}` must have at least one batch. Received: none")
+    # Other batches than those of a list are read only when they are needed.
+    for batch in data if isinstance(data, list) else [first]:
+        _check_shapes(batch, model, name)
     return data
 
 
@@ -84,6 +119,68 @@ def batch_size(model: keras.Model, default: int = 128) -> int:
     """
     layers: list[Any] = [layer for layer in stateful_layers(model) if layer.built]
     return layers[0].states[0].shape[0] if layers else default
+
+
+def _check_shapes(batch: Any, model: keras.Model, name: str) -> None:
+    """Checks that a batch fits the inputs of a model, as far as the model tells their shapes.
+
+    Raises:
+        ValueError: if it does not, with the shapes.
+    """
+    if isinstance(batch, list | tuple) and not 1 <= len(batch) <= 3:
+        raise ValueError(
+            f"A batch of `{name}` must be inputs of the model, or a tuple of inputs and labels. "
+            f"Received: {describe(batch)}"
+        )
+    inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+    expected = [*_expected_inputs(model, inputs)]
+    if not expected or any(values is None for _, _, values in expected):
+        return
+    if isinstance(inputs, Mapping):
+        given = [values for _, _, values in expected]
+    else:
+        given = keras.tree.flatten(inputs)
+    fits = len(given) == len(expected) and all(
+        _fits(shape_of(values), shape)
+        for values, (_, shape, _) in zip(given, expected, strict=True)
+    )
+    if not fits:
+        what = ", ".join(f"{key!r} of shape {shape}" for key, shape, _ in expected)
+        shapes = _shapes_text(map(shape_of, given))
+        raise ValueError(
+            f"`{name}` must fit the input{'s' if len(expected) > 1 else ''} {what} of the model "
+            f"{model.name!r}. Received: a batch of shape {shapes}"
+        )
+
+
+def _expected_inputs(model: keras.Model, inputs: Any) -> Iterator[tuple[str, tuple, Any]]:
+    """For each input of a model its name, its shape, and the values that a batch has for it.
+
+    The values are those of a dictionary; `None` if it does not have them, or if the model takes
+    more than shapes tell. A subclassed model has no such inputs.
+    """
+    tensors: Any = getattr(model, "inputs", None) or ()
+    if not tensors:
+        return
+    by_name = isinstance(inputs, Mapping)
+    structure = None if isinstance(model, keras.Sequential) else model.input
+    keys = sorted(structure) if isinstance(structure, Mapping) else [x.name for x in tensors]
+    if len(keys) != len(tensors):  # dictionaries in dictionaries
+        return
+    for key, tensor in zip(keys, tensors, strict=True):
+        yield key, tuple(tensor.shape), inputs.get(key) if by_name else ()
+
+
+def _fits(shape: tuple, expected: tuple) -> bool:
+    """Whether an input of a model takes an array. Keras adds and drops a last axis of size 1."""
+    if len(shape) == len(expected) - 1 and expected[-1] == 1:
+        shape = *shape, 1
+    elif len(shape) == len(expected) + 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return len(shape) == len(expected) and all(
+        None in (size, wanted) or size == wanted
+        for size, wanted in zip(shape[1:], expected[1:], strict=True)
+    )
 
 
 def _is_one_for_each_input(data, model):

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from keras_bilinear.data import describe
 from keras_bilinear.kronecker.factorization import check_positive_int
 
 # The budget of a plan for which no limit is given.
@@ -35,8 +38,7 @@ class Limits:
             raise _several(self.given)
         for name, value in self.given.items():
             if not _is_valid(name, value):
-                rule = "above 0 and at most 1" if name == "budget" else "a positive number"
-                raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
+                raise _not_valid(name, value)
 
     @property
     def given(self) -> dict[str, float]:
@@ -61,7 +63,9 @@ class Limits:
 
     def __str__(self):
         """The limit as an argument, such as `budget=0.1`."""
-        ((name, value),) = self.given.items() or [("budget", DEFAULT_BUDGET)]
+        if not self.given:
+            return f"budget={DEFAULT_BUDGET} (none was given)"
+        ((name, value),) = self.given.items()
         return f"{name}={value}"
 
 
@@ -104,6 +108,13 @@ class PlanOptions:
         """The rank of every layer; `None` where the search chooses the ranks."""
         return None if isinstance(self.rank, str) else self.rank
 
+    @property
+    def chosen_ranks_only(self) -> bool:
+        """Whether only the layers that `layers` gives a rank are rewritten, without a limit."""
+        if self.limits.given or self.fixed_rank or not isinstance(self.layers, Mapping):
+            return False
+        return any(rank is not None for rank in self.layers.values())
+
 
 def _several(given):
     received = ", ".join(f"{name}={value!r}" for name, value in given.items())
@@ -114,9 +125,22 @@ def _several(given):
 
 
 def _is_valid(name, value):
-    if isinstance(value, bool):
+    if not _is_number(value):
         return False
-    try:
-        return 0 < value < math.inf and (name != "budget" or value <= 1)
-    except TypeError:
-        return False
+    return 0 < value < math.inf and (name != "budget" or value <= 1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _not_valid(name, value):
+    rule = "above 0 and at most 1" if name == "budget" else "a positive number"
+    if isinstance(value, numbers.Real):
+        is_count = name == "budget" and _is_number(value) and 1 < float(value) < math.inf
+        hint = ". A number of parameters is given as max_params=" if is_count else ""
+        return ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}{hint}")
+    hint = ""
+    if name == "budget" and not isinstance(value, str):
+        hint = " Inputs of the model are given as calibration_data=."
+    return ValueError(f"`{name}` must be {rule}.{hint} Received: {describe(value)}")

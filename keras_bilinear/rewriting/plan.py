@@ -23,7 +23,7 @@ Choice = tuple[Factors, int]
 Candidates = dict[str, list[Choice]]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LayerPlan:
     """What one layer becomes.
 
@@ -52,6 +52,17 @@ class LayerPlan:
     errors: dict[Choice, float] = dataclasses.field(default_factory=dict)
     scale: int = 1
     input_scale: int = 1
+
+    def __repr__(self) -> str:
+        if self.rank is None:
+            what = f"{self.full_parameters:,} parameters, left alone: {self.reason or 'no rank'}"
+        else:
+            error = "unknown" if self.error is None else f"{self.error:.3f}"
+            what = (
+                f"{self.full_parameters:,} -> {self.parameters:,} parameters, rank={self.rank}, "
+                f"factors={self.factors}, error={error}"
+            )
+        return f"<LayerPlan of {self.type} {self.path!r}: {what}>"
 
     @property
     def factors(self) -> Factors | None:

@@ -49,7 +49,8 @@ def plan_rewrite(
     Args:
         model: a built model. It is left untouched.
         budget: the share of the model's parameters to keep, above 0 and at most 1.
-            `None` means 0.1 if neither `max_params` nor `max_error` nor a `rank` is given.
+            `None` means 0.1 if neither `max_params` nor `max_error` nor a `rank` nor the ranks
+            of some `layers` are given.
         max_params: the number of parameters to keep, instead of a `budget`; `None` for
             no such limit.
         max_error: the largest predicted error of a layer, instead of a `budget`; the plan
@@ -64,7 +65,8 @@ def plan_rewrite(
             rank saves anything. A rank excludes all limits.
         layers: paths of the layers that may be rewritten; `None` for all layers. Or a
             mapping from the paths of some layers to their rank, with near-square
-            factors, or to `None`, which leaves the layer alone.
+            factors, or to `None`, which leaves the layer alone. If a layer has a rank there
+            and no limit is given, all other layers are left alone.
         scale: what both output factors of each hidden layer are multiplied by: the
             paper's way to win back freedom. The layer has `scale**2` times the units,
             and the network the same outputs at first. A layer of a Sequential or
@@ -92,6 +94,8 @@ def plan_rewrite(
     >>> plan.parameters <= 0.25 * model.count_params()
     True
     """
+    if isinstance(budget, RewritePlan):
+        raise ValueError("The model has a plan already: give it to `rewrite_model`.")
     limits = Limits(budget, max_params, max_error)
     options = PlanOptions(limits, rank=rank, layers=layers, scale=scale, low_rank=low_rank)
     return make_plan(model, options, calibration_data)
@@ -110,11 +114,16 @@ def make_plan(model: keras.Model, options: PlanOptions, calibration_data=None) -
     """
     plan = survey(model)
     pinned = _choose_layers(plan, options.layers)
+    if options.chosen_ranks_only:
+        for path, layer in _free_layers(plan).items():
+            if path not in pinned:
+                layer.skip()
     rank = options.fixed_rank
     if options.scale > 1:
         scale_hidden_layers(model, plan, options.scale, 1 if rank is None else rank)
-    if rank is not None:
-        _set_ranks(plan, pinned, rank)
+    if rank is not None or options.chosen_ranks_only:
+        if rank is not None:
+            _set_ranks(plan, pinned, rank)
         planned = {
             path: [(layer.factors, layer.rank)] for path, layer in plan.items() if layer.rank
         }

@@ -1,12 +1,15 @@
 """Whole models: replacing full layers by bilinear ones as a plan says, and expanding them."""
 
 import dataclasses
+import numbers
+import os
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import keras
 from absl import logging
 
-from keras_bilinear.data import model_batches
+from keras_bilinear.data import describe, model_batches
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import refresh, replace_in_place, restore, snapshot
@@ -35,7 +38,7 @@ MOST_PASSES = 24
 
 def rewrite_model(
     model: keras.Model,
-    plan: RewritePlan | None = None,
+    plan: RewritePlan | float | None = None,
     calibration_data=None,
     budget: float | None = None,
     max_params: int | None = None,
@@ -50,7 +53,8 @@ def rewrite_model(
     Args:
         model: a built model. It is left untouched.
         plan: the `RewritePlan` of the model, such as `plan_rewrite` makes it. It excludes
-            all arguments below but `calibration_data`. `None` makes a plan by them.
+            all arguments below but `calibration_data`. `None` makes a plan by them. A number
+            is the `budget`, as for `plan_rewrite`.
         calibration_data: inputs of the model: an array, a dictionary of arrays, a list
             with an array for each of several inputs, or an iterable of batches, such as
             a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
@@ -60,7 +64,7 @@ def rewrite_model(
             a trained model.
         budget: the share of the model's parameters to keep, above 0 and at most 1.
             `None` means 0.1 if neither a plan nor `max_params` nor `max_error` nor a `rank`
-            is given.
+            nor the ranks of some `layers` are given.
         max_params: the number of parameters to keep, instead of a `budget`; `None` for
             no such limit.
         max_error: the largest predicted error of a layer, relative, instead of a
@@ -70,7 +74,8 @@ def rewrite_model(
             rank saves anything. A rank excludes all limits.
         layers: paths of the layers that may be rewritten; `None` for all layers. Or a
             mapping from the paths of some layers to their rank, with near-square
-            factors, or to `None`, which leaves the layer alone.
+            factors, or to `None`, which leaves the layer alone. If a layer has a rank there
+            and no limit is given, all other layers are left alone.
         scale: what both output factors of each hidden layer are multiplied by. The layer
             has `scale**2` times the units, and the model the same outputs at first. A
             layer of a Sequential or Functional model is hidden if only layers that become
@@ -100,6 +105,14 @@ def rewrite_model(
     >>> small.count_params() <= 0.1 * model.count_params()
     True
     """
+    if isinstance(plan, numbers.Real):
+        if budget is not None:
+            raise ValueError(
+                f"The budget is given twice. Received: {describe(plan)} and budget={budget!r}"
+            )
+        plan, budget = None, cast(float, plan)
+    if plan is not None and not isinstance(plan, RewritePlan):
+        raise _no_plan(plan)
     limits = Limits(budget, max_params, max_error)
     options = PlanOptions(limits, rank=rank, layers=layers, scale=scale, low_rank=low_rank)
     if plan is not None and options != PlanOptions():
@@ -299,6 +312,17 @@ def _finish(copy: keras.Model, model: keras.Model) -> keras.Model:
                 error,
             )
     return copy
+
+
+def _no_plan(value) -> ValueError:
+    """The error for what is given in place of a plan."""
+    hint = "give it as calibration_data="
+    if isinstance(value, str | os.PathLike):
+        hint = "read its text with RewritePlan.from_json"
+    return ValueError(
+        f"`plan` must be a RewritePlan or a budget. That is no plan: {hint}. "
+        f"Received: {describe(value)}"
+    )
 
 
 def _check_plan(model: keras.Model, plan: RewritePlan) -> None:

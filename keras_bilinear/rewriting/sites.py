@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import keras
@@ -36,6 +37,11 @@ def check_built(model: keras.Model) -> None:
     Raises:
         ValueError: if it is not.
     """
+    if isinstance(model, str | os.PathLike):
+        raise ValueError(
+            f"`model` must be a Keras model, not a path. Load it first: "
+            f"keras.models.load_model({os.fspath(model)!r})"
+        )
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
             f"`model` must be a built Keras model: call it on data first. Received: model={model!r}"

@@ -1,4 +1,5 @@
 import itertools
+import pathlib
 
 import keras
 import model_kinds
@@ -385,6 +386,82 @@ def test_tables_show_every_layer():
 def test_bad_arguments_are_refused(arguments, text):
     with pytest.raises(ValueError, match=text):
         plan_rewrite(mlp(64, 64, 64), **arguments)
+
+
+def test_ranks_of_some_layers_need_no_budget():
+    model = mlp(64, 64, 64, 64)
+    plan = plan_rewrite(model, layers={"dense_1": 2, "dense_2": None})
+    assert [layer.rank for layer in plan.values()] == [None, 2, None]
+    assert plan["dense_0"].reason == "on request"
+    assert plan["dense_1"].error > 0
+    with pytest.raises(ValueError, match=r"Received: budget=0.1 \(none was given\)"):
+        plan_rewrite(model, layers={"dense_2": None})
+
+
+def test_a_layer_shows_itself_in_a_line():
+    plan = plan_rewrite(mlp(64, 64, 64), layers={"dense_1": 2})
+    assert repr(plan["dense_0"]) == (
+        "<LayerPlan of Dense 'dense_0': 4,160 parameters, left alone: on request>"
+    )
+    assert repr(plan["dense_1"]).startswith(
+        "<LayerPlan of Dense 'dense_1': 4,160 -> 320 parameters, rank=2, "
+        "factors=((8, 8), (8, 8)), error=0."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.ones((30, 64)), r"given as calibration_data=\. Received: an array of shape \(30, 64\)"),
+        ([np.ones((30, 64))], r"calibration_data=\. Received: a list of \(30, 64\)"),
+        (2000, "Received: budget=2000. A number of parameters is given as max_params="),
+        (RewritePlan([]), "has a plan already: give it to `rewrite_model`"),
+    ],
+)
+def test_what_is_no_budget_is_refused(value, text):
+    with pytest.raises(ValueError, match=text):
+        plan_rewrite(mlp(64, 64), value)
+
+
+@pytest.mark.parametrize(
+    ("data", "received"),
+    [
+        (np.arange(500), r"\(128,\)"),
+        (np.ones((5, 9)), r"\(5, 9\)"),
+        ([np.ones((5, 64)), np.arange(5)], r"\(5,\)"),
+        ({"x": np.ones((5, 9))}, r"\(5, 9\)"),
+        (iter([np.ones((5, 64)), np.ones((5, 64, 2))]), r"\(5, 64, 2\)"),
+    ],
+)
+def test_shapes_of_calibration_data_are_checked_first(data, received, monkeypatch):
+    monkeypatch.setattr("keras_bilinear.rewriting.prediction.collect", None)
+    model = keras.Sequential([keras.Input((64,), name="x"), layers.Dense(8)])
+    text = rf"must fit the input 'x' of shape \(None, 64\) of .* of shape {received}$"
+    with pytest.raises(ValueError, match=text):
+        plan_rewrite(model, rank=1, calibration_data=data)
+
+
+def test_shapes_of_several_inputs_are_checked():
+    inputs = {"b": keras.Input((8,), name="b"), "a": keras.Input((1,), name="a")}
+    outputs = layers.Dense(8)(layers.Concatenate()([inputs["a"], inputs["b"]]))
+    model = keras.Model(inputs, outputs)
+    plan_rewrite(model, rank=1, calibration_data={"a": np.ones(5), "b": np.ones((5, 8))})
+    data = {"a": np.ones((5, 8)), "b": np.ones((5, 8))}
+    with pytest.raises(ValueError, match=r"inputs 'a' of shape .* of shape \(5, 8\), \(5, 8\)"):
+        plan_rewrite(model, rank=1, calibration_data=data)
+
+
+@pytest.mark.parametrize("data", [np.ones((5, 64)).tolist(), "x" * 1000])
+def test_calibration_data_of_another_type_are_not_printed(data):
+    with pytest.raises((TypeError, ValueError), match="Received: ") as caught:
+        plan_rewrite(mlp(64, 64), rank=1, calibration_data=data)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("path", ["model.keras", pathlib.Path("model.keras")])
+def test_a_path_is_no_model(path):
+    with pytest.raises(ValueError, match=r"Load it first: keras.models.load_model\('model.keras'"):
+        plan_rewrite(path)
 
 
 def test_models_that_are_not_built_are_refused():

@@ -396,6 +396,26 @@ def test_a_plan_and_a_limit_exclude_each_other():
         rewrite_model(model, plan_rewrite(model, rank=1), low_rank=False)
 
 
+@pytest.mark.parametrize("budget", [0.5, np.float32(0.5)])
+def test_a_number_in_place_of_a_plan_is_a_budget(budget):
+    model, _ = model_kinds.sequential()
+    small = rewrite_model(model, budget)
+    assert small.count_params() == rewrite_model(model, budget=0.5).count_params()
+    with pytest.raises(ValueError, match="budget is given twice"):
+        rewrite_model(model, budget, budget=0.5)
+    with pytest.raises(ValueError, match="`budget` must be above 0 and at most 1"):
+        rewrite_model(model, True)
+
+
+def test_what_is_no_plan_is_refused():
+    model, x = model_kinds.sequential()
+    text = rf"no plan: give it as calibration_data=\. Received: an array of shape \({len(x)}, "
+    with pytest.raises(ValueError, match=text):
+        rewrite_model(model, x)
+    with pytest.raises(ValueError, match=r"no plan: read its text with RewritePlan\.from_json"):
+        rewrite_model(model, "plan.json")
+
+
 def test_an_iterator_is_read_once():
     model, x = model_kinds.sequential()
     batches = np.array_split(x, 4)
