@@ -6,9 +6,10 @@ When is in `schedule`, whether the model has got worse in `metric_watch`, how la
 """
 
 import contextlib
+import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import keras
@@ -18,9 +19,10 @@ from keras_bilinear.data import model_batches
 from keras_bilinear.keras_private.optimizer import check_optimizer
 from keras_bilinear.keras_private.training import check_version
 from keras_bilinear.messages import check_choice
+from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.in_training import ModelInTraining
 from keras_bilinear.rewriting.journal import History, Journal, Step, check_backup_dir
-from keras_bilinear.rewriting.limits import Limits, PlanOptions
+from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
 from keras_bilinear.rewriting.metric_watch import MetricWatch
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import check_plan_exists
@@ -61,7 +63,11 @@ class BilinearRewrite(keras.callbacks.Callback):
             a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
             `None` takes 1024 examples of the training data: spread over arrays, or the
             first of a data set.
-        layers: paths of the layers that may be rewritten; `None` for all layers. Or a
+        layers: the layers that may be rewritten; `None` for all layers. Paths (those of a
+            plan, or `layer.path`), compiled regular expressions that are found in a path of
+            a plan, layers, classes of layers, or functions that get a layer and return
+            whether it may be rewritten; alone or in a list. The path of a layer that holds
+            others, this layer and its class stand for the layers in it. Or a
             mapping from the paths of some layers to their rank, with near-square
             factors, or to `None`, which leaves the layer alone.
         low_rank: whether layers may get the factors of kernels of low rank: two plain
@@ -83,6 +89,9 @@ class BilinearRewrite(keras.callbacks.Callback):
             which must come after it in the list of callbacks. A training that was killed
             then goes on with the model as it was rewritten. `None` if there is no backup.
         verbose: 1 prints a line for each step; 0 prints nothing.
+        exclude: layers that are left alone, chosen as `layers` are, but for the mapping;
+            `None` for no such layers. It goes before `layers`.
+            `exclude=[model.layers[0], model.layers[-1]]` keeps the first and the last layer.
 
     Attributes:
         plan: the `RewritePlan` of the last step; `None` before the first step.
@@ -114,7 +123,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         budget: float | None = None,
         schedule: Mapping[int, float] | None = None,
         calibration_data=None,
-        layers: Iterable[str] | Mapping[str, int | None] | None = None,
+        layers: LayerChoice = None,
         low_rank: bool = True,
         monitor: str | None = None,
         mode: str = "auto",
@@ -123,12 +132,13 @@ class BilinearRewrite(keras.callbacks.Callback):
         on_error: str = "raise",
         backup_dir: str | os.PathLike | None = None,
         verbose: int = 0,
+        exclude: Choices | None = None,
     ):
         super().__init__()
         check_version()
         self.schedule = parse_schedule(at_epoch, budget, schedule)
         self.calibration_data = calibration_data
-        self.layers, self.low_rank = layers, low_rank
+        self._choices = PlanOptions(layers=layers, low_rank=low_rank, exclude=exclude)
         self.monitor, self.mode, self.max_drop = monitor, mode, max_drop
         self._start(None)
         if monitor is not None and 0 in self.schedule:
@@ -221,7 +231,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         return ModelInTraining(cast(keras.Model, self.model))
 
     def _options(self, budget: float) -> PlanOptions:
-        return PlanOptions(Limits(budget), layers=self.layers, low_rank=self.low_rank)
+        return dataclasses.replace(self._choices, limits=Limits(budget))
 
     def _has_dropped(self, until: float) -> bool:
         """Whether the last step made the metric worse than it may be."""

@@ -3,17 +3,18 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from keras_bilinear.data import describe
 from keras_bilinear.kronecker.factorization import check_positive_int
+from keras_bilinear.rewriting.choice import Choices, check_choices
 
 # The budget of a plan for which no limit is given.
 DEFAULT_BUDGET = 0.1
 
-# Paths of layers, or a mapping from paths to ranks; see `plan_rewrite`.
-LayerChoice = Iterable[str] | Mapping[str, int | None] | None
+# Layers, or a mapping from their paths to ranks; see `plan_rewrite`.
+LayerChoice = Choices | Mapping[str, int | None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class PlanOptions:
         layers: layers that may be rewritten, or their ranks; `None` for all layers.
         scale: what both output factors of each hidden layer are multiplied by.
         low_rank: whether layers may get the factors of kernels of low rank.
+        exclude: layers that are left alone; `None` for no such layers.
 
     Raises:
         ValueError: if a value is not valid, or if a limit and a rank are given.
@@ -89,6 +91,7 @@ class PlanOptions:
     layers: LayerChoice = None
     scale: int = 1
     low_rank: bool = True
+    exclude: Choices | None = None
 
     def __post_init__(self):
         if self.rank != "auto":
@@ -96,12 +99,10 @@ class PlanOptions:
                 raise _several({**self.limits.given, "rank": self.rank})
             object.__setattr__(self, "rank", check_positive_int("rank", self.rank))
         object.__setattr__(self, "scale", check_positive_int("scale", self.scale))
-        if isinstance(self.layers, str):
-            raise ValueError(
-                f"`layers` must be paths or a mapping of them. Received: {self.layers!r}"
-            )
         if self.layers is not None and not isinstance(self.layers, Mapping):
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, "layers", check_choices("layers", self.layers))
+        if self.exclude is not None:
+            object.__setattr__(self, "exclude", check_choices("exclude", self.exclude))
 
     @property
     def fixed_rank(self) -> int | None:

@@ -1,11 +1,13 @@
 """From limits to a plan: which layers become bilinear, with what factors and rank."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import keras
 
 from keras_bilinear.kronecker.nearest import input_index
 from keras_bilinear.layers.converter import converter_of
+from keras_bilinear.rewriting.choice import Choices, check_choices, choose, choose_ranks
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
 from keras_bilinear.rewriting.plan import Candidates, Factors, LayerPlan, RewritePlan
 from keras_bilinear.rewriting.prediction import predict_errors
@@ -34,9 +36,10 @@ def plan_rewrite(
     max_error: float | None = None,
     calibration_data=None,
     rank: int | str = "auto",
-    layers: Iterable[str] | Mapping[str, int | None] | None = None,
+    layers: LayerChoice = None,
     scale: int = 1,
     low_rank: bool = True,
+    exclude: Choices | None = None,
 ) -> RewritePlan:
     """Plans which layers of a model become bilinear, with what factors and of what rank.
 
@@ -63,7 +66,11 @@ def plan_rewrite(
             `None`, they are errors of its kernels.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where this
             rank saves anything. A rank excludes all limits.
-        layers: paths of the layers that may be rewritten; `None` for all layers. Or a
+        layers: the layers that may be rewritten; `None` for all layers. Paths (those of a
+            plan, or `layer.path`), compiled regular expressions that are found in a path of
+            a plan, layers, classes of layers, or functions that get a layer and return
+            whether it may be rewritten; alone or in a list. The path of a layer that holds
+            others, this layer and its class stand for the layers in it. Or a
             mapping from the paths of some layers to their rank, with near-square
             factors, or to `None`, which leaves the layer alone. If a layer has a rank there
             and no limit is given, all other layers are left alone.
@@ -77,6 +84,9 @@ def plan_rewrite(
             often nearest to a trained kernel, and fast to fit. Near-square factors can
             learn more where a network is trained on for long; but they have few terms,
             so near-square factors alone may not use up a large budget.
+        exclude: layers that are left alone, chosen as `layers` are, but for the mapping;
+            `None` for no such layers. It goes before `layers`.
+            `exclude=[model.layers[0], model.layers[-1]]` keeps the first and the last layer.
 
     Returns:
         A `RewritePlan`.
@@ -97,7 +107,7 @@ def plan_rewrite(
     if isinstance(budget, RewritePlan):
         raise ValueError("The model has a plan already: give it to `rewrite_model`.")
     limits = Limits(budget, max_params, max_error)
-    options = PlanOptions(limits, rank=rank, layers=layers, scale=scale, low_rank=low_rank)
+    options = PlanOptions(limits, rank, layers, scale, low_rank, exclude)
     return make_plan(model, options, calibration_data)
 
 
@@ -113,7 +123,7 @@ def make_plan(model: keras.Model, options: PlanOptions, calibration_data=None) -
         ValueError, TypeError: see `plan_rewrite`.
     """
     plan = survey(model)
-    pinned = _choose_layers(plan, options.layers)
+    pinned = _choose_layers(model, plan, options)
     if options.chosen_ranks_only:
         for path, layer in _free_layers(plan).items():
             if path not in pinned:
@@ -146,7 +156,7 @@ def check_plan_exists(model: keras.Model, options: PlanOptions) -> None:
         ValueError: if no plan keeps to the limit, or an option is not valid.
     """
     plan = survey(model)
-    pinned = _choose_layers(plan, options.layers)
+    pinned = _choose_layers(model, plan, options)
     check_reachable(plan, _candidates(plan, pinned, options.low_rank), options.limits)
 
 
@@ -242,25 +252,26 @@ def plan_layer(site: Site, reason: str = "") -> LayerPlan:
     )
 
 
-def _choose_layers(plan: RewritePlan, layers: LayerChoice) -> set[str]:
-    """Leaves alone what `layers` does not allow; returns the paths whose rank it gives."""
-    if layers is None:
-        return set()
-    for path in layers:
-        if path not in plan:
-            raise ValueError(
-                f"`layers` must be among the paths of the model's layers: {', '.join(plan)}. "
-                f"Received: {path!r}"
-            )
-    if not isinstance(layers, Mapping):
-        allowed = set(layers)
-        for path, layer in plan.items():
-            if path not in allowed and not layer.reason:
-                layer.skip()
-        return set()
-    for path, rank in layers.items():
-        if rank is None:
+def _choose_layers(model: keras.Model, plan: RewritePlan, options: PlanOptions) -> set[str]:
+    """Leaves alone what the options do not allow; returns the paths whose rank they give.
+
+    Raises:
+        ValueError: if a choice matches no layer, or a rank is not valid.
+    """
+    sites = [*walk(model)]
+    layers: Any = options.layers
+    excluded = choose(sites, check_choices("exclude", options.exclude or ()), "exclude")
+    pinned = set()
+    if isinstance(layers, Mapping):
+        for path, rank in choose_ranks(sites, layers).items():
+            if rank is None:
+                excluded.add(path)
+            elif path not in excluded:
+                plan[path].rank = rank
+                pinned.add(path)
+    elif layers is not None:
+        excluded |= plan.keys() - choose(sites, check_choices("layers", layers), "layers")
+    for path in excluded:
+        if not plan[path].reason:
             plan[path].skip()
-        else:
-            plan[path].rank = rank
-    return {path for path, rank in layers.items() if rank is not None}
+    return pinned

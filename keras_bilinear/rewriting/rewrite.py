@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import cast
 
 import keras
@@ -17,7 +17,8 @@ from keras_bilinear.keras_private.training import compile_alike
 from keras_bilinear.kronecker.factorization import check_positive_int
 from keras_bilinear.layers.calibration import Calibration, calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
-from keras_bilinear.rewriting.limits import Limits, PlanOptions
+from keras_bilinear.rewriting.choice import Choices
+from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
 from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
 from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
 from keras_bilinear.rewriting.planner import make_plan, plan_layer
@@ -44,9 +45,10 @@ def rewrite_model(
     max_params: int | None = None,
     max_error: float | None = None,
     rank: int | str = "auto",
-    layers: Iterable[str] | Mapping[str, int | None] | None = None,
+    layers: LayerChoice = None,
     scale: int = 1,
     low_rank: bool = True,
+    exclude: Choices | None = None,
 ) -> keras.Model:
     """Makes a smaller model from a trained model.
 
@@ -72,7 +74,11 @@ def rewrite_model(
             limit.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where this
             rank saves anything. A rank excludes all limits.
-        layers: paths of the layers that may be rewritten; `None` for all layers. Or a
+        layers: the layers that may be rewritten; `None` for all layers. Paths (those of a
+            plan, or `layer.path`), compiled regular expressions that are found in a path of
+            a plan, layers, classes of layers, or functions that get a layer and return
+            whether it may be rewritten; alone or in a list. The path of a layer that holds
+            others, this layer and its class stand for the layers in it. Or a
             mapping from the paths of some layers to their rank, with near-square
             factors, or to `None`, which leaves the layer alone. If a layer has a rank there
             and no limit is given, all other layers are left alone.
@@ -84,6 +90,9 @@ def rewrite_model(
             layers, one after the other. These are often nearest to a trained kernel, and
             fast to fit. Near-square factors can learn more where the model is trained on
             for long.
+        exclude: layers that are left alone, chosen as `layers` are, but for the mapping;
+            `None` for no such layers. It goes before `layers`.
+            `exclude=[model.layers[0], model.layers[-1]]` keeps the first and the last layer.
 
     Returns:
         A new model with the same names, weights and losses, whose planned
@@ -114,7 +123,7 @@ def rewrite_model(
     if plan is not None and not isinstance(plan, RewritePlan):
         raise _no_plan(plan)
     limits = Limits(budget, max_params, max_error)
-    options = PlanOptions(limits, rank=rank, layers=layers, scale=scale, low_rank=low_rank)
+    options = PlanOptions(limits, rank, layers, scale, low_rank, exclude)
     if plan is not None and options != PlanOptions():
         raise ValueError("A plan and arguments for making one exclude each other.")
     check_built(model)

@@ -191,6 +191,15 @@ def test_averages_that_are_swapped_after_it_are_not_mixed_with_weights():
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_layers_are_excluded_at_every_step():
+    model = mlp()
+    model.compile("adam", "mse")
+    exclude = (layer for layer in (model.layers[0], model.layers[-1]))
+    callback = BilinearRewrite(schedule={0: 0.9, 1: 0.8}, calibration_data=X, exclude=exclude)
+    fit(model, callback, epochs=2)
+    assert bilinear(model) == ["hidden_48"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -554,7 +563,9 @@ def test_mistakes_are_found_before_training():
     model.compile("adam", "mse")
     with pytest.raises(ValueError, match=r"No plan keeps to the limit.*Received: budget=0.001"):
         fit(model, BilinearRewrite(2, 0.001), seen)
-    with pytest.raises(ValueError, match=r"`layers` must be among the paths.*Received: 'nothing'"):
+    with pytest.raises(
+        ValueError, match=r"`layers` must choose among the layers.*Received: 'nothing'"
+    ):
         fit(model, BilinearRewrite(2, layers=["nothing"]), seen)
     assert not hasattr(seen, "now")
     wrong = BilinearRewrite(2, 0.5, monitor="val_accuracy", max_drop=0.1)

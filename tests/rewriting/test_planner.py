@@ -1,5 +1,6 @@
 import itertools
 import pathlib
+import re
 
 import keras
 import model_kinds
@@ -212,6 +213,54 @@ def test_layers_can_be_chosen(layers):
     assert plan["dense_1"].rank is not None
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "dense_1",
+        "sequential/dense_1",
+        re.compile("e_1$"),
+        lambda model: model.layers[1],
+        lambda model: lambda layer: layer is model.layers[1],
+        lambda model: (path for path in ["dense_1"]),
+    ],
+)
+def test_layers_are_chosen_and_excluded_alike(choice):
+    model = mlp(64, 64, 64, 64)
+    model = keras.Sequential([keras.Input((64,)), *model.layers], name="sequential")
+    model.layers[1]._path = "sequential/dense_1"
+    for name, chosen in (("layers", [None, 2, None]), ("exclude", [2, None, 2])):
+        value = choice(model) if callable(choice) else choice
+        plan = plan_rewrite(model, rank=2, **{name: value})
+        assert [layer.rank for layer in plan.values()] == chosen
+        assert {layer.reason for layer in plan.values() if not layer.rank} == {"on request"}
+
+
+def test_the_first_and_the_last_layer_are_kept():
+    model = mlp(64, 64, 64, 64)
+    plan = plan_rewrite(model, rank=2, exclude=[model.layers[0], model.layers[-1]])
+    assert [layer.rank for layer in plan.values()] == [None, 2, None]
+    small = keras_bilinear.rewrite_model(model, rank=2, exclude=[model.layers[0], "dense_2"])
+    assert small.count_params() == plan.parameters
+    plan = plan_rewrite(model, layers={"dense_0": 2, "dense_1": 3}, exclude="dense_0")
+    assert [layer.rank for layer in plan.values()] == [None, 3, None]
+
+
+def test_a_layer_that_holds_others_stands_for_them():
+    inputs = keras.Input((6, 16))
+    attention = layers.MultiHeadAttention(2, 8, name="attention")
+    inner = keras.Sequential([keras.Input((6, 16)), layers.Dense(16, name="d")], name="inner")
+    model = keras.Model(inputs, layers.Dense(16, name="last")(inner(attention(inputs, inputs))))
+    both = {"attention", "inner"}
+    for choice, expected in (
+        (["attention", "inner"], both),
+        ([layers.MultiHeadAttention, inner], both),
+        (inner.layers, {"inner"}),
+    ):
+        plan = plan_rewrite(model, rank=1, exclude=choice)
+        left = {path.split("/")[0] for path, layer in plan.items() if layer.rank is None}
+        assert left == expected
+
+
 def test_ranks_can_be_pinned():
     plan = plan_rewrite(mlp(64, 64, 64, 64), budget=0.5, layers={"dense_1": 5})
     assert plan["dense_1"].rank == 5
@@ -377,8 +426,15 @@ def test_tables_show_every_layer():
         ({"budget": 0.1, "max_params": 9}, "At most one of"),
         ({"budget": 0.1, "rank": 2}, "At most one of"),
         ({"rank": 0}, "`rank` must be a positive integer"),
-        ({"layers": "dense_0"}, "`layers` must be paths"),
-        ({"layers": ["dense"]}, "must be among the paths of the model's layers: dense_0, dense_1"),
+        ({"layers": 3}, "`layers` must be paths, compiled regular .* Received: 3 of type int"),
+        ({"layers": ["dense"]}, "with weights: dense_0, dense_1. Received: 'dense', which matches"),
+        ({"layers": {"dense": 2}}, "Received: 'dense', which matches none"),
+        ({"exclude": {"dense_0": 2}}, "`exclude` must be paths, .* of type dict"),
+        ({"exclude": ["dense_0", 0.5]}, "Received: 0.5 of type float"),
+        ({"exclude": re.compile("^hidden")}, r"Received: re.compile\('\^hidden'\), which matches"),
+        ({"exclude": layers.Dense(3, name="own")}, "the Dense 'own', which matches none of them"),
+        ({"exclude": layers.LSTM}, "`exclude` must choose .* Received: LSTM, which matches none"),
+        ({"exclude": lambda layer: False}, "Received: .*lambda.*, which matches none"),
         ({"layers": {"dense_0": 0}}, "`rank` must be a positive integer"),
         ({"budget": 0.001}, r"still has \d+ parameters"),
     ],
