@@ -70,8 +70,9 @@ class Summary(Tabular):
             included. `None` if the shape of an example is unknown.
         latency_ms: median milliseconds of a compiled inference call on one example. `None` if the
             shape of an example is unknown.
-        accuracy: share of the examples that the model answers right, from 0 to 1. `None` without
-            labels.
+        accuracy: share of the examples that the model answers right, from 0 to 1. For a model
+            with several outputs a dictionary of the shares, by the names of the outputs. `None`
+            without labels.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Summary(Tabular):
     macs: int | None
     peak_activation_bytes: int | None
     latency_ms: float | None
-    accuracy: float | None
+    accuracy: float | dict[str, float] | None
 
     @property
     def not_counted(self) -> tuple[str, ...]:
@@ -160,8 +161,11 @@ class Comparison(Tabular):
         for label, form, attribute in _TOTALS:
             full, small = getattr(self.full, attribute), getattr(self.small, attribute)
             if full is not None and small is not None:
-                ratio = "" if attribute == "accuracy" else _ratio(full, small)
-                table.add_row(label, form(full), form(small), ratio)
+                table.add_row(label, form(full), form(small), _ratio(full, small))
+        full, small = _accuracies(self.full), _accuracies(self.small)
+        for label, share in full.items():
+            if label in small:
+                table.add_row(label, f"{share:.2%}", f"{small[label]:.2%}", "")
         table.add_section()
         for path, full, small in self._common_layers():
             if (full.type, full.parameters) != (small.type, small.parameters):
@@ -204,7 +208,7 @@ class Comparison(Tabular):
             A `matplotlib.figure.Figure`.
         """
         layers = [*self._common_layers()]
-        with_accuracy = self.full.accuracy is not None
+        with_accuracy = bool(_accuracies(self.full))
         figure, axes = new_figure(len(layers), 2 if with_accuracy else 1)
         counts = [
             [full.parameters for _, full, _ in layers],
@@ -214,11 +218,12 @@ class Comparison(Tabular):
         draw_parameters(axes[0], paths, counts, [FULL_COLOR, BILINEAR_COLOR])
         if with_accuracy:
             models = [
-                (label, summary.parameters, summary.accuracy, color)
+                (label + accuracy.removeprefix("accuracy"), summary.parameters, share, color)
                 for label, summary, color in (
                     ("full", self.full, FAINT),
                     ("small", self.small, BILINEAR_COLOR),
                 )
+                for accuracy, share in _accuracies(summary).items()
             ]
             draw_accuracy(axes[1], models)
         return finish_figure(figure, f"{_title(self.full)} to {_title(self.small)}", path)
@@ -234,8 +239,10 @@ def summarize(model: keras.Model, data: Any = None) -> Summary:
         model: a built model.
         data: examples of the model's inputs. For the accuracy, give inputs and labels: a tuple
             of two arrays, or an iterable of batches such as a `tf.data.Dataset`. Labels are
-            integers or one-hot vectors. A single output answers 1 above 0.5, or above 0 if the
-            model is compiled with a loss that takes logits.
+            integers or one-hot vectors; those of several outputs are in a dictionary by the
+            names of the outputs, some of which may have none, or in a list in their order. An
+            output of size 1 answers 1 above 0.5, or above 0 if the model is compiled with a
+            loss that takes logits.
             Inputs without labels, an array or a dictionary of arrays, give no accuracy. A model
             that does not tell the shape of its inputs needs them: a subclassed model, or a model
             with a size that is not fixed. `None` measures on zeros.
@@ -245,8 +252,8 @@ def summarize(model: keras.Model, data: Any = None) -> Summary:
 
     Raises:
         TypeError: if `data` are neither arrays nor an iterable of batches.
-        ValueError: if the model is not built, if `data` have no batch, if the labels do not fit
-            the outputs, or if there are labels for a model with several outputs.
+        ValueError: if the model is not built, if `data` have no batch, or if the labels do not
+            fit the outputs.
 
     Example:
 
@@ -269,8 +276,10 @@ def compare(full: keras.Model, small: keras.Model, data: Any = None) -> Comparis
         small: another built model for the same inputs.
         data: examples of the models' inputs. For the accuracy, give inputs and labels: a tuple
             of two arrays, or an iterable of batches such as a `tf.data.Dataset`. Labels are
-            integers or one-hot vectors. A single output answers 1 above 0.5, or above 0 if the
-            model is compiled with a loss that takes logits.
+            integers or one-hot vectors; those of several outputs are in a dictionary by the
+            names of the outputs, some of which may have none, or in a list in their order. An
+            output of size 1 answers 1 above 0.5, or above 0 if the model is compiled with a
+            loss that takes logits.
             Inputs without labels, an array or a dictionary of arrays, give no accuracy. Models
             that do not tell the shape of their inputs need them: subclassed models, or models
             with a size that is not fixed. `None` measures on zeros.
@@ -280,8 +289,8 @@ def compare(full: keras.Model, small: keras.Model, data: Any = None) -> Comparis
 
     Raises:
         TypeError: if `data` are neither arrays nor an iterable of batches.
-        ValueError: if a model is not built, if `data` have no batch, if the labels do not fit
-            the outputs, or if there are labels for a model with several outputs.
+        ValueError: if a model is not built, if `data` have no batch, or if the labels do not
+            fit the outputs.
 
     Example:
 
@@ -429,8 +438,14 @@ _TOTALS = (
     ("MACs", "{:,}".format, "macs"),
     ("peak activations", bytes_text, "peak_activation_bytes"),
     ("latency", milliseconds_text, "latency_ms"),
-    ("accuracy", "{:.2%}".format, "accuracy"),
 )
+
+
+def _accuracies(summary):
+    """The accuracy of each output of a model, by its label in tables."""
+    if isinstance(summary.accuracy, dict):
+        return {f"accuracy of {name}": share for name, share in summary.accuracy.items()}
+    return {} if summary.accuracy is None else {"accuracy": summary.accuracy}
 
 
 def _ratio(full, small):
@@ -445,6 +460,5 @@ def _title(summary):
     parts = [f"{summary.name}: {count_text(summary.parameters)} parameters"]
     if summary.latency_ms is not None:
         parts.append(milliseconds_text(summary.latency_ms))
-    if summary.accuracy is not None:
-        parts.append(f"accuracy {summary.accuracy:.2%}")
+    parts += [f"{label} {share:.2%}" for label, share in _accuracies(summary).items()]
     return ", ".join(parts)

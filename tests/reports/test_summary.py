@@ -170,12 +170,66 @@ def test_labels_that_do_not_fit_are_refused():
         summarize(identity_network(), (np.eye(64), np.ones((64, 3))))
 
 
-def test_labels_of_several_outputs_are_refused():
+def two_outputs(as_dict):
+    """A model that answers its one-hot inputs: the class, and whether the class is 0."""
     inputs = keras.Input((8,))
-    model = keras.Model(inputs, [layers.Dense(3)(inputs), layers.Dense(3)(inputs)])
-    with pytest.raises(ValueError, match=r"with one output.*Received: .* 2 outputs"):
-        summarize(model, (np.ones((4, 8)), np.zeros(4)))
-    assert summarize(model, np.ones((4, 8))).accuracy is None
+    first = layers.Dense(8, use_bias=False, name="kind")
+    second = layers.Dense(1, use_bias=False, name="is_first")
+    outputs = {"kind": first(inputs), "is_first": second(inputs)}
+    model = keras.Model(inputs, outputs if as_dict else [*outputs.values()])
+    first.set_weights([np.eye(8)])
+    second.set_weights([np.eye(8)[:, :1]])
+    return model
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_each_output_has_its_accuracy(as_dict, tmp_path):
+    model, x = two_outputs(as_dict), np.eye(8, dtype="float32")
+    kind, is_first = np.arange(8), np.array([0, 0, 0, 0, 0, 0, 1, 0])
+    kind[0] = 1
+    labels = {"kind": kind, "is_first": is_first}
+    expected = {"kind": 0.875, "is_first": 0.75}
+    assert summarize(model, (x, labels)).accuracy == expected
+    batches = [
+        (x[:5], {name: values[:5] for name, values in labels.items()}),
+        (x[5:], {name: values[5:] for name, values in labels.items()}),
+    ]
+    assert summarize(model, batches).accuracy == expected
+    assert summarize(model, (x, {"kind": np.eye(8)[kind]})).accuracy == {"kind": 0.875}
+    if not as_dict:
+        assert summarize(model, (x, [kind, is_first])).accuracy == expected
+        assert summarize(model, [(x, (kind, is_first))]).accuracy == expected
+    comparison = compare(model, model, (x, labels, np.ones(8)))
+    assert "accuracy of is_first" in str(comparison)
+    assert "accuracy of kind 87.50%" in " ".join(str(comparison.full).split())
+    comparison.plot(tmp_path / "plot.svg")
+    assert summarize(model, x).accuracy is None
+
+
+def test_labels_of_one_output_may_have_its_name():
+    x = np.eye(64, dtype="float32")
+    model = identity_network()
+    name = model.layers[-1].name
+    for labels in ({name: np.arange(64)}, [np.arange(64)], list(range(64))):
+        assert summarize(model, (x, labels)).accuracy == 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (np.zeros(8), r"for each output: .* Received: an array of shape \(8,\) and .* 2 outputs"),
+        ([np.zeros(8)] * 3, r"for each output: .* Received: a list of \(8,\), \(8,\), \(8,\)"),
+        ({"kin": np.zeros(8)}, "Received: labels for 'kin' and .* 2 outputs 'kind', 'is_first'"),
+        ({"kind": np.zeros(7)}, r"as many labels as examples.*\(7,\) for 8 examples"),
+        ({"kind": ["a"] * 8}, "must be numbers: .* Received: .* of type list"),
+        ({"kind": {"a": np.zeros(8)}}, r"must be numbers: .* Received: a dict of a: \(8,\)"),
+        ([[0, 1], [0]], "must be numbers: .* Received: .* of type list"),
+        ({"kind": np.zeros((8, 3))}, r"a label, .* labels of shape \(8, 3\) for outputs"),
+    ],
+)
+def test_labels_that_fit_no_output_are_refused(labels, text):
+    with pytest.raises(ValueError, match=text):
+        summarize(two_outputs(as_dict=False), (np.eye(8), labels))
 
 
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="others have no strings")
