@@ -110,6 +110,12 @@ def model_batches(
     return data
 
 
+def count_examples(batch: Any) -> int:
+    """The number of examples in a batch of inputs, or of a tuple of inputs and something else."""
+    inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+    return len(keras.tree.flatten(inputs)[0])
+
+
 def batch_size(model: keras.Model, default: int = 128) -> int:
     """The number of examples whose states a stateful model keeps.
 

@@ -15,6 +15,14 @@ from keras_bilinear.kronecker.factorization import (
 )
 from keras_bilinear.tables import Tabular, right
 
+# A plan's table marks layers whose predicted error is larger.
+LARGE_ERROR = 0.5
+_CAPTION = (
+    "error: the predicted root mean square error of a layer's output on the calibration data (of "
+    "its kernel without such data), relative: 0 is exact, at 1 nothing is kept. "
+    f"! marks errors above {LARGE_ERROR}."
+)
+
 # `(input_factors, output_factors)` of a kernel.
 Factors = tuple[tuple[int, int], tuple[int, int]]
 # Factors and a rank.
@@ -263,9 +271,11 @@ class RewritePlan(Tabular, Mapping):
             *right("full", "planned", "rank", "factors", *(["scale"] if scaled else []), "error"),
             "left alone because",
             title=f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})",
+            caption=_CAPTION,
         )
         for layer in self.values():
             error = "" if layer.rank is None or layer.error is None else f"{layer.error:.3f}"
+            error += " !" if error and (layer.error or 0) > LARGE_ERROR else ""
             table.add_row(
                 layer.path,
                 layer.type,

@@ -5,9 +5,11 @@ from typing import Any
 
 import keras
 
+from keras_bilinear.data import model_batches
 from keras_bilinear.kronecker.nearest import input_index
 from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.rewriting.choice import Choices, check_choices, choose, choose_ranks
+from keras_bilinear.rewriting.data_checks import warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
 from keras_bilinear.rewriting.plan import Candidates, Factors, LayerPlan, RewritePlan
 from keras_bilinear.rewriting.prediction import predict_errors
@@ -63,7 +65,8 @@ def plan_rewrite(
             with an array for each of several inputs, or an iterable of batches, such as
             a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
             With these data, the predicted errors are errors of each layer's output; with
-            `None`, they are errors of its kernels.
+            `None`, they are errors of its kernels. A warning says if the data are few, or
+            unlike what the normalization layers of the model were trained on.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where this
             rank saves anything. A rank excludes all limits.
         layers: the layers that may be rewritten; `None` for all layers. Paths (those of a
@@ -108,7 +111,11 @@ def plan_rewrite(
         raise ValueError("The model has a plan already: give it to `rewrite_model`.")
     limits = Limits(budget, max_params, max_error)
     options = PlanOptions(limits, rank, layers, scale, low_rank, exclude)
-    return make_plan(model, options, calibration_data)
+    check_built(model)
+    batches = model_batches(calibration_data, model)
+    if batches is not None:
+        warn_of_other_inputs(model, batches)
+    return make_plan(model, options, batches)
 
 
 def make_plan(model: keras.Model, options: PlanOptions, calibration_data=None) -> RewritePlan:

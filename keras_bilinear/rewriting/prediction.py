@@ -5,10 +5,11 @@ import functools
 import keras
 import numpy as np
 
-from keras_bilinear.data import model_batches
+from keras_bilinear.data import count_examples, model_batches
 from keras_bilinear.kronecker.nearest import input_index, remaining_energies
 from keras_bilinear.layers.calibration import calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of
+from keras_bilinear.rewriting.data_checks import warn_of_few_examples
 from keras_bilinear.rewriting.plan import Candidates, RewritePlan
 from keras_bilinear.rewriting.sites import walk
 
@@ -40,10 +41,13 @@ def predict_errors(
     layers = {path: sites[path] for path in ranks}
     calibrations = calibrations_of(layers)
     layers = {path: layers[path] for path in calibrations}
+    examples = 0
     for batch in batches:
+        examples += count_examples(batch)
         for path, calls in collect(model, layers, batch).items():
             for inputs, options in calls:
                 calibrations[path].add(inputs, **options)
+    warn_of_few_examples(calibrations, examples)
     for path, calibration in calibrations.items():
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():

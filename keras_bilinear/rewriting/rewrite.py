@@ -9,7 +9,7 @@ from typing import cast
 import keras
 from absl import logging
 
-from keras_bilinear.data import describe, model_batches
+from keras_bilinear.data import count_examples, describe, model_batches
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import refresh, replace_in_place, restore, snapshot
@@ -18,6 +18,7 @@ from keras_bilinear.kronecker.factorization import check_positive_int
 from keras_bilinear.layers.calibration import Calibration, calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
 from keras_bilinear.rewriting.choice import Choices
+from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
 from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
 from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
@@ -128,6 +129,9 @@ def rewrite_model(
         raise ValueError("A plan and arguments for making one exclude each other.")
     check_built(model)
     batches = model_batches(calibration_data, model)
+    if batches is not None:
+        warn_of_other_inputs(model, batches)
+    planned_before = plan is not None
     if plan is None:
         plan = make_plan(model, options, batches)
     _check_plan(model, plan)
@@ -137,7 +141,7 @@ def rewrite_model(
         dataclasses.replace(site, path=full.path)
         for full, site in zip(walk(model), walk(small), strict=True)
     ]
-    rewrite_layers(small, sites, plan, batches)
+    rewrite_layers(small, sites, plan, batches, warn=planned_before)
     scales = {
         path: (layer.input_scale, layer.scale)
         for path, layer in plan.items()
@@ -149,7 +153,11 @@ def rewrite_model(
 
 
 def rewrite_layers(
-    model: keras.Model, sites: Iterable[Site], plan: RewritePlan, batches: Iterable | None = None
+    model: keras.Model,
+    sites: Iterable[Site],
+    plan: RewritePlan,
+    batches: Iterable | None = None,
+    warn: bool = False,
 ) -> None:
     """Makes layers of a model bilinear, in place. If a layer cannot be, none is changed.
 
@@ -158,15 +166,17 @@ def rewrite_layers(
         sites: layers of the model. Layers without a rank in the plan stay what they are.
         plan: what each layer becomes.
         batches: calibration data as batches, or `None`, see `rewrite_model`.
+        warn: whether few calibration data are reported, as planning does it.
 
     Raises:
         ValueError, RuntimeError: if a layer cannot be rewritten.
     """
     sites = [site for site in sites if site.path in plan and plan[site.path].rank is not None]
-    before, full = snapshot(all_layers(model)), []
+    before, full, used = snapshot(all_layers(model)), [], {}
     try:
         for group in _groups(sites, batches):
             calibrations = _calibrate(model, full, group, batches)
+            used |= calibrations
             full += snapshot(site.layer for site in group)
             for site in group:
                 _make_bilinear(site, plan[site.path], calibrations.get(site.path))
@@ -175,6 +185,8 @@ def rewrite_layers(
         restore(before)
         raise
     refresh(model)
+    if warn and batches is not None:
+        warn_of_few_examples(used, sum(map(count_examples, batches)))
 
 
 def _make_bilinear(site: Site, plan: LayerPlan, calibration: Calibration | None) -> None:

@@ -25,7 +25,7 @@ def training_batches(x) -> Iterator:
     if isinstance(x, keras.utils.PyDataset):
         count = x.num_batches
         indices = itertools.count() if count is None else range(count)
-        yield from _enough(x[index] for index in indices)
+        yield from enough(x[index] for index in indices)
     elif all(hasattr(leaf, "shape") for leaf in leaves):
         step = max(1, len(leaves[0]) // EXAMPLES)
         for start in range(0, min(len(leaves[0]), EXAMPLES * step), _BATCH * step):
@@ -33,10 +33,10 @@ def training_batches(x) -> Iterator:
             # In a tuple, as inputs may be a list themselves.
             yield (keras.tree.map_structure(operator.itemgetter(part), x),)
     else:
-        yield from _enough(x)
+        yield from enough(x)
 
 
-def _enough(batches: Iterable) -> Iterator:
+def enough(batches: Iterable) -> Iterator:
     """The first batches, until they have `EXAMPLES` examples together."""
     count = 0
     for batch in batches:

@@ -288,6 +288,18 @@ def test_reasons():
     assert first.reason == third.reason == "shares a variable with another layer"
 
 
+def test_the_table_marks_large_errors_and_explains_them():
+    plan = plan_rewrite(mlp(64, 64, 64), layers={"dense_0": 1, "dense_1": 15})
+    plan["dense_1"].errors[plan["dense_1"].factors, 15] = 0.25
+    first, second = (line for line in str(plan).splitlines() if "Dense" in line)
+    assert "! " in first
+    assert "0.250" in second
+    assert "!" not in second
+    assert "0 is exact, at 1 nothing is kept. ! marks errors above 0.5" in " ".join(
+        str(plan).split()
+    )
+
+
 def test_plans_are_edited_and_kept_as_json(tmp_path):
     model, x = model_kinds.recurrent()
     plan = plan_rewrite(model, budget=0.5, calibration_data=x)

@@ -1,0 +1,67 @@
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_bilinear import plan_rewrite, rewrite_model
+
+X = np.random.default_rng(0).random((300, 6, 6, 3)).astype("float32")
+
+
+def network(kind):
+    """A network that was trained on numbers from 0 to 1."""
+    keras.utils.set_random_seed(0)
+    first = layers.Normalization() if kind == "Normalization" else layers.Identity()
+    head = [layers.Flatten(), layers.Dense(8, name="head")]
+    model = keras.Sequential([keras.Input((6, 6, 3)), first, layers.Conv2D(16, 3), *head])
+    if kind == "BatchNormalization":
+        conv, norm = layers.Conv2D(16, 3, use_bias=False), layers.BatchNormalization(name="norm")
+        model = keras.Sequential([keras.Input((6, 6, 3)), conv, norm, layers.ReLU(), *head])
+        seen = keras.ops.convert_to_numpy(conv(X))
+        norm.moving_mean.assign(seen.mean((0, 1, 2)))
+        norm.moving_variance.assign(seen.var((0, 1, 2)))
+    elif kind == "Normalization":
+        first.adapt(X)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["BatchNormalization", "Normalization"])
+def test_inputs_of_another_scale_are_reported(kind, caplog):
+    model = network(kind)
+    plan = plan_rewrite(model, rank=1, calibration_data=X)
+    rewrite_model(model, plan, X[:280])
+    assert not caplog.records
+    plan_rewrite(model, rank=1, calibration_data=255 * X)
+    (record,) = caplog.records
+    assert f"trained on, in {16 if kind[0] == 'B' else 3} of" in record.message
+    assert "Are they scaled like the training data?" in record.message
+    caplog.clear()
+    rewrite_model(model, plan, [(255 * X, None)])
+    assert len(caplog.records) == 1
+    assert plan_rewrite(network("none"), rank=1, calibration_data=255 * X)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("fresh", [layers.BatchNormalization, layers.Normalization])
+def test_layers_that_have_not_been_trained_know_nothing(fresh, caplog):
+    model = keras.Sequential([keras.Input((64,)), fresh(), layers.Dense(64)])
+    plan_rewrite(model, rank=1, calibration_data=np.random.default_rng(0).random((99, 64)) * 255)
+    assert not caplog.records
+
+
+def test_few_examples_are_reported_once(caplog):
+    model = network("none")
+    plan = plan_rewrite(model, rank=1, calibration_data=X[:5])
+    (record,) = caplog.records
+    assert (
+        "5 calibration examples are few for 1 of the 2 layers: the layer 'head'" in record.message
+    )
+    assert "sees 5 rows for the 256 inputs" in record.message
+    assert "at least 256 examples" in record.message
+    for arguments in ({"plan": plan}, {"rank": 1}):
+        caplog.clear()
+        rewrite_model(model, calibration_data=X[:5], **arguments)
+        assert len(caplog.records) == 1
+    caplog.clear()
+    plan_rewrite(model, rank=1, calibration_data=X)
+    assert not caplog.records
