@@ -47,9 +47,8 @@ def plan_rewrite(
 
     Each layer gets either near-square factors or the factors of a kernel of low rank: two
     plain layers, one after the other. Among all plans within the limit, this one has the
-    smallest sum of squared predicted errors: a knapsack, solved
-    by HiGHS to within a thousandth. Grouped
-    convolutions and layers with a `scale` keep near-square factors.
+    smallest sum of squared predicted errors, to within a thousandth: a knapsack, solved by
+    HiGHS. Grouped convolutions and layers with a `scale` keep near-square factors.
 
     Args:
         model: a built model. It is left untouched.
