@@ -220,7 +220,7 @@ class BilinearLayer(keras.layers.Layer):
         implementation: str = "auto",
         calibration_data=None,
     ) -> Self:
-        """Makes a bilinear layer from a built full one.
+        """Makes a bilinear layer from a built full layer.
 
         The factors are the Kronecker sum nearest to the full kernel (singular
         value decomposition of the rearranged kernel; Van Loan and Pitsianis,
@@ -229,12 +229,12 @@ class BilinearLayer(keras.layers.Layer):
 
         With calibration data, the factors and the bias are fitted such that the
         outputs before the activation differ least on them (alternating least
-        squares, see `keras_bilinear.kronecker.fit`). That keeps far more of what a trained
+        squares on both factors). That keeps far more of what a trained
         network does.
 
         Args:
-            layer: a built layer of exactly the stock class that this one stands
-                for. It is left untouched.
+            layer: a built layer of exactly the full class that this layer
+                stands for. It stays as it is.
             rank: number of Kronecker terms.
             input_factors: `(d1, d2)`; `None` chooses them.
             output_factors: `(u1, u2)`; `None` chooses them.
@@ -244,7 +244,7 @@ class BilinearLayer(keras.layers.Layer):
 
         Returns:
             A built layer with the same name and options; a constraint of the
-            kernel becomes one of each factor.
+            kernel becomes a constraint of each factor.
 
         Raises:
             TypeError: if `layer` is not of the stock class, or `calibration_data`

@@ -48,7 +48,7 @@ class ConvLSTMConverter(RecurrentConverter):
         check_width(full, inputs, self.input_dim(full), axis)
         inputs, states = self.steps(full, inputs, mask, initial_state)
         if axis == 2:
-            inputs, states = (np.moveaxis(one, 1, -1) for one in (inputs, states))
+            inputs, states = (np.moveaxis(x, 1, -1) for x in (inputs, states))
         ones = (1,) * len(cell.kernel_size)
         recurrent = types.SimpleNamespace(
             kernel_size=cell.kernel_size, strides=ones, dilation_rate=ones, padding="same"
@@ -168,7 +168,8 @@ class BilinearConvLSTMCell(LSTMGates, graph.conv_lstm_cell):
 
     Args:
         *args: arguments of the stock cell, but for the number of dimensions.
-        pattern: which factors have the window: see `BilinearConvLSTM2D`.
+        pattern: which factors have the window: `"channel"` the right factor, `"spatial"` the
+            left factor its first axis and the right factor the others; `"auto"` is `"channel"`.
         **kwargs: other arguments of the stock cell and of `BilinearCell`.
     """
 

@@ -127,7 +127,8 @@ class RecurrentConverter(Converter):
     def workspace(self, bilinear: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         # Time steps come one after the other, and each needs little.
         kernels = bilinear.kernels.values()
-        return sum(one.factorization.full_parameters for one in kernels if one.materialized)
+        formed = (kernel for kernel in kernels if kernel.materialized)
+        return sum(kernel.factorization.full_parameters for kernel in formed)
 
 
 class BilinearCell(BilinearLayer):

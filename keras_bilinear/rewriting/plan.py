@@ -46,7 +46,8 @@ class LayerPlan:
         errors: the predicted error of each pair `(factors, rank)` that was looked at:
             root mean square, relative. It is the error of the kernels or, with
             calibration data, of the output.
-        scale: what the output factors are multiplied by, see `plan_rewrite`.
+        scale: what both output factors are multiplied by; the layer has `scale**2` times
+            the units.
         input_scale: what the input factors are multiplied by: the scale of the layer
             before this layer.
     """
