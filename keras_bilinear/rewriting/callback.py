@@ -138,6 +138,7 @@ class BilinearRewrite(keras.callbacks.Callback):
         check_version()
         self.schedule = parse_schedule(at_epoch, budget, schedule)
         self.calibration_data = calibration_data
+        self.layers, self.low_rank, self.exclude = layers, low_rank, exclude
         self._choices = PlanOptions(layers=layers, low_rank=low_rank, exclude=exclude)
         self.monitor, self.mode, self.max_drop = monitor, mode, max_drop
         self._start(None)
