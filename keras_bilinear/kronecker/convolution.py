@@ -187,7 +187,10 @@ class _Named:
 
 def _transpose(x, order):
     """`x` with its axes in another order. In a file, axes that stay neighbours may become one."""
-    if len(order) <= _MOST_AXES_IN_A_FILE or runtime() != EXPORTED:
+    shape = ops.shape(x)
+    # ONNX files made of sizes that are not known do not run.
+    is_known = all(isinstance(size, int) for size in shape)
+    if len(order) <= _MOST_AXES_IN_A_FILE or runtime() != EXPORTED or not is_known:
         return ops.transpose(x, order)
     runs = []
     for axis in order:
@@ -195,7 +198,7 @@ def _transpose(x, order):
             runs[-1].append(axis)
         else:
             runs.append([axis])
-    shape, first = ops.shape(x), sorted(runs)
+    first = sorted(runs)
     x = ops.reshape(x, [math.prod(shape[axis] for axis in run) for run in first])
     return ops.transpose(x, [first.index(run) for run in runs])
 
