@@ -15,12 +15,9 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 
 import hypothesis
-import keras
 import pytest
-from run_command import run_command
 
-from keras_bilinear.litert import export
-
+# Keras is imported where it is used: the process that only deals tests to others needs none.
 pytest.register_assert_rewrite("layer_checks")
 
 for profile, max_examples in {"suite": 20, "quick": 5}.items():
@@ -32,7 +29,7 @@ for profile, max_examples in {"suite": 20, "quick": 5}.items():
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
 # JAX compiles anew for each shape that is drawn.
-hypothesis.settings.load_profile("quick" if keras.backend.backend() == "jax" else "suite")
+hypothesis.settings.load_profile("quick" if os.environ.get("KERAS_BACKEND") == "jax" else "suite")
 
 
 def pytest_addoption(parser):
@@ -75,12 +72,16 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def seed():
+    import keras
+
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
     """Lets LiteRT files that are exported run as often as they must, not for half a second."""
+    from keras_bilinear.litert import export
+
     brief = functools.partial(export.run_litert, seconds=0.0)
     monkeypatch.setattr(export, "run_litert", brief)
 
@@ -94,6 +95,7 @@ def cpu_costs(monkeypatch):
 @pytest.fixture
 def run(capsys):
     """Runs a command line in this process: `(status, stdout, stderr)`."""
+    from run_command import run_command
 
     def run(*arguments):
         return run_command(*arguments), *capsys.readouterr()

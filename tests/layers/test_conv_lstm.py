@@ -311,7 +311,7 @@ def test_rewrites_a_model(given, tmp_path):
 def test_rewrites_while_it_is_trained():
     layer = layers.ConvLSTM1D(16, 3, name="layer")
     model = keras.Sequential([keras.Input((STEPS, 6, 4)), layer])
-    model.compile("adam", "mse", jit_compile=False)
+    model.compile("adam", "mse", run_eagerly=True)
     x, y = draw(8, STEPS, 6, 4), draw(8, 4, 16, seed=1)
     history = model.fit(x, y, epochs=2, verbose=0, callbacks=[BilinearRewrite(1, budget=0.5)])
     assert type(layer) is BilinearConvLSTM1D
