@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bilinear.keras_private.cloning import copy_flags
 from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.statistics import IndexCounts, InputStatistics
 
@@ -223,7 +224,9 @@ class Converter:
                 not valid.
         """
         weights = self.weights(full)
+        # Trainable while it makes its variables, see `copy_flags`.
         bilinear = self.like(full, **own)
+        bilinear.trainable = True
         bilinear.build(self.input_shape(full))
         self.copy_shared(full, bilinear)
         bias = weights.get("bias")
@@ -236,6 +239,7 @@ class Converter:
                 bias = self.add_to_bias(bilinear, bias, missing, index)
         if bias is not None:
             self.holder(bilinear).bias.assign(bias)
+        self._copy_flags(full, bilinear)
         return bilinear
 
     def unbuilt_full(self, bilinear: keras.Layer) -> keras.Layer:
@@ -256,11 +260,35 @@ class Converter:
             for name, kernel in bilinear.kernels.items()
         }
         full = self.unbuilt_full(bilinear)
+        full.trainable = True
         full.build(self.input_shape(bilinear))
         for name, kernel in kernels.items():
             getattr(self.holder(full), name).assign(kernel)
         self.copy_shared(bilinear, full)
+        self._copy_flags(bilinear, full)
         return full
+
+    def _copy_flags(self, source: keras.Layer, target: keras.Layer) -> None:
+        """Freezes what is frozen in the other layer: layer, cell, kernels and shared weights."""
+        copy_flags(source, target)
+        for name in self.kernel_names:
+            # A kernel with LoRA is a tensor, without a flag.
+            flags = [getattr(v, "trainable", True) for v in self._variables(source, name)]
+            for variable in self._variables(target, name):
+                variable.trainable = all(flags)
+        for name in self.shared_names:
+            variable = getattr(self.holder(source), name, None)
+            copy = getattr(self.holder(target), name, None)
+            if variable is not None and copy is not None:
+                copy.trainable = variable.trainable
+
+    def _variables(self, layer, name):
+        """The variables that stand for a kernel: the kernel, both factors, or none."""
+        if is_bilinear(layer):
+            kernel = layer.kernels.get(name)
+            return [] if kernel is None else [kernel.left, kernel.right]
+        kernel = getattr(self.holder(layer), name, None)
+        return [] if kernel is None else [kernel]
 
     # What a call costs.
 

@@ -10,7 +10,7 @@ import keras
 from absl import logging
 
 from keras_bilinear.data import count_examples, describe, model_batches
-from keras_bilinear.keras_private.cloning import copy_model
+from keras_bilinear.keras_private.cloning import copy_flags, copy_layer, copy_model
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import refresh, replace_in_place, restore, snapshot
 from keras_bilinear.keras_private.training import compile_alike
@@ -251,8 +251,9 @@ class Rewriter:
         if isinstance(layer, keras.Model):
             copy = copy_model(layer)
         else:
-            copy = keras.layers.deserialize(keras.layers.serialize(layer))
+            copy = copy_layer(layer)
             give_weights(copy, layer.get_weights())
+            copy_flags(layer, copy)
         if is_leaf(copy):
             pairs = [(Site(layer.name, layer, ()), Site(layer.name, copy, ()))]
         else:

@@ -11,6 +11,8 @@ from keras import layers, ops, tree
 
 import keras_bilinear
 from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model, summarize
+from keras_bilinear.keras_private.cloning import copy_flags, copy_model
+from keras_bilinear.keras_private.graph import sublayers
 from keras_bilinear.rewriting.sites import walk
 
 BILINEAR = tuple(vars(keras_bilinear.layers).values())
@@ -254,6 +256,98 @@ def test_flags_and_policies_carry_over():
     assert not small.get_layer("frozen").trainable
     assert isinstance(small.get_layer("frozen").kernel_regularizer, keras.regularizers.L2)
     assert len(small.trainable_variables) == 3
+
+
+def flags(layer):
+    """The flag of each layer in a layer, by its position."""
+    found = [layer.trainable]
+    return [*found, *(flags(child) for child in sublayers(layer))]
+
+
+@keras.saving.register_keras_serializable("test")
+class FrozenWeight(layers.Layer):
+    """Makes a variable that trains only if the layer is trainable at that moment."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", trainable=self.trainable)
+
+    def call(self, inputs):
+        return inputs * self.scale
+
+
+def make_frozen():
+    """A model of which all but the last layer and the LSTM's bias is frozen after it was built."""
+    base = keras.Sequential(
+        [
+            keras.Input((4, 16)),
+            layers.Dense(32, activation="relu"),
+            FrozenWeight(),
+            keras.Sequential([layers.LSTM(24)]),
+        ],
+        name="base",
+    )
+    inputs = keras.Input((4, 16))
+    model = keras.Model(inputs, layers.Dense(16)(layers.Dense(24)(base(inputs))))
+    base.trainable = False
+    model.layers[-2].trainable = False
+    return model
+
+
+def train(model):
+    """Trains one step; returns which variables moved."""
+    before = [ops.convert_to_numpy(v).copy() for v in model.weights]
+    model.compile("sgd", "mse", jit_compile=False)
+    model.train_on_batch(np.ones((2, 4, 16), "float32"), np.ones((2, 16), "float32"))
+    after = [ops.convert_to_numpy(v) for v in model.weights]
+    return [bool(np.any(a != b)) for a, b in zip(after, before, strict=True)]
+
+
+@pytest.mark.parametrize("way", ["copy", "rewrite", "clone", "expand"])
+def test_frozen_layers_stay_frozen_until_they_are_unfrozen(way):
+    model = make_frozen()
+    small = {
+        "copy": lambda: copy_model(model),
+        "rewrite": lambda: rewrite_model(model, rank=1),
+        "clone": lambda: keras.models.clone_model(model, clone_function=Rewriter(1)),
+        "expand": lambda: expand_model(rewrite_model(model, rank=1)),
+    }[way]()
+    base = small.get_layer("base")
+    assert flags(small) == flags(model)
+    assert (types(small) == types(model)) == (way in ("copy", "expand"))
+    assert not base.trainable_weights
+    assert len(small.trainable_weights) < len(small.weights) - len(base.weights)
+    moved = dict(zip(map(id, small.weights), train(small), strict=True))
+    assert not any(moved[id(v)] for v in base.weights)
+    assert any(moved.values())
+
+    base.trainable = True
+    assert len(base.trainable_weights) == len(base.weights)
+    moved = dict(zip(map(id, small.weights), train(small), strict=True))
+    assert sum(moved[id(v)] for v in base.weights) == len(base.weights)
+
+    small.layers[-2].trainable = True
+    assert all(train(small))
+
+
+def test_a_frozen_variable_stays_frozen():
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(64)])
+    model.layers[0].kernel.trainable = False
+    small = rewrite_model(model, rank=1)
+    assert [v.trainable for v in small.weights] == [False, False, True]
+    assert [v.trainable for v in expand_model(small).weights] == [False, True]
+
+
+def test_a_trainable_layer_of_several_frozen_owners_keeps_its_flag():
+    def make():
+        shared = layers.Dense(16)
+        owners = [keras.Sequential([keras.Input((16,)), shared]) for _ in range(2)]
+        return keras.Sequential(owners)
+
+    model, copy = make(), make()
+    model.trainable = False
+    model.layers[0].layers[0].trainable = True
+    copy_flags(model, copy)
+    assert flags(copy) == flags(model)
 
 
 def test_shared_layers_stay_shared():
