@@ -19,13 +19,18 @@ would move the full kernel. Where deep networks would not begin to train with su
   `s` also grows as `sigma` falls from 1/40 to 1/80.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_bilinear.kronecker import Tensor
+from keras_bilinear.kronecker.factorization import Factorization
 
 # Deviation of a unit normal distribution that is cut off at two deviations.
 _TRUNCATED_DEVIATION = 0.87962566103423978
@@ -89,7 +94,8 @@ class FactorInitializers:
       matrix among themselves, which makes the sum orthogonal too, up to a rank of
       `min(d1, u1)`.
     - Any other initializer (your own): it is called once for each matrix `L_r` and `R_r`,
-      and their product is divided by `sqrt(rank)`.
+      and their product is divided by `sqrt(rank)`. If it gives only the shape of the full
+      kernel, see `KernelInitializers`.
 
     Args:
         initializer: the layer's initializer, an instance or a callable.
@@ -174,12 +180,12 @@ class FactorInitializers:
 
     def _matrices(self, shape, dtype, first_seed):
         rank, *matrix_shape = shape
-        return ops.stack(
-            [
-                _with_seed_offset(self._initializer, first_seed + term)(matrix_shape, dtype=dtype)
-                for term in range(rank)
-            ]
-        )
+        matrices = [
+            _with_seed_offset(self._initializer, first_seed + term)(matrix_shape, dtype=dtype)
+            for term in range(rank)
+        ]
+        _check_shape(matrices[0], matrix_shape)
+        return ops.stack(matrices)
 
     def _shares_of_one(self, shape, dtype, first_seed):
         """Splits an orthogonal matrix `A B` into terms, each with some columns of `A`."""
@@ -195,6 +201,141 @@ class FactorInitializers:
     def _scaled(self, matrices):
         """One factor's share of the scale and of the gain: the root of both."""
         return ops.multiply(matrices, math.sqrt(self._scale / self.gain))
+
+
+def _check_shape(values: Any, shape: Sequence[int]) -> None:
+    if tuple(values.shape) != tuple(shape):
+        raise ValueError(
+            f"The initializer must give the shape that it is asked for, {tuple(shape)}. "
+            f"Received: values of shape {tuple(values.shape)}"
+        )
+
+
+# Whether new kernels are about to be overwritten, so that nothing has to be decomposed for them.
+_OVERWRITTEN = contextvars.ContextVar("overwritten", default=False)
+
+
+@contextlib.contextmanager
+def to_be_overwritten() -> Iterator[None]:
+    """A context in which kernels that would start near a given matrix start at zero."""
+    token = _OVERWRITTEN.set(True)
+    try:
+        yield
+    finally:
+        _OVERWRITTEN.reset(token)
+
+
+def as_float(values: np.ndarray, dtype: str | None) -> np.ndarray:
+    """Values in a precision from which every backend rounds to a dtype.
+
+    NumPy has no bfloat16, and not every backend rounds float64 to it.
+    """
+    return values.astype("float64" if dtype == "float64" else "float32")
+
+
+def is_matrix(initializer: Callable) -> bool:
+    """Whether an initializer is a `Constant` of more than a single number."""
+    if not isinstance(initializer, keras.initializers.Constant):
+        return False
+    value = initializer.value
+    return math.prod(getattr(value, "shape", np.shape(value))) > 1
+
+
+def draw_full(initializer: Callable, shape: Sequence[int]) -> np.ndarray:
+    """What an initializer gives for a full kernel.
+
+    Raises:
+        ValueError: if it gives another shape.
+    """
+    if isinstance(initializer, keras.initializers.Constant):
+        # Not through the backend, which may be tracing.
+        value = ops.convert_to_numpy(initializer.value)
+        try:
+            return np.broadcast_to(value, shape)
+        except ValueError:
+            _check_shape(value, shape)
+    dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+    values = ops.convert_to_numpy(initializer(tuple(shape), dtype=dtype))
+    _check_shape(values, shape)
+    return values
+
+
+class KernelInitializers:
+    """The initializers of both factors of a kernel with all its blocks.
+
+    Where the initializer is a matrix, `Constant` or of your own, that has the shape of the full
+    kernel and no other shape, the factors start at the Kronecker sum that is nearest to it.
+
+    Args:
+        initializer: initializer of the full kernel.
+        factorization: the shapes.
+        fan_in: fan-in of the full kernel.
+        fan_out: fan-out of the full kernel.
+        nearest: makes both factors that are nearest to what the initializer gives for the
+            full kernel.
+
+    Attributes:
+        gain: the constant that multiplies the product of the factors.
+    """
+
+    def __init__(
+        self,
+        initializer: Callable,
+        factorization: Factorization,
+        fan_in: int,
+        fan_out: int,
+        nearest: Callable[[], tuple[np.ndarray, np.ndarray]],
+    ):
+        coupled, self._stacked = factorization.coupled, not factorization.share_right
+        self._shapes = factorization.left_shape, factorization.right_shape
+        self._nearest = nearest
+        self._is_matrix = is_matrix(initializer)
+        self._factors = None
+        scalar = keras.initializers.Zeros() if self._is_matrix else initializer
+        self._blocks = [
+            FactorInitializers(of_block, coupled.left_shape, coupled.right_shape, fan_in, fan_out)
+            for of_block in (
+                split_into_blocks(scalar, factorization.blocks) if self._stacked else [scalar]
+            )
+        ]
+        self.gain = self._blocks[0].gain
+
+    def left(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
+        """Initial values of the left factor."""
+        if not self._is_matrix:
+            try:
+                return self._of_blocks("left", shape, dtype)
+            except Exception as error:  # whatever an initializer says of shapes it does not know
+                try:
+                    return self._of_matrix(0, dtype)
+                except Exception:
+                    raise error from None
+        return self._of_matrix(0, dtype)
+
+    def right(self, shape: Sequence[int], dtype: str | None = None) -> Tensor:
+        """Initial values of the right factor."""
+        if self._is_matrix:
+            return self._of_matrix(1, dtype)
+        return self._of_blocks("right", shape, dtype)
+
+    def _of_blocks(self, side, shape, dtype):
+        if not self._stacked:
+            return getattr(self._blocks[0], side)(shape, dtype)
+        return ops.stack([getattr(block, side)(shape[1:], dtype) for block in self._blocks])
+
+    def _of_matrix(self, side, dtype):
+        if _OVERWRITTEN.get():
+            factors = tuple(map(np.zeros, self._shapes))
+        else:
+            factors = self._factors or self.store(*self._nearest())
+        self._is_matrix = True
+        # Both factors are decomposed at once, and kept until they are both asked for.
+        self._factors = None if side else factors
+        return ops.cast(as_float(factors[side], dtype), dtype or keras.config.floatx())
+
+    def store(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the variables hold where the factors are given: without the gain."""
+        return left / math.sqrt(self.gain), right / math.sqrt(self.gain)
 
 
 def _matrix_sides(shape: Sequence[int]) -> tuple[int, int]:

@@ -1,12 +1,15 @@
 """The base of the bilinear layers: their own arguments, their kernels, the way from and to full."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import keras
+import numpy as np
 from keras import initializers
 
 from keras_bilinear.kronecker.factorization import Factorization, check_factors, check_positive_int
+from keras_bilinear.kronecker.initializers import draw_full
 from keras_bilinear.layers.calibration import calibrate
 from keras_bilinear.layers.converter import (
     bilinear_converter,
@@ -147,7 +150,8 @@ class BilinearLayer(keras.layers.Layer):
             name: name of the kernel in the full layer, such as `"kernel"`.
             factorization: shapes of the kernel, as `factorize` gives them.
             initializer: initializer of the full kernel. The factors start such that the
-                kernel has the variance that it gives.
+                kernel has the variance that it gives. If it gives a matrix of the shape of
+                the full kernel alone, they start at the nearest sum.
             regularizer: regularizer of each stored factor; `None` for none.
             constraint: constraint of each stored factor; `None` for none.
             kernel_class: class of the kernel.
@@ -165,10 +169,19 @@ class BilinearLayer(keras.layers.Layer):
             regularizer=regularizer,
             constraint=constraint,
             name=variables or name,
+            draw=functools.partial(self._draw_full, factorization),
             **{"implementation": self.implementation, **options},
         )
         self._kernels[name] = kernel
         return kernel
+
+    def _draw_full(self, factorization, initializer):
+        """What an initializer gives for the kernel of the full layer, in `full_shape`."""
+        converter, shape = bilinear_converter(type(self)), factorization.full_shape
+        if converter is None:
+            return draw_full(initializer, shape)
+        shape = converter.from_matrix(self, np.zeros(shape, "bool")).shape
+        return converter.to_matrix(self, draw_full(initializer, shape))
 
     @property
     def kernels(self) -> dict[str, KroneckerKernel]:

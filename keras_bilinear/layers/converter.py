@@ -17,6 +17,7 @@ from keras import ops
 
 from keras_bilinear.keras_private.cloning import copy_flags
 from keras_bilinear.kronecker.factorization import Factorization
+from keras_bilinear.kronecker.initializers import to_be_overwritten
 from keras_bilinear.kronecker.statistics import IndexCounts, InputStatistics
 
 # Arguments of `keras.layers.Layer` that both layers have.
@@ -227,7 +228,8 @@ class Converter:
         # Trainable while it makes its variables, see `copy_flags`.
         bilinear = self.like(full, **own)
         bilinear.trainable = True
-        bilinear.build(self.input_shape(full))
+        with to_be_overwritten():
+            bilinear.build(self.input_shape(full))
         self.copy_shared(full, bilinear)
         bias = weights.get("bias")
         for index, (name, kernel) in enumerate(bilinear.kernels.items()):

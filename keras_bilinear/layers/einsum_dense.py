@@ -270,6 +270,7 @@ class BilinearEinsumDense(BilinearLayer):
         }
 
     def build(self, input_shape: tuple):
+        self.kernel_shape, bias_shape, _ = self._shapes(input_shape)
         self._kernel = self.add_kernel(
             "kernel",
             self.factorize(input_shape)["kernel"],
@@ -277,7 +278,6 @@ class BilinearEinsumDense(BilinearLayer):
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
         )
-        self.kernel_shape, bias_shape, _ = self._shapes(input_shape)
         if bias_shape is not None:
             self.bias = self.add_weight(
                 name="bias",

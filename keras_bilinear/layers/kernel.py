@@ -16,7 +16,7 @@ from keras_bilinear.kronecker.convolution import convolve
 from keras_bilinear.kronecker.cost import choose_order, count_between, count_macs
 from keras_bilinear.kronecker.factorization import Factorization, Order
 from keras_bilinear.kronecker.fit import fit_kronecker_sum
-from keras_bilinear.kronecker.initializers import FactorInitializers, split_into_blocks
+from keras_bilinear.kronecker.initializers import KernelInitializers, as_float, draw_full
 from keras_bilinear.kronecker.nearest import nearest_kronecker_sum
 from keras_bilinear.kronecker.statistics import InputStatistics, Statistics
 from keras_bilinear.kronecker.target import EXPORTED, differentiable, exporting, runtime
@@ -37,13 +37,16 @@ class KroneckerKernel:
     Args:
         layer: the layer that owns the variables.
         factorization: the shapes.
-        initializer: initializer of the full kernel, see `FactorInitializers`.
+        initializer: initializer of the full kernel, see `FactorInitializers`. What gives only
+            the shape of the full kernel is replaced by the nearest sum.
         regularizer: applied to each stored factor.
         constraint: applied to each stored factor.
         implementation: `"auto"`, `"factorized"` or `"materialized"`. `"auto"` forms the kernel
             only where that is faster, see `keras_bilinear.kronecker.cost`.
         strides: strides of a convolution along each spatial axis.
         name: name of the kernel; the names of the variables end with it.
+        draw: calls an initializer for the kernel of the full layer, and brings it to
+            `factorization.full_shape`; `None` calls it for that shape.
 
     Attributes:
         factorization: the shapes.
@@ -62,32 +65,20 @@ class KroneckerKernel:
         implementation: str = "auto",
         strides: Sequence[int] = (),
         name: str = "kernel",
+        draw: Callable[[Callable], np.ndarray] | None = None,
     ):
-        coupled, stacked = factorization.coupled, not factorization.share_right
         fan_in, fan_out = self._fans(factorization)
-        initializers = [
-            FactorInitializers(
-                of_block,
-                coupled.left_shape,
-                coupled.right_shape,
-                fan_in=fan_in,
-                fan_out=fan_out,
-            )
-            for of_block in (
-                split_into_blocks(initializer, factorization.blocks) if stacked else [initializer]
-            )
-        ]
 
-        def initialize(side):
-            def of_all_blocks(shape, dtype=None):
-                return ops.stack(
-                    [getattr(of_block, side)(shape[1:], dtype) for of_block in initializers]
-                )
+        def nearest():
+            if draw is None:
+                return self.nearest(draw_full(initializer, factorization.full_shape))
+            return self.nearest(draw(initializer))
 
-            return of_all_blocks if stacked else getattr(initializers[0], side)
-
+        self._initializers = KernelInitializers(
+            initializer, factorization, fan_in, fan_out, nearest
+        )
         self.factorization = factorization
-        self.gain = initializers[0].gain
+        self.gain = self._initializers.gain
         self._strides = strides
         self._order = self._choose_order(factorization, implementation, strides)
         with exporting():
@@ -96,13 +87,13 @@ class KroneckerKernel:
         self.left = layer.add_weight(
             name=f"left_{name}",
             shape=factorization.left_shape,
-            initializer=initialize("left"),
+            initializer=self._initializers.left,
             **shared,
         )
         self.right = layer.add_weight(
             name=f"right_{name}",
             shape=factorization.right_shape,
-            initializer=initialize("right"),
+            initializer=self._initializers.right,
             **shared,
         )
 
@@ -268,7 +259,11 @@ class KroneckerKernel:
         Args:
             kernel: an array of `factorization.full_shape`.
         """
-        self.assign_factors(*nearest_kronecker_sum(kernel, self.factorization))
+        self.assign_factors(*self.nearest(kernel))
+
+    def nearest(self, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The left and the right factor that are nearest to a full kernel, see `read_factors`."""
+        return nearest_kronecker_sum(kernel, self.factorization)
 
     def fit(self, statistics: Sequence[Statistics], centred: bool) -> np.ndarray | float:
         """Stores the Kronecker sum that fits examples best.
@@ -314,10 +309,9 @@ class KroneckerKernel:
             left: an array of `factorization.left_shape`.
             right: an array of `factorization.right_shape`.
         """
-        for variable, values in ((self.left, left), (self.right, right)):
-            # NumPy has no bfloat16, and not every backend rounds float64 to it.
-            dtype = "float64" if variable.dtype == "float64" else "float32"
-            variable.assign((values / math.sqrt(self.gain)).astype(dtype))
+        stored = self._initializers.store(left, right)
+        for variable, values in zip((self.left, self.right), stored, strict=True):
+            variable.assign(as_float(values, variable.dtype))
 
 
 def _scale_gradient(x, scale):
@@ -388,9 +382,9 @@ class GateKernel(KroneckerKernel):
         left, right = self._pick(*self.factors(), gates)
         return self._with_padding(products.projection(left, right, self.order), factorization)
 
-    def assign(self, kernel: np.ndarray) -> None:
+    def nearest(self, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         factorization = self.factorization
-        self._assign_gates(
+        return _stack_gates(
             nearest_kronecker_sum(block, factorization.block)
             for block in np.split(kernel, factorization.blocks, axis=-1)
         )
@@ -400,10 +394,13 @@ class GateKernel(KroneckerKernel):
             fit_kronecker_sum([of_gate], self.factorization.block, centred)
             for of_gate in statistics
         ]
-        self._assign_gates((fit.left, fit.right) for fit in fits)
+        self.assign_factors(*_stack_gates((fit.left, fit.right) for fit in fits))
 
-    def _assign_gates(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        self.assign_factors(*(np.stack(side) for side in zip(*pairs, strict=True)))
+
+def _stack_gates(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The left and the right factors of all gates from a pair for each gate."""
+    left, right = (np.stack(side) for side in zip(*pairs, strict=True))
+    return left, right
 
 
 def split_blocks(x: Tensor, count: int) -> Sequence[Tensor]:

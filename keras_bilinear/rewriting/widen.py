@@ -15,6 +15,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_bilinear.keras_private.graph import nodes, output_operations
+from keras_bilinear.kronecker.initializers import is_matrix, to_be_overwritten
 from keras_bilinear.layers.converter import converter_of, full_converter
 
 # Layers that do the same to each channel, and put out as many.
@@ -180,9 +181,11 @@ def widen(
             config["config"] |= _wide_arguments(config["config"], width, *scales[layer.name])
         if layer.name in scales or layer.name in producers:
             config.pop("build_config", None)
+            config["config"] = _without_matrices(config["config"])
         return keras.layers.deserialize(config)
 
-    wide = keras.models.clone_model(model, clone_function=clone)
+    with to_be_overwritten():
+        wide = keras.models.clone_model(model, clone_function=clone)
     rng = np.random.default_rng(0)
     for narrow, layer in zip(model.layers, wide.layers, strict=True):
         if narrow.name in scales:
@@ -202,6 +205,15 @@ def give_weights(layer: keras.Layer, weights: list) -> None:
     layer.set_weights(weights)
     if hasattr(layer, "finalize_state"):
         layer.finalize_state()
+
+
+def _without_matrices(config):
+    """A configuration without initializers that are matrices, whose shape does not fit any more."""
+    return {
+        name: value
+        for name, value in config.items()
+        if not (name.endswith("_initializer") and is_matrix(keras.initializers.get(value)))
+    }
 
 
 def _wide_arguments(config, width, input_scale, output_scale):

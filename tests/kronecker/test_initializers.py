@@ -2,10 +2,19 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from keras import ops
+from keras import layers, ops
 
-from keras_bilinear import BilinearConv2D, BilinearDense, BilinearEmbedding
+from keras_bilinear import (
+    BilinearConv2D,
+    BilinearDense,
+    BilinearEmbedding,
+    Rewriter,
+    plan_rewrite,
+    rewrite_model,
+)
 from keras_bilinear.kronecker.initializers import deviation
+from keras_bilinear.layers import kernel as kernel_module
+from keras_bilinear.layers.converter import converter_of
 
 SEEDS = 40
 INITIALIZERS = {
@@ -259,3 +268,144 @@ def test_values_are_drawn_in_the_dtype_of_the_variables(name, dtype):
     layer = make(name, (36, 36), rank=2, dtype=dtype)
     assert {variable.dtype for variable in layer.weights} == {dtype}
     assert np.isfinite(oracle.full_kernel(layer)).all()
+
+
+@keras.saving.register_keras_serializable("test")
+class Table(keras.initializers.Initializer):
+    """Gives one table, whatever shape it is asked for; refuses other shapes if `strict`."""
+
+    def __init__(self, table, strict=False):
+        self.table, self.strict = np.asarray(table), strict
+
+    def __call__(self, shape, dtype=None):
+        assert not self.strict or tuple(shape) == self.table.shape
+        return ops.cast(self.table, dtype or "float32")
+
+    def get_config(self):
+        return {"table": self.table.tolist(), "strict": self.strict}
+
+
+def of_fixed_shape(table):
+    """Every kind of initializer that gives one table."""
+    return {
+        "constant": keras.initializers.Constant(table),
+        "array": table,
+        "function": lambda shape, dtype=None: ops.convert_to_tensor(table, dtype=dtype),
+        "class": Table(table),
+        "strict class": Table(table, strict=True),
+    }
+
+
+KINDS = list(of_fixed_shape(np.ones((2, 2))))
+# A full layer, the shape of its inputs, the name of its kernel and of the initializer.
+HOLDERS = {
+    "dense": (lambda **i: layers.Dense(10, **i), (None, 12), "kernel"),
+    "einsum": (
+        lambda **i: layers.EinsumDense("abc,hcd->abhd", (None, 4, 6), **i),
+        (None, 3, 12),
+        "kernel",
+    ),
+    "conv": (lambda **i: layers.Conv2D(8, 3, groups=2, **i), (None, 8, 8, 12), "kernel"),
+    "transposed": (lambda **i: layers.Conv1DTranspose(8, 3, **i), (None, 8, 12), "kernel"),
+    "separable": (
+        lambda **i: layers.SeparableConv1D(8, 3, **i),
+        (None, 8, 12),
+        "pointwise_kernel",
+    ),
+    "lstm": (lambda **i: layers.LSTM(6, **i), (None, 5, 12), "kernel"),
+    "gru recurrent": (lambda **i: layers.GRU(6, **i), (None, 5, 12), "recurrent_kernel"),
+    "conv lstm": (lambda **i: layers.ConvLSTM1D(4, 3, **i), (None, 5, 8, 6), "kernel"),
+    "embedding": (lambda **i: layers.Embedding(40, 12, **i), (None, 3), "embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_matrix_as_initializer_starts_at_the_nearest_sum(name):
+    make_full, shape, attribute = HOLDERS[name]
+    argument = {"recurrent_kernel": "recurrent", "pointwise_kernel": "pointwise"}.get(
+        attribute, attribute
+    )
+    full = make_full()
+    full.build(shape)
+    kernel = getattr(getattr(full, "cell", full), attribute)
+    matrix = np.random.default_rng(0).normal(size=kernel.shape)
+    full = make_full(**{f"{argument}_initializer": keras.initializers.Constant(matrix)})
+    full.build(shape)
+    bilinear = converter_of(full).like(full, rank=2)
+    bilinear.build(shape)
+    expected = converter_of(full).from_full(full, rank=2).kernels[attribute]
+    for actual, factor in zip(
+        bilinear.kernels[attribute].read_factors(), expected.read_factors(), strict=True
+    ):
+        np.testing.assert_allclose(actual, factor, atol=1e-4)
+        assert np.any(factor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_initializer_of_one_shape_gives_the_full_kernel(kind):
+    matrix = np.random.default_rng(0).normal(size=(12, 10)).astype("float32")
+    layer = make(of_fixed_shape(matrix)[kind], (12, 10), rank=6)
+    np.testing.assert_allclose(oracle.full_kernel(layer), matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_of_another_shape_is_refused(kind):
+    layer = BilinearDense(10, kernel_initializer=of_fixed_shape(np.ones((7, 8), "float32"))[kind])
+    with pytest.raises((ValueError, AssertionError)):
+        layer.build((None, 12))
+
+
+def test_a_row_is_repeated():
+    row = np.arange(10, dtype="float32")
+    layer = make(keras.initializers.Constant(row), (12, 10), rank=2)
+    np.testing.assert_allclose(oracle.full_kernel(layer), np.tile(row, (12, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_matrix_starts_in_the_dtype_of_the_variables(dtype):
+    table = np.random.default_rng(0).normal(size=(12, 10))
+    layer = make(keras.initializers.Constant(table), (12, 10), rank=6, dtype=dtype)
+    assert {variable.dtype for variable in layer.weights} == {dtype}
+    np.testing.assert_allclose(oracle.full_kernel(layer), table, atol=0.1)
+
+
+def test_a_kernel_that_is_overwritten_is_decomposed_once(monkeypatch):
+    decompose, calls = kernel_module.nearest_kronecker_sum, []
+
+    def count(*arguments):
+        calls.append(arguments)
+        return decompose(*arguments)
+
+    monkeypatch.setattr(kernel_module, "nearest_kronecker_sum", count)
+    full = layers.Dense(10, kernel_initializer=keras.initializers.Constant(np.ones((12, 10))))
+    full.build((None, 12))
+    BilinearDense.from_full(full)
+    assert len(calls) == 1
+    make(full.kernel_initializer, (12, 10))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("initializer", [keras.initializers.Constant, Table])
+def test_models_with_a_matrix_as_initializer(tmp_path, initializer):
+    rng = np.random.default_rng(0)
+    table, matrix = rng.normal(size=(1000, 50)), rng.normal(size=(50, 30))
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            layers.Embedding(1000, 50, embeddings_initializer=initializer(table)),
+            layers.Dense(30, kernel_initializer=initializer(matrix)),
+        ]
+    )
+    x = rng.integers(0, 1000, (64, 4))
+    assert plan_rewrite(model, 0.5).parameters < model.count_params()
+    small = rewrite_model(model, rank=4)
+    expected = ops.convert_to_numpy(small(x))
+    rewritten = keras.models.clone_model(model, clone_function=Rewriter(4))
+    clone = keras.models.clone_model(small)
+    small.save(tmp_path / "small.keras")
+    loaded = keras.models.load_model(tmp_path / "small.keras")
+    for other in (rewritten, clone, loaded):
+        np.testing.assert_allclose(ops.convert_to_numpy(other(x)), expected, atol=0.01)
+    loaded.compile("adam", "mse", jit_compile=False)
+    loaded.fit(x, np.ones((64, 4, 30)), verbose=0)
+    assert np.any(np.abs(ops.convert_to_numpy(loaded(x)) - expected) > 1e-4)

@@ -225,3 +225,21 @@ def test_mistakes_are_refused():
         ValueError, match="'b' or a layer before it has a scale, so 'b' needs a rank"
     ):
         rewrite_model(model, plan)
+
+
+def test_layers_whose_initializers_are_matrices_become_wider(tmp_path):
+    matrix = keras.initializers.Constant(RNG.normal(size=(24, 32)))
+    vector = keras.initializers.Constant(RNG.normal(size=32))
+    model = keras.Sequential(
+        [
+            keras.Input((24,)),
+            layers.Dense(32, kernel_initializer=matrix, bias_initializer=vector),
+            layers.LayerNormalization(gamma_initializer=vector),
+            layers.Dense(12),
+        ]
+    )
+    expected = ops.convert_to_numpy(rewrite_model(model, rank=2)(VECTORS))
+    wide = rewrite_model(model, rank=2, scale=2)
+    wide.save(tmp_path / "wide.keras")
+    for other in (wide, keras.models.load_model(tmp_path / "wide.keras")):
+        np.testing.assert_allclose(ops.convert_to_numpy(other(VECTORS)), expected, atol=1e-4)
