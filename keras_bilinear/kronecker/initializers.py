@@ -40,6 +40,9 @@ _LEAST_STORED = 1 / 40
 _MOST_IN_STEP = 8
 _WIDEST = 2
 
+# A term that is so much smaller than the largest term comes from the rounding of a decomposition.
+_ROUNDING = 1e-13
+
 # Fixed initializers of the left factor, and the initializer of the right factor with which the
 # product has the fixed values too.
 _FIXED = {
@@ -106,6 +109,7 @@ class FactorInitializers:
 
     Attributes:
         gain: the constant that multiplies the product of the factors.
+        stored: the deviation of the numbers that a random factor stores.
     """
 
     def __init__(
@@ -134,8 +138,8 @@ class FactorInitializers:
         full = known or _deviation(glorot, fan_in, fan_out)
         width = min(max(1, _LEAST_STORED / full), _WIDEST)
         in_step = width * math.sqrt(self._rank / _MOST_IN_STEP)
-        self._stored = max(full, _LEAST_STORED) * max(1, in_step)
-        self.gain = full / (self._stored**2 * math.sqrt(self._rank))
+        self.stored = max(full, _LEAST_STORED) * max(1, in_step)
+        self.gain = full / (self.stored**2 * math.sqrt(self._rank))
         # What multiplies each product of two matrices.
         self._scale = 1 / math.sqrt(self._rank)
         if self._orthogonal:
@@ -168,7 +172,7 @@ class FactorInitializers:
         # each time it is called, and equal factors would be no random kernel.
         assert self._random is not None
         size = self._left_size + self._right_size
-        scale = self._stored / _deviation(self._random, size, size)
+        scale = self.stored / _deviation(self._random, size, size)
         return ops.multiply(self._random((size,), dtype=dtype), scale)
 
     def _with_first_term(self, factor, initializer):
@@ -334,8 +338,26 @@ class KernelInitializers:
         return ops.cast(as_float(factors[side], dtype), dtype or keras.config.floatx())
 
     def store(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the variables hold where the factors are given: without the gain."""
-        return left / math.sqrt(self.gain), right / math.sqrt(self.gain)
+        """What the variables hold where the factors are given.
+
+        That is the factors without the gain. A term whose factors are both zero would never
+        train, as each of them multiplies the gradient of the other. So it gets a random left
+        factor, as the kernel of `"zeros"` has it.
+
+        Args:
+            left: an array of `factorization.left_shape`.
+            right: an array of `factorization.right_shape`.
+        """
+        left, right = left / math.sqrt(self.gain), right / math.sqrt(self.gain)
+        terms = left.shape[: 2 if self._stacked else 1]
+        norms = [np.linalg.norm(factor.reshape(*terms, -1), axis=-1) for factor in (left, right)]
+        largest = np.max(norms[0] * norms[1], axis=-1, keepdims=True)
+        dead = np.maximum(*norms) ** 2 <= _ROUNDING * largest
+        if np.any(dead):
+            limit = math.sqrt(3) * self._blocks[0].stored
+            values = np.random.default_rng(0).uniform(-limit, limit, left.shape)
+            left[dead], right[dead] = values[dead], 0.0
+        return left, right
 
 
 def _matrix_sides(shape: Sequence[int]) -> tuple[int, int]:

@@ -105,18 +105,33 @@ def _squares_of_factors(kernel, mean, squares):
     They would follow from the squares of the kernel if its numbers had independent gradients.
     These are not independent. So the sums are corrected by the means, which the chain rule
     gives exactly: sums of squares keep their ratio to the squares of the means.
+
+    A term that starts with a zero factor has gradients as soon as this factor has moved. Its
+    squares are those of a factor as large as the other factor.
     """
     factors = [_stored(factor) for factor in (kernel.left, kernel.right)]
     found = pull_back(kernel, squares, *map(np.square, factors))
-    if mean is None or not (energy := _energy(mean)):
-        return found
-    ratio = float(squares.sum()) / energy
+    scales = [1.0, 1.0]
+    if mean is not None and (energy := _energy(mean)):
+        ratio = float(squares.sum()) / energy
+        scales = [
+            ratio * _energy(its_mean) / total if (total := float(its_squares.sum())) else 1.0
+            for its_squares, its_mean in zip(found, pull_back(kernel, mean, *factors), strict=True)
+        ]
+    moving = pull_back(kernel, squares, *_without_zeros(kernel, *map(np.square, factors)))
     return tuple(
-        its_squares * (ratio * _energy(its_mean) / total)
-        if (total := float(its_squares.sum()))
-        else its_squares
-        for its_squares, its_mean in zip(found, pull_back(kernel, mean, *factors), strict=True)
+        scale * np.where(its_squares, its_squares, its_later)
+        for scale, its_squares, its_later in zip(scales, found, moving, strict=True)
     )
+
+
+def _without_zeros(kernel, left, right):
+    """The squares of both factors; where a term of one is zero, the mean of the other's term."""
+    terms = 1 if kernel.factorization.share_right else 2
+    of_left, of_right = (
+        factor.mean(tuple(range(terms, factor.ndim)), keepdims=True) for factor in (left, right)
+    )
+    return np.where(of_left, left, of_right), np.where(of_right, right, of_left)
 
 
 def _energy(values):

@@ -161,3 +161,19 @@ def test_first_steps_of_new_factors_are_no_larger_than_the_rate(schedule):
         step = np.sqrt(np.square(after - before).mean())
         # With means of squares that begin at zero, the first is 3.2 times the rate.
         assert 0.01 * rate < step < rate
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv", "lstm"])
+def test_terms_that_start_at_zero_are_not_forgotten(kind):
+    full, _ = full_and_bilinear(kind)
+    for variable in full.weights:
+        variable.assign(np.zeros(variable.shape))
+    layer = getattr(kb, f"Bilinear{type(full).__name__}").from_full(full, rank=2)
+    for kernel in kernels(layer).values():
+        shape = kernel.factorization.full_shape
+        squares = adam._squares_of_factors(kernel, normal(shape), np.square(normal(shape)))
+        for factor, of_factor in zip(arrays(kernel), squares, strict=True):
+            assert of_factor.shape == factor.shape
+            assert np.all(np.isfinite(of_factor))
+            rows = of_factor.reshape(-1, of_factor.shape[-1])
+            assert np.mean(rows > 0) > 0.9  # all but padding

@@ -13,6 +13,7 @@ import keras_bilinear
 from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model, summarize
 from keras_bilinear.keras_private.cloning import copy_flags, copy_model
 from keras_bilinear.keras_private.graph import sublayers
+from keras_bilinear.layers.converter import is_bilinear
 from keras_bilinear.rewriting.sites import walk
 
 BILINEAR = tuple(vars(keras_bilinear.layers).values())
@@ -529,3 +530,64 @@ def test_bad_weights_and_data_are_refused_before_anything_changes():
     with pytest.raises(ValueError, match="finite weights"):
         rewrite_model(model, rank=1)
     assert type(model.layers[0]) is layers.Dense
+
+
+def zero_model():
+    """A model with zero kernels, and with a zero gate in an LSTM."""
+    model = keras.Sequential(
+        [
+            keras.Input((6, 16)),
+            layers.LSTM(12, return_sequences=True, name="lstm"),
+            layers.Dense(24, kernel_initializer="zeros", bias_initializer="ones", name="dense"),
+            layers.Conv1D(16, 3, groups=2, kernel_initializer="zeros", name="conv"),
+        ]
+    )
+    # One gate, of both kernels, is zero.
+    for kernel in (model.layers[0].cell.kernel, model.layers[0].cell.recurrent_kernel):
+        values = ops.convert_to_numpy(kernel).copy()
+        values[:, 12:24] = 0
+        kernel.assign(values)
+    return model, np.random.default_rng(0).normal(size=(40, 6, 16)).astype("float32")
+
+
+@pytest.mark.parametrize("way", ["rewrite", "data", "clone", "callback"])
+def test_zero_kernels_are_trained(way):
+    model, x = zero_model()
+    y = np.random.default_rng(1).normal(size=(40, 4, 16)).astype("float32")
+    expected = outputs(model, x)
+    small = {
+        "rewrite": lambda: rewrite_model(model, rank=2),
+        "data": lambda: rewrite_model(model, rank=2, calibration_data=x),
+        "clone": lambda: keras.models.clone_model(model, clone_function=Rewriter(2)),
+        "callback": lambda: model,
+    }[way]()
+    callbacks = []
+    if way == "callback":
+        callbacks = [keras_bilinear.BilinearRewrite(at_epoch=0, budget=0.5)]
+    else:
+        assert_same(outputs(small, x), expected, atol=0)
+        assert not np.any(ops.convert_to_numpy(small.get_layer("dense").kernel))
+    small.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=False)
+    small.fit(x, y, epochs=6, batch_size=40, verbose=0, callbacks=callbacks)
+    rewritten = [layer for layer in small.layers if is_bilinear(layer)]
+    assert len(rewritten) == 3
+    for layer in rewritten:
+        for kernel in layer.kernels.values():
+            for factor in kernel.read_factors():
+                blocks = factor if not kernel.factorization.share_right else factor[None]
+                assert np.all(np.abs(blocks).sum(axis=tuple(range(2, blocks.ndim))) > 0)
+
+
+def test_terms_beyond_the_rank_of_a_kernel_are_trained():
+    full = layers.Dense(24)
+    full.build((None, 16))
+    full.kernel.assign(np.outer(np.arange(16), np.ones(24)))
+    more = keras_bilinear.BilinearDense.from_full(
+        full, rank=8, input_factors=(4, 4), output_factors=(4, 6)
+    )
+    left, right = more.kernels["kernel"].read_factors()
+    dead = ~np.any(right, axis=(1, 2))
+    assert dead.sum() >= 6
+    assert np.all(left[dead])
+    assert len({term.tobytes() for term in left}) == 8
+    assert_same([ops.convert_to_numpy(more.kernel)], [ops.convert_to_numpy(full.kernel)])
