@@ -25,21 +25,20 @@ CALLS = {"forward": "forward", "step": "training step"}
 
 
 def read(paths):
-    """`{(case, call): (seconds of the full layer, of the bilinear layer)}`, and the last file."""
-    times, last = {}, {}
-    for path in paths:
-        last = json.loads(pathlib.Path(path).read_text())
-        (records,) = last["records"].values()
+    """`{(case, call): (seconds of the full layer, of the bilinear layer)}`, and the files."""
+    times, files = {}, [json.loads(pathlib.Path(path).read_text()) for path in paths]
+    for file in files:
+        (records,) = file["records"].values()
         for record in records:
             for call in CALLS:
                 if call in record:
                     times[record["case"], call] = tuple(record[call][:2])
-    return times, last
+    return times, files
 
 
 def main(argv):
     del argv
-    (before, _), (after, file) = read(BEFORE.value), read(AFTER.value)
+    (before, _), (after, files) = read(BEFORE.value), read(AFTER.value)
     rows, changes, noise = [], [], []
     for (case, call), (full, bilinear) in after.items():
         full_before, bilinear_before = before[case, call]
@@ -54,14 +53,15 @@ def main(argv):
         math.exp(function(map(math.log, changes))) for function in (statistics.fmean, _deviation)
     )
     versions = ", ".join(
-        f"{key} {file[key]}" for key in ("machine", "python", "keras", "tensorflow", "numpy")
+        f"{key} {files[0][key]}" for key in ("machine", "python", "keras", "tensorflow", "numpy")
     )
     tables.write_lines(
         f"{NAME.value}.md",
         [
             "# Speed of two versions",
             "",
-            f"`{file['command']}` with each of them, one after the other for each suite, then "
+            f"{', '.join('`' + file['command'] + '`' for file in files)}, with each of them, one "
+            "after the other for each suite, then "
             "`python benchmarks/compare_versions.py`; "
             f"{versions}; float32, medians. Before and after: how many times as fast as the full "
             "layer. Last column: seconds of the full layer, after / before, which is noise.",
