@@ -432,7 +432,7 @@ def counting_converter(layer: keras.Layer) -> Converter | None:
 
     A subclass may compute something else, so only those that add nothing but a name count.
     """
-    return look_up(type(layer), {**_OF_FULL, **_OF_BILINEAR})
+    return look_up(type(layer), _OF_FULL) or look_up(type(layer), _OF_BILINEAR)
 
 
 def look_up(cls: type, table: dict) -> Any:
