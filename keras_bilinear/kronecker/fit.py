@@ -14,7 +14,8 @@ from scipy import linalg
 from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.least_squares import LeastSquares, columns_by_mask
 from keras_bilinear.kronecker.low_rank import low_rank_error, low_rank_terms
-from keras_bilinear.kronecker.nearest import leading_terms, nearest_kronecker_sum
+from keras_bilinear.kronecker.nearest import leading_energies, leading_terms, nearest_kronecker_sum
+from keras_bilinear.kronecker.output_metric import OutputMetric
 from keras_bilinear.kronecker.statistics import Statistics
 
 # At most so many sweeps. Each solves exactly for one factor, then for the other one, so the
@@ -42,6 +43,20 @@ class Fit:
     start_error: float
 
 
+@dataclasses.dataclass(frozen=True)
+class FitErrors:
+    """What fits of several ranks leave.
+
+    Attributes:
+        relative: by the rank, the error as in `Fit`.
+        squares: the mean squared error of the mean answer or, without a bias, of the answer zero:
+            the rise of the loss for each row, if the statistics know gradients.
+    """
+
+    relative: dict[int, float]
+    squares: float
+
+
 def fit_kronecker_sum(
     statistics: Sequence[Statistics],
     factorization: Factorization,
@@ -67,14 +82,16 @@ def fit_kronecker_sum(
     Returns:
         A `Fit` whose error on the examples is at most that of the nearest sum.
     """
-    problems = [LeastSquares(of_block, factorization, centred) for of_block in statistics]
+    metric, problems = _problems(statistics, factorization, centred)
     if factorization.is_low_rank:
         (problem,) = problems
-        return _fit_low_rank(problem, factorization)
-    starts = _starts(statistics, problems, factorization)
-    best = _fit(problems, starts, sweeps)
-    left, right = best.shaped(factorization)
-    return Fit(left, right, _error(problems, best), _error(problems, starts[0]))
+        factors, error, start_error = _fit_low_rank(problem, factorization)
+    else:
+        starts = _starts(statistics, metric, problems, factorization)
+        factors = _fit(problems, starts, sweeps)
+        error, start_error = (_relative(problems, found) for found in (factors, starts[0]))
+    factors = _Factors(*metric.change_factors_back(factors.left, factors.right))
+    return Fit(*factors.shaped(factorization), error, start_error)
 
 
 def fit_errors(
@@ -83,7 +100,7 @@ def fit_errors(
     ranks: Iterable[int],
     centred: bool = False,
     sweeps: int = SWEEPS,
-) -> dict[int, float]:
+) -> FitErrors:
     """The errors of `fit_kronecker_sum` at several ranks.
 
     Args:
@@ -94,24 +111,63 @@ def fit_errors(
         sweeps: see `fit_kronecker_sum`.
 
     Returns:
-        `{rank: error}`.
+        A `FitErrors`.
     """
     ranks = list(ranks)
     factorization = dataclasses.replace(factorization, rank=max(ranks))
-    problems = [LeastSquares(of_block, factorization, centred) for of_block in statistics]
+    metric, problems = _problems(statistics, factorization, centred)
+    squares = sum(problem.squares for problem in problems)
     if factorization.is_low_rank:
         (problem,) = problems
         *_, errors = low_rank_terms(problem, factorization.rank)
-        return {rank: errors[rank] for rank in ranks}
-    starts = _starts(statistics, problems, factorization)
-    return {
-        rank: _error(problems, _fit(problems, [start.first(rank) for start in starts], sweeps))
-        for rank in ranks
-    }
+        return FitErrors({rank: errors[rank] for rank in ranks}, squares)
+    starts = _starts(statistics, metric, problems, factorization)
+    fits = {rank: _fit(problems, [start.first(rank) for start in starts], sweeps) for rank in ranks}
+    return FitErrors({rank: _relative(problems, fit) for rank, fit in fits.items()}, squares)
+
+
+def estimate_errors(
+    statistics: Sequence[Statistics],
+    factorization: Factorization,
+    ranks: Iterable[int],
+    centred: bool = False,
+) -> dict[int, float]:
+    """About the errors that `fit_errors` finds, from one decomposition for all ranks.
+
+    The Kronecker product of the partial traces of the Gram matrix stands for that matrix, as in
+    the start of a fit. For kernels of low rank these are the errors of the fit themselves.
+
+    Args:
+        statistics, factorization, ranks, centred: see `fit_errors`.
+
+    Returns:
+        `{rank: error}`, relative.
+    """
+    ranks = list(ranks)
+    if factorization.is_low_rank:
+        return fit_errors(statistics, factorization, ranks, centred).relative
+    _, problems = _problems(statistics, factorization, centred)
+    matrix, *_ = _in_metric(problems)
+    energies = leading_energies(matrix, max(ranks))
+    left = np.square(matrix).sum()
+    taken = np.cumsum(np.pad(energies, (0, max(ranks) - len(energies)))) / (left or 1.0)
+    return {rank: math.sqrt(max(1 - taken[rank - 1], 0.0)) for rank in ranks}
+
+
+def _problems(statistics, factorization, centred):
+    """The metric of the outputs, and the least squares of each block."""
+    moments = [of_block.moments(centred) for of_block in statistics]
+    counts = [of_block.count for of_block in statistics]
+    metric = OutputMetric(moments, counts, factorization)
+    problems = [
+        LeastSquares(one.kernel, of_block, one.count, one.size, factorization, metric, block)
+        for block, (one, of_block) in enumerate(zip(statistics, moments, strict=True))
+    ]
+    return metric, problems
 
 
 def _fit_low_rank(problem, factorization):
-    """The `Fit` where the factors are of low rank."""
+    """The factors where they are of low rank, their error, and that of the nearest ones."""
     nearest = leading_terms(problem.as_matrix(problem.kernel), factorization.rank)
     start_error = problem.relative(low_rank_error(problem, nearest[0].T @ nearest[1]))
     inputs, outputs, errors = low_rank_terms(problem, factorization.rank)
@@ -120,20 +176,18 @@ def _fit_low_rank(problem, factorization):
         (inputs, outputs), error = nearest, start_error
     takes_inputs = factorization.output_factors[0] == problem.known.shape[1] == 1
     left, right = (inputs, outputs) if takes_inputs else (outputs, inputs)
-    return Fit(
-        left.reshape(factorization.left_shape),
-        right.reshape(factorization.right_shape),
-        error,
-        start_error,
-    )
+    a, b = problem.known.shape
+    left = left.reshape(factorization.rank, a, -1)
+    return _Factors([left], right.reshape(factorization.rank, b, -1)), error, start_error
 
 
-def _starts(statistics, problems, factorization):
+def _starts(statistics, metric, problems, factorization):
     """Where a fit may begin: the nearest sum, and the nearest in the metric of the inputs."""
     kernel = np.stack([of_block.kernel for of_block in statistics], axis=1).reshape(
         factorization.full_shape
     )
     nearest = _Factors.of(*nearest_kronecker_sum(kernel, factorization), factorization)
+    nearest = _Factors(*metric.change_factors(nearest.left, nearest.right))
     return [nearest, _nearest_in_metric(factorization, problems)]
 
 
@@ -150,7 +204,7 @@ def _fit(problems, starts, sweeps):
         if before - loss <= TOLERANCE * before:
             break
     # The prior may have made the fit worse on the examples.
-    return min((starts[0], best), key=lambda factors: _error(problems, factors))
+    return min((starts[0], best), key=lambda factors: _relative(problems, factors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +236,22 @@ def _nearest_in_metric(factorization, problems):
 
     The Kronecker product of the partial traces of the Gram matrix stands for that matrix.
     """
+    matrix, left_inverses, right_inverse = _in_metric(problems)
+    (a, b), u = problems[0].known.shape, len(problems[0].mask)
+    left, right = leading_terms(matrix, factorization.rank)
+    left = left.reshape(factorization.rank, a, len(problems), u)
+    return _Factors(
+        [np.matmul(inverse, left[:, :, block]) for block, inverse in enumerate(left_inverses)],
+        np.matmul(right_inverse, right.reshape(factorization.rank, b, -1)),
+    )
+
+
+def _in_metric(problems):
+    """The kernels in the metric of the inputs, a row for each number of the left factor.
+
+    Returns:
+        The matrix, and the ways back: for the left factor of each block, and for the right one.
+    """
     traces = [problem.traces() for problem in problems]
     left_roots = [_root(left) for left, _ in traces]
     right_root, right_inverse = _root(_total(right for _, right in traces))
@@ -189,13 +259,9 @@ def _nearest_in_metric(factorization, problems):
         np.einsum("ac,bd,cduv->aubv", left_root, right_root, problem.kernel, optimize=True)
         for (left_root, _), problem in zip(left_roots, problems, strict=True)
     ]
-    a, u, b, v = kernels[0].shape
-    left, right = leading_terms(np.stack(kernels, 1).reshape(-1, b * v), factorization.rank)
-    left = left.reshape(factorization.rank, a, len(problems), u)
-    return _Factors(
-        [np.matmul(inverse, left[:, :, block]) for block, (_, inverse) in enumerate(left_roots)],
-        np.matmul(right_inverse, right.reshape(factorization.rank, b, v)),
-    )
+    *_, b, v = kernels[0].shape
+    matrix = np.stack(kernels, 1).reshape(-1, b * v)
+    return matrix, [inverse for _, inverse in left_roots], right_inverse
 
 
 def _total(arrays: Iterable[np.ndarray]) -> np.ndarray:
@@ -215,7 +281,7 @@ def _loss(problems, factors):
     return sum(problem.error(left, factors.right, problem.prior) for problem, left in pairs)
 
 
-def _error(problems, factors):
+def _relative(problems, factors):
     pairs = zip(problems, factors.left, strict=True)
     squares = sum(problem.squares for problem in problems)
     error = sum(problem.error(left, factors.right, 0.0) for problem, left in pairs)

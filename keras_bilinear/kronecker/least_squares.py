@@ -6,7 +6,8 @@ import numpy as np
 
 from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.nearest import arrange, input_index, output_index, take
-from keras_bilinear.kronecker.statistics import Statistics
+from keras_bilinear.kronecker.output_metric import OutputMetric
+from keras_bilinear.kronecker.statistics import Moments
 
 # Weight of the kernel itself beside the examples, for directions that the examples do not show:
 # the least weight, and the weight where there are as many examples as inputs.
@@ -17,40 +18,54 @@ class LeastSquares:
     """The least squares of one block, its axes in the order of the factors' axes.
 
     The inputs of the left and of the right factor are `a` and `b`, their outputs `u` and `v`.
+    With a metric, outputs are changed such that their plain squared errors are what errors
+    cost.
 
     Args:
-        statistics: the sums over examples of the block.
+        kernel: the block, `(inputs, outputs)`.
+        moments: the means over examples of the block.
+        count: number of examples.
+        size: the mean square of an input.
         factorization: the shapes, whose blocks share the right factor.
-        centred: whether a bias takes the means.
+        metric: what errors of the outputs cost.
+        block: position of the block among those that `metric` is for.
 
     Attributes:
-        kernel: the block, `(a, b, u, v)`.
+        kernel: the block, `(a, b, u, v)`, of changed outputs.
         cross: means over examples of inputs times targets, `(a, b, u, v)`.
         diagonal: whether the Gram matrix of the inputs is diagonal.
         gram: the Gram matrix of the inputs, `(a * a, b * b)`; its diagonal, `(a, b)`, if
             `diagonal`.
-        squares: mean over examples of the squared norm of the targets.
+        squares: mean over examples of the squared norm of the changed targets.
         prior: weight of the kernel itself beside the examples.
         prior_squares: squared norm of the kernel.
         known: which inputs are not padding, `(a, b)`.
         mask: which outputs are not padding, `(u, v)`.
     """
 
-    def __init__(self, statistics: Statistics, factorization: Factorization, centred: bool):
-        kernel = np.asarray(statistics.kernel, "float64")
-        gram, cross, squares = statistics.second(centred)
+    def __init__(
+        self,
+        kernel: np.ndarray,
+        moments: Moments,
+        count: int,
+        size: float,
+        factorization: Factorization,
+        metric: OutputMetric,
+        block: int,
+    ):
         inputs, outputs = input_index(factorization), output_index(factorization)
         a, b = inputs.shape
+        gram = moments.gram
         # The prior weighs all inputs alike, by their mean square.
         diagonal = gram if gram.ndim == 1 else np.diagonal(gram)
-        prior = max(LEAST_PRIOR, PRIOR * len(diagonal) / statistics.count)
+        prior = max(LEAST_PRIOR, PRIOR * len(diagonal) / count)
         # Of constant inputs, or zeros, the examples show only how their squares were rounded.
-        prior *= max(diagonal.mean(), 1e-3 * statistics.size) or 1.0
-        self.squares = squares.sum()
-        self.prior, self.prior_squares = prior, np.square(kernel).sum()
+        prior *= max(diagonal.mean(), 1e-3 * size) or 1.0
         self.mask = (outputs >= 0).astype("float64")
-        self.kernel = arrange(kernel, factorization)
-        self.cross = arrange(cross, factorization)
+        self.kernel = metric.change(arrange(np.asarray(kernel, "float64"), factorization), block)
+        self.cross = metric.change(arrange(moments.cross, factorization), block)
+        self.squares = metric.total(moments.targets, block)
+        self.prior, self.prior_squares = prior, np.square(self.kernel).sum()
         self.diagonal = gram.ndim == 1
         if self.diagonal:
             self.gram = take(gram, inputs).reshape(a, b)

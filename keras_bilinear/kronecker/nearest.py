@@ -63,7 +63,7 @@ def remaining_energies(
     for coupled in factorization.couple(blocks):
         matrix = _rearrange(coupled, factorization.coupled)
         taken = np.zeros(most + 1)
-        energies = _leading_energies(matrix, most)
+        energies = leading_energies(matrix, most)
         taken[1 : len(energies) + 1] = energies
         left += np.maximum(np.square(matrix).sum() - np.cumsum(taken), 0)
     return left
@@ -170,8 +170,8 @@ def _leading_vectors(matrix, count):
     return subspace @ vectors[:, ::-1][:, :count], matrix
 
 
-def _leading_energies(matrix, count):
-    """The squares of the leading singular values of a matrix."""
+def leading_energies(matrix: np.ndarray, count: int) -> np.ndarray:
+    """The squares of at most `count` leading singular values of a matrix, the largest first."""
     if len(matrix) > len(matrix.T):
         matrix = matrix.T
     if not _are_many(matrix, count):

@@ -1,14 +1,46 @@
-"""What a fit has to know of the examples: sums over the inputs of a kernel.
+"""What a fit has to know of the examples: sums over the inputs of a kernel and the gradients.
 
 `InputStatistics` has them for a matrix product, `IndexCounts` for an embedding.
+
+The gradients are those of the model's loss at the outputs of the kernel. With them a fit weighs
+errors by what they do to the loss. To second order, a change `D` of the kernel raises the loss by
+half the mean of `(x^T D g)^2` over inputs `x` and gradients `g`. The fit takes `tr(D^T A D G)` for
+it, with a matrix `A` for the inputs and a matrix `G` for the outputs, as K-FAC does (Martens and
+Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015). As in
+GFWSVD (arXiv 2505.17974), inputs with large gradients count more, and gradients with large inputs.
 """
 
+import dataclasses
 from typing import Protocol
 
 import numpy as np
 
 # A larger Gram matrix is kept in float32.
 LARGE_GRAM = 4096
+# Of more outputs than this only the diagonals of the matrices are kept.
+MOST_OUTPUTS = 4096
+# The share of the means that are weighted by squared norms. In the others all examples count alike:
+# a few large gradients do not outvote all other examples.
+WEIGHTED = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Means over examples of products of inputs `x` and targets `y`, weighted.
+
+    Attributes:
+        gram: of `x x^T`, `(input_dim, input_dim)`; its diagonal, `(input_dim,)`, for an embedding.
+        cross: of `x y^T`, `(input_dim, output_dim)`.
+        targets: of `y y^T`, `(output_dim, output_dim)`, or its diagonal, `(output_dim,)`.
+        metric: what errors of the outputs cost, a matrix or a diagonal as `targets` is. The mean
+            of `e^T metric e` over errors `e` is the rise of the loss for each row. `None` if
+            no gradients are known, and all outputs count alike.
+    """
+
+    gram: np.ndarray
+    cross: np.ndarray
+    targets: np.ndarray
+    metric: np.ndarray | None
 
 
 class Statistics(Protocol):
@@ -22,7 +54,101 @@ class Statistics(Protocol):
     @property
     def size(self) -> float: ...
 
-    def second(self, centred: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+    def moments(self, centred: bool = False) -> Moments: ...
+
+
+class _Gradients:
+    """Sums over the gradients at the outputs of a kernel.
+
+    Args:
+        outputs: number of outputs.
+    """
+
+    def __init__(self, outputs: int):
+        self.count = 0
+        self._inputs = self._gradients = self._both = 0.0
+        self._plain, self._weighted = _zeros_of_products(outputs), _zeros_of_products(outputs)
+
+    def add(self, gradients: np.ndarray, input_norms: np.ndarray) -> np.ndarray:
+        """Adds examples; returns the squared norms of the gradients.
+
+        Args:
+            gradients: `(n, output_dim)`.
+            input_norms: squared norms of the inputs, `(n,)`.
+        """
+        norms = np.square(gradients, dtype="float64").sum(1)
+        self.count += len(gradients)
+        self._inputs += input_norms.sum()
+        self._gradients += norms.sum()
+        self._both += norms @ input_norms
+        self._plain += _sum_of_products(gradients, None, self._plain.ndim)
+        self._weighted += _sum_of_products(gradients, input_norms, self._plain.ndim)
+        return norms
+
+    def any(self) -> bool:
+        """Whether some gradient, at an input that is not zero, is not zero."""
+        return self._both > 0
+
+    def matrix(self) -> np.ndarray:
+        """The mean of `g g^T` over gradients `g`, weighted, or its diagonal."""
+        return _mix(self._plain, self.count, self._weighted, self._inputs)
+
+    def of_inputs(self, plain: np.ndarray, weighted: np.ndarray) -> np.ndarray:
+        """A mean over inputs, weighted.
+
+        Args:
+            plain: the sum over inputs.
+            weighted: their sum, each weighed by what `add` returns.
+        """
+        return _mix(plain, self.count, weighted, self._gradients)
+
+    def scale(self) -> float:
+        """The mean over examples of `|x|^2 |g|^2` over that which both means have as a product."""
+        inputs = _mix(self._inputs, self.count, self._both, self._gradients)
+        gradients = _mix(self._gradients, self.count, self._both, self._inputs)
+        return float(self._both / self.count / (inputs * gradients))
+
+
+def _mix(plain, count, weighted, weight):
+    """The mixture of a plain mean and a weighted one, from the sums."""
+    return (1 - WEIGHTED) / count * plain + WEIGHTED / weight * weighted
+
+
+def _zeros_of_products(size: int) -> np.ndarray:
+    """Where products of vectors are added up: a matrix or, for long vectors, its diagonal."""
+    return np.zeros((size, size) if size <= MOST_OUTPUTS else size)
+
+
+def _sum_of_products(rows: np.ndarray, weights: np.ndarray | None, axes: int) -> np.ndarray:
+    """The weighted sum of `y y^T` over rows `y`, or of its diagonal if `axes` is 1."""
+    weighted = rows if weights is None else rows * weights[:, None].astype(rows.dtype)
+    return weighted.T @ rows if axes == 2 else np.einsum("ij,ij->j", weighted, rows)
+
+
+class _Sums:
+    """Weighted sums over inputs, targets and their products.
+
+    Args:
+        inputs: number of inputs.
+        outputs: number of outputs.
+        targets: zeros of the shape of the sum of `y y^T` over targets `y`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, targets: np.ndarray):
+        self.inputs, self.means = np.zeros(inputs), np.zeros(outputs)
+        self.gram = np.zeros((inputs, inputs), "float64" if inputs <= LARGE_GRAM else "float32")
+        self.cross = np.zeros((inputs, outputs))
+        self.targets = targets
+
+    def add(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray | None) -> None:
+        """Adds examples, with a weight for each of them or for none."""
+        weighted = inputs if weights is None else inputs * weights[:, None].astype(inputs.dtype)
+        self.inputs += weighted.sum(0, dtype="float64")
+        self.gram += weighted.T @ inputs
+        self.cross += weighted.T @ targets
+        targets = targets.astype("float64")
+        self.means += targets.sum(0) if weights is None else weights @ targets
+        self.targets += _sum_of_products(targets, weights, self.targets.ndim)
 
 
 class InputStatistics:
@@ -34,30 +160,38 @@ class InputStatistics:
 
     def __init__(self, kernel: np.ndarray):
         self.kernel = kernel
-        inputs, outputs = kernel.shape
         self._count = 0
-        self._inputs = np.zeros(inputs)
-        self._targets = np.zeros(outputs)
-        self._gram = np.zeros((inputs, inputs), "float64" if inputs <= LARGE_GRAM else "float32")
-        self._cross = np.zeros((inputs, outputs))
-        self._squares = np.zeros(outputs)
+        # Without gradients, only the diagonal of the products of targets counts.
+        self._plain = _Sums(*kernel.shape, np.zeros(kernel.shape[1]))
+        self._weighted: _Sums | None = None
+        self._gradients = _Gradients(kernel.shape[1])
 
-    def add(self, inputs: np.ndarray, full_inputs: np.ndarray) -> None:
+    def add(
+        self,
+        inputs: np.ndarray,
+        full_inputs: np.ndarray,
+        gradients: np.ndarray | None = None,
+    ) -> None:
         """Adds examples.
 
         Args:
             inputs: `(n, input_dim)`, what the fitted kernel is going to multiply.
             full_inputs: what the full kernel multiplies, of the same shape; the products
                 are the targets.
+            gradients: the gradients of the loss at the targets, `(n, output_dim)`; `None` if they
+                are not known. Either all calls give gradients, or none does.
         """
         inputs, full_inputs = _floats(inputs), _floats(full_inputs)
         targets = full_inputs @ self.kernel
+        if gradients is not None:
+            if self._weighted is None:
+                for_each = (_zeros_of_products(targets.shape[1]) for _ in range(2))
+                self._plain, self._weighted = (_Sums(*self.kernel.shape, x) for x in for_each)
+            input_norms = np.square(full_inputs, dtype="float64").sum(1)
+            norms = self._gradients.add(gradients, input_norms)
+            self._weighted.add(inputs, targets, norms)
+        self._plain.add(inputs, targets, None)
         self._count += len(inputs)
-        self._inputs += inputs.sum(0, dtype="float64")
-        self._targets += targets.sum(0, dtype="float64")
-        self._gram += inputs.T @ inputs
-        self._cross += inputs.T @ targets
-        self._squares += np.square(targets, dtype="float64").sum(0)
 
     @property
     def count(self) -> int:
@@ -67,27 +201,39 @@ class InputStatistics:
     @property
     def size(self) -> float:
         """The mean square of an input."""
-        return np.trace(self._gram) / (len(self._gram) * self._count)
+        return np.trace(self._plain.gram) / (len(self._plain.gram) * self._count)
+
+    def _mean(self, name: str) -> np.ndarray:
+        """The mean over examples of one of the sums."""
+        plain = getattr(self._plain, name)
+        if self._weighted is None or not self._gradients.any():
+            return plain / self._count
+        return self._gradients.of_inputs(plain, getattr(self._weighted, name)).astype(plain.dtype)
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mean input, `(input_dim,)`, and the mean target, `(output_dim,)`."""
-        return self._inputs / self._count, self._targets / self._count
+        """The mean input, `(input_dim,)`, and the mean target, `(output_dim,)`, weighted."""
+        return self._mean("inputs"), self._mean("means")
 
-    def second(self, centred: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Means over examples of `x x^T`, `x y^T` and `y^2`.
+    def moments(self, centred: bool = False) -> Moments:
+        """The means of products of inputs and targets.
 
         Args:
-            centred: whether the means of inputs `x` and targets `y` are subtracted first.
+            centred: whether the means of inputs and targets are subtracted first.
         """
-        gram, cross, squares = (
-            sums / self._count for sums in (self._gram, self._cross, self._squares)
-        )
+        gram, cross, targets = map(self._mean, ("gram", "cross", "targets"))
         if centred:
-            inputs, targets = self.means()
+            inputs, means = self.means()
             gram -= np.outer(*[inputs.astype(gram.dtype)] * 2)
-            cross -= np.outer(inputs, targets)
-            squares = np.maximum(squares - targets**2, 0)
-        return gram, cross, squares
+            cross -= np.outer(inputs, means)
+            if targets.ndim == 1:
+                targets = np.maximum(targets - means**2, 0)
+            else:
+                targets -= np.outer(means, means)
+        metric = None
+        if self._gradients.any():
+            # The half is that of the second order.
+            metric = 0.5 * self._gradients.scale() * self._gradients.matrix()
+        return Moments(gram, cross, targets, metric)
 
 
 def _floats(x):
@@ -109,33 +255,89 @@ class IndexCounts:
 
     def __init__(self, kernel: np.ndarray):
         self.kernel = kernel
-        self._counts = np.zeros(len(kernel))
+        self._count = 0
+        self._lookups, self._projections = _Uses(*kernel.shape), _Uses(*kernel.shape)
 
-    def add(self, indices: np.ndarray, full_indices: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        rows: np.ndarray,
+        full_rows: np.ndarray | None = None,
+        gradients: np.ndarray | None = None,
+    ) -> None:
         """Adds examples.
 
         Args:
-            indices: numbers of rows, `(n,)`.
-            full_indices: not used, as the full embedding looks up the same rows.
+            rows: numbers of rows, `(n,)`. Or, where the table projects back to its rows, what it
+                multiplies, `(n, output_dim)`. Without gradients, the latter count for nothing.
+            full_rows: what the full table multiplies; `None` for the same.
+            gradients: the gradients of the loss at the rows, `(n, output_dim)`, or at what the
+                table makes, `(n, input_dim)`; `None` if they are not known. Either all calls
+                give gradients, or none does.
         """
-        self._counts += np.bincount(indices, minlength=len(self._counts))
+        size = len(self.kernel)
+        if rows.ndim == 1:
+            if gradients is not None:
+                norms = self._lookups.gradients.add(gradients, np.ones(len(rows)))
+                self._lookups.weighted += np.bincount(rows, norms, size)
+            self._lookups.plain += np.bincount(rows, minlength=size)
+        elif gradients is not None:
+            # Inputs and gradients change sides: what the table makes are inputs of its transpose.
+            hidden = rows if full_rows is None else full_rows
+            squares = np.square(gradients, dtype="float64")
+            norms = self._projections.gradients.add(hidden, squares.sum(1))
+            self._projections.weighted += norms @ squares
+            self._projections.plain += squares.sum(0)
+        self._count += len(rows)
 
     @property
     def count(self) -> int:
         """Number of examples."""
-        return int(self._counts.sum())
+        return self._count
 
     @property
     def size(self) -> float:
         """The mean square of an input."""
-        return 1 / len(self._counts)
+        return 1 / len(self.kernel)
 
-    def second(self, centred: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Means over examples of the diagonal of `x x^T`, of `x y^T`, and of `y^2`.
+    def moments(self, centred: bool = False) -> Moments:
+        """The means of products of inputs and targets.
 
         Args:
             centred: not used, as an embedding has no bias.
         """
-        frequencies = self._counts / self.count
-        cross = frequencies[:, None] * self.kernel
-        return frequencies, cross, frequencies @ np.square(self.kernel, dtype="float64")
+        kernel = np.asarray(self.kernel, "float64")
+        uses = [uses for uses in (self._lookups, self._projections) if uses.gradients.any()]
+        if not uses:
+            frequencies = self._lookups.plain / max(self._lookups.plain.sum(), 1.0)
+            cross = frequencies[:, None] * kernel
+            return Moments(frequencies, cross, frequencies @ np.square(kernel), None)
+        # The product of a diagonal and a matrix stands for each use. A single product stands for
+        # their sum, that of its partial traces.
+        products = [of_use.product() for of_use in uses]
+        weights = sum(rows * _trace(matrix) for rows, matrix in products)
+        matrix = sum(rows.sum() * matrix for rows, matrix in products)
+        frequencies = weights / weights.sum()
+        metric = matrix / self._count
+        targets = _sum_of_products(kernel, frequencies, metric.ndim)
+        return Moments(frequencies, frequencies[:, None] * kernel, targets, metric)
+
+
+class _Uses:
+    """Sums over one kind of use of a table: its rows are looked up, or it projects back to them."""
+
+    def __init__(self, inputs: int, outputs: int):
+        self.plain, self.weighted = np.zeros(inputs), np.zeros(inputs)
+        self.gradients = _Gradients(outputs)
+
+    def product(self) -> tuple[np.ndarray, np.ndarray]:
+        """A diagonal for the rows, and a matrix for the columns.
+
+        Their product stands for what errors of the table raise the loss by, in all examples.
+        """
+        scale = 0.5 * self.gradients.scale() * self.gradients.count
+        return self.gradients.of_inputs(self.plain, self.weighted), scale * self.gradients.matrix()
+
+
+def _trace(matrix: np.ndarray) -> float:
+    """The trace of a matrix, or of its diagonal."""
+    return float(matrix.sum() if matrix.ndim == 1 else np.trace(matrix))

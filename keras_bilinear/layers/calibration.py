@@ -1,22 +1,22 @@
 """Statistics of what a full layer sees of calibration data, for the fit of its kernels."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from absl import logging
-from keras import ops
+from keras import ops, tree
 
 from keras_bilinear.data import batches
-from keras_bilinear.keras_private.capture import record
+from keras_bilinear.keras_private.capture import record, record_gradients
 from keras_bilinear.kronecker.factorization import Factorization
-from keras_bilinear.kronecker.fit import fit_errors
+from keras_bilinear.kronecker.fit import estimate_errors, fit_errors
 from keras_bilinear.layers.converter import Converter, converter_of
 
 
 class Calibration:
-    """Collects the inputs of a full layer's kernels.
+    """Collects the inputs of a full layer's kernels, and the gradients at their outputs.
 
     Args:
         converter: the converter of the layer.
@@ -26,30 +26,57 @@ class Calibration:
     def __init__(self, converter: Converter, layer: keras.Layer):
         self.layer = layer
         self._converter = converter
+        self._cost_of_zero = 0.0
         self.has_bias = converter.has_bias(layer)
         self.statistics = {
             name: [converter.statistics(name, block) for block in blocks]
             for name, blocks in converter.kernels(layer).items()
         }
 
-    def add(self, inputs: Any, full_inputs: Any = None, **options: Any) -> None:
+    def add(
+        self,
+        inputs: Any,
+        full_inputs: Any = None,
+        gradients: Any = None,
+        outputs: Any = None,
+        **options: Any,
+    ) -> None:
         """Adds the inputs of one call.
 
         Args:
             inputs: inputs that the bilinear layer is going to see.
             full_inputs: inputs that the full layer sees in the full model; `None` for
                 the same inputs.
+            gradients: the gradients of the loss at the outputs of the full layer, of their
+                structure; `None` if they are not known.
+            outputs: the outputs of the full layer, beside `gradients`.
             **options: other arguments of the call, such as `mask`.
 
         Raises:
             ValueError: if the layer cannot take the inputs, or if some of them
                 are NaN or infinite.
         """
-        examples = self._examples(inputs, options)
-        full = examples if full_inputs is None else self._examples(full_inputs, options)
+        examples = full = self._examples(inputs, options)
+        if full_inputs is not None:
+            inputs, full = full_inputs, self._examples(full_inputs, options)
+        found = None
+        if gradients is not None:
+            gradients = tree.map_structure(lambda x: x.astype("float32"), gradients)
+            inputs = np.asarray(ops.convert_to_numpy(inputs))
+            found = self._converter.gradients(self.layer, inputs, full, gradients, **options)
+            if found is None:
+                self._note_outputs(outputs, gradients)
         for name, blocks in self.statistics.items():
-            for block, rows, full_rows in zip(blocks, examples[name], full[name], strict=True):
-                block.add(rows, full_rows)
+            for index, block in enumerate(blocks):
+                of_block = None if found is None else found[name][index]
+                block.add(examples[name][index], full[name][index], of_block)
+
+    def _note_outputs(self, outputs, gradients):
+        """Adds what it would cost to answer 0, where gradients within the layer are not known."""
+        for output, gradient in zip(tree.flatten(outputs), tree.flatten(gradients), strict=True):
+            norms = np.square(gradient).reshape(-1, gradient.shape[-1]).sum(1)
+            sizes = np.square(output, dtype="float64").reshape(-1, output.shape[-1]).mean(1)
+            self._cost_of_zero += 0.5 * float(norms @ sizes)
 
     def _examples(self, inputs, options):
         inputs = np.asarray(ops.convert_to_numpy(inputs))
@@ -68,8 +95,8 @@ class Calibration:
 
     def errors(
         self, factorizations: Iterable[Factorization], ranks: Sequence[int], sweeps: int = 5
-    ) -> dict[int, float]:
-        """The relative error of the fit at some ranks: root mean square over the kernels.
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """What fits at some ranks leave.
 
         Args:
             factorizations: factorizations of the kernels, in their order.
@@ -77,14 +104,43 @@ class Calibration:
             sweeps: the largest number of times that a fit solves for both factors.
 
         Returns:
-            The error by the rank: 0 is exact, 1 is as bad as the mean output.
+            `(errors, losses)`, each by the rank. The error is relative, a root mean square over
+            the kernels: 0 is exact, 1 is as bad as the mean output. The loss is by how much the
+            fit raises the sum of the loss over all rows. It means nothing if no gradients are
+            known.
         """
-        found = []
+        squares, losses = dict.fromkeys(ranks, 0.0), dict.fromkeys(ranks, 0.0)
+        kernels = 0
         for factorization, blocks in zip(factorizations, self.statistics.values(), strict=True):
-            found += [
-                fit_errors(coupled, factorization.coupled, ranks, self.has_bias, sweeps)
-                for coupled in factorization.couple(blocks)
-            ]
+            for coupled in factorization.couple(blocks):
+                found = fit_errors(coupled, factorization.coupled, ranks, self.has_bias, sweeps)
+                kernels += 1
+                rows = coupled[0].count
+                for rank, error in found.relative.items():
+                    squares[rank] += error**2
+                    losses[rank] += error**2 * found.squares * rows
+        errors = {rank: float(np.sqrt(total / kernels)) for rank, total in squares.items()}
+        if self._cost_of_zero:
+            losses = {rank: error**2 * self._cost_of_zero for rank, error in errors.items()}
+        return errors, losses
+
+    def estimated_errors(
+        self, factorizations: Iterable[Factorization], ranks: Sequence[int]
+    ) -> dict[int, float]:
+        """About the errors of the fit at some ranks, from one decomposition of each kernel.
+
+        Args:
+            factorizations: factorizations of the kernels, in their order.
+            ranks: numbers of Kronecker terms.
+
+        Returns:
+            The error by the rank, relative, as in `errors`.
+        """
+        found = [
+            estimate_errors(coupled, factorization.coupled, ranks, self.has_bias)
+            for factorization, blocks in zip(factorizations, self.statistics.values(), strict=True)
+            for coupled in factorization.couple(blocks)
+        ]
         return {
             rank: float(np.sqrt(np.mean([errors[rank] ** 2 for errors in found]))) for rank in ranks
         }
@@ -158,15 +214,40 @@ def collect(model: keras.Model, layers: Mapping[str, keras.Layer], batch: Any) -
         batch: inputs, or a tuple of inputs and something else.
 
     Returns:
-        For each key the calls of the layer: `(inputs, other arguments)`.
+        For each key the calls of the layer: `(inputs, other arguments, outputs)`.
     """
     inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
     return record(model, layers, inputs, _inputs_and_options)
 
 
+def collect_gradients(
+    model: keras.Model,
+    layers: Mapping[str, keras.Layer],
+    batch: Any,
+    calls: Mapping[str, list],
+    weigh: Callable[[list], list],
+) -> dict[str, list]:
+    """The gradients of a loss at the outputs of some layers of a model, for a batch.
+
+    Args:
+        model: the model.
+        layers: layers of the model, by any key.
+        batch: inputs, or a tuple of inputs and something else.
+        calls: what `collect` returns for the batch.
+        weigh: from the outputs of the model to the gradients of the loss at them, both a list of
+            arrays.
+
+    Returns:
+        For each key, and each call of the layer, the gradients at its outputs.
+    """
+    inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+    outputs = {key: [outputs for *_, outputs in found] for key, found in calls.items()}
+    return record_gradients(model, layers, inputs, outputs, weigh)
+
+
 def _inputs_and_options(inputs, arguments, outputs):
-    del outputs
     names = ("mask", "initial_state")
     options = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    outputs = tree.map_structure(ops.convert_to_numpy, outputs)
     # Keras calls an embedding with keywords for all arguments but the inputs.
-    return inputs, {**options, "reverse": arguments.get("reverse", False)}
+    return inputs, {**options, "reverse": arguments.get("reverse", False)}, outputs

@@ -73,6 +73,9 @@ class ConvConverter(Converter):
         blocks = np.split(patches, full.groups, axis=-1)
         return {"kernel": [block.reshape(len(patches), -1) for block in blocks]}
 
+    def output_rows(self, full: keras.Layer, outputs: np.ndarray) -> np.ndarray:
+        return choose_positions(np.moveaxis(outputs, channel_axis(full.data_format), -1))
+
     def applications(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         return count_positions(layer, outputs)
 
@@ -386,6 +389,20 @@ def choose_patches(layer: Any, inputs: np.ndarray, most: int) -> np.ndarray:
     windows = windows[(slice(None), *strides, slice(None), *rates)]
     chosen = choose_places(windows.shape[: inputs.ndim - 1], most)
     return np.moveaxis(windows[chosen], 1, -1)
+
+
+def choose_positions(gradients: np.ndarray) -> np.ndarray:
+    """The gradients at the positions that calibration looks at, `(n, channels)`.
+
+    They are as much larger as there are more positions in all, so that the sum of their squares
+    stays the same, on average.
+
+    Args:
+        gradients: `(n, *positions, channels)`.
+    """
+    chosen = choose_places(gradients.shape[:-1], MOST_PATCHES)
+    share = len(chosen[0]) / max(1, math.prod(gradients.shape[:-1]))
+    return gradients[chosen] / np.sqrt(share).astype(gradients.dtype)
 
 
 def choose_places(shape: tuple[int, ...], most: int) -> tuple[np.ndarray, ...]:

@@ -4,9 +4,10 @@ from typing import Any, Self
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from keras_bilinear.keras_private import graph
+from keras_bilinear.keras_private.gradients import gradients as gradients_of
 from keras_bilinear.kronecker import Tensor, products
 from keras_bilinear.kronecker.convolution import convolve_gates
 from keras_bilinear.kronecker.factorization import Factorization, recurrent_input_factors
@@ -15,6 +16,7 @@ from keras_bilinear.layers.conv import (
     MOST_PATCHES,
     check_pattern,
     choose_patches,
+    choose_positions,
     count_positions,
     split_window,
 )
@@ -60,10 +62,76 @@ class ConvLSTMConverter(RecurrentConverter):
         gates = self.count_blocks(full)
         return {name: [rows.reshape(len(rows), -1)] * gates for name, rows in patches.items()}
 
+    def gradients(
+        self,
+        full: keras.Layer,
+        inputs: np.ndarray,
+        rows: dict[str, list],
+        gradients: Any,
+        mask: Any = None,
+        initial_state: Any = None,
+        **call: Any,
+    ) -> dict[str, list]:
+        cell, axis = full.cell, -1 if full.data_format == "channels_last" else 2
+        gates = self.count_blocks(full)
+        kernel, *others = cell.get_weights()
+        state, _ = cell.compute_output_shape((len(inputs), *inputs.shape[2:]))
+        positions = np.delete(inputs.shape, [0, 1, axis])
+        places, index = _place_that_passes_on(
+            cell, positions, np.delete(state, [0, axis if axis < 0 else axis - 1])
+        )
+        # What is added to the products of the input kernel comes in as further channels. One
+        # place of the window passes them on as they are.
+        passing = np.zeros((*kernel.shape[:-2], kernel.shape[-1], kernel.shape[-1]), "float32")
+        passing[places] = np.eye(kernel.shape[-1])
+        runner = self._runner(full)
+        shape = [None, *inputs.shape[1:]]
+        shape[axis] += kernel.shape[-1]
+        runner.build(tuple(shape))
+        runner.cell.set_weights([np.concatenate([kernel, passing], axis=-2), *others])
+        tensor = ops.convert_to_tensor(inputs)
+
+        def run(added):
+            with_added = ops.concatenate([tensor, *added], axis=axis)
+            return tree.flatten(runner(with_added, mask=mask, initial_state=initial_state))
+
+        shape = [*inputs.shape]
+        shape[axis] = kernel.shape[-1]
+        found = gradients_of(run, [np.zeros(shape, "float32")], lambda _: tree.flatten(gradients))
+        found = np.moveaxis(found[0], axis, -1)[:, :, *np.ix_(*index)]
+        if full.go_backwards:
+            found = found[:, ::-1]
+        found = choose_positions(found[self._seen(full, inputs, mask)])
+        found = np.split(found, gates, axis=-1)
+        return {"kernel": found, "recurrent_kernel": found}
+
     def applications(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         examples, steps, *of_step = inputs
         state, _ = layer.cell.compute_output_shape((examples, *of_step))
         return steps * count_positions(layer, state)
+
+
+def _place_that_passes_on(cell, positions, new_positions):
+    """A place of the window of a convolution, and the inputs that it takes to the outputs.
+
+    Args:
+        cell: what has the options of the convolution.
+        positions: sizes of the inputs.
+        new_positions: sizes of the outputs.
+
+    Returns:
+        An index of the window, and for each axis the position of the input for each output.
+    """
+    places, index = [], []
+    for window, stride, rate, size, new_size in zip(
+        cell.kernel_size, cell.strides, cell.dilation_rate, positions, new_positions, strict=True
+    ):
+        missing = max((new_size - 1) * stride + (window - 1) * rate + 1 - size, 0)
+        before = missing // 2 if cell.padding == "same" else 0
+        place = -(-before // rate)
+        places.append(place)
+        index.append(np.arange(new_size) * stride + place * rate - before)
+    return tuple(places), index
 
 
 class ConvGateKernel(GateKernel):

@@ -24,6 +24,7 @@ from keras_bilinear.layers.conv import (
     MOST_PATCHES,
     check_pattern,
     choose_places,
+    choose_positions,
     count_positions,
     shape_of_any_size,
     split_window,
@@ -87,6 +88,9 @@ class ConvTransposeConverter(Converter):
         del places[axis]
         patches = _patches(full, np.moveaxis(inputs, axis, -1), places, MOST_PATCHES)
         return {"kernel": [patches.reshape(len(patches), -1)]}
+
+    def output_rows(self, full: keras.Layer, outputs: np.ndarray) -> np.ndarray:
+        return choose_positions(np.moveaxis(outputs, channel_axis(full.data_format), -1))
 
     def applications(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         return count_positions(layer, inputs)

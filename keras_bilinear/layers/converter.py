@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_bilinear.keras_private.cloning import copy_flags
+from keras_bilinear.keras_private.gradients import gradients as gradients_of
 from keras_bilinear.kronecker.factorization import Factorization
 from keras_bilinear.kronecker.initializers import to_be_overwritten
 from keras_bilinear.kronecker.statistics import IndexCounts, InputStatistics
@@ -130,6 +131,54 @@ class Converter:
         """
         check_width(full, inputs, self.input_dim(full))
         return {self.kernel_names[0]: [inputs.reshape(-1, inputs.shape[-1])]}
+
+    def gradients(
+        self,
+        full: keras.Layer,
+        inputs: np.ndarray,
+        rows: dict[str, list],
+        gradients: Any,
+        **call: Any,
+    ) -> dict[str, list] | None:
+        """The gradients of a loss at what each block of each kernel makes in a call.
+
+        Args:
+            full: a built full layer.
+            inputs: inputs of the call.
+            rows: what the blocks multiply in the call, as `rows` gives it.
+            gradients: the gradients of the loss at the outputs of the call, of their structure.
+            **call: other arguments of the call, such as `mask`.
+
+        Returns:
+            For each kernel a list with an array of shape `(rows, outputs)` for each block, in
+            the order of `rows`. Where `rows` leaves some out, the others are larger, so that
+            the sum of their squares is that of all, on average. `None` if they are not known: this
+            method knows layers with one kernel that a bias and an `activation` may follow.
+        """
+        if len(rows) > 1:
+            return None
+        (name,) = rows
+        outputs, gradients = gradients, self.output_rows(full, gradients)
+        activation = getattr(full, "activation", None)
+        if activation not in (None, keras.activations.linear):
+            blocks = zip(rows[name], self.kernels(full)[name], strict=True)
+            products = np.concatenate([x @ kernel for x, kernel in blocks], axis=1)
+            if full.bias is not None:
+                products = products + self.bias_rows(full, outputs)
+            (gradients,) = gradients_of(
+                lambda tensors: [activation(tensors[0])],
+                [products.astype("float32")],
+                lambda _: [gradients],
+            )
+        return {name: np.split(gradients, self.count_blocks(full), axis=1)}
+
+    def output_rows(self, full: keras.Layer, outputs: np.ndarray) -> np.ndarray:
+        """Outputs of a call in the order of the rows: an array of shape `(rows, outputs)`."""
+        return outputs.reshape(-1, outputs.shape[-1])
+
+    def bias_rows(self, full: keras.Layer, outputs: np.ndarray) -> np.ndarray:
+        """What the bias adds to outputs, in a shape that broadcasts to that of `output_rows`."""
+        return ops.convert_to_numpy(full.bias)
 
     def statistics(self, name: str, block: np.ndarray) -> InputStatistics | IndexCounts:
         """Empty statistics of the rows of one block of the kernel of that name."""

@@ -68,6 +68,15 @@ class _Axes:
         want = self.labels(self.outputs, have)
         return ops.transpose(y, [have.index(a) for a in want])
 
+    def output_rows(self, y):
+        """Outputs, in NumPy, as `(rows, prod(produced))`, with the rows of `as_rows`."""
+        have = self.labels(self.outputs, y.shape)
+        axes_of_inputs = len(have) - len(self.outputs) + len(self.inputs)
+        kept = [a for a in self.labels(self.inputs, (None,) * axes_of_inputs) if a in have]
+        order = [have.index(a) for a in (*kept, *self.produced)]
+        y = y.transpose(order)
+        return y.reshape(-1, math.prod(y.shape[len(kept) :]))
+
     def as_matrix(self, kernel):
         """A full kernel as `(prod(contracted), prod(produced))`, in NumPy."""
         order = [self.kernel.index(a) for a in (*self.contracted, *self.produced)]
@@ -125,6 +134,13 @@ class EinsumDenseConverter(Converter):
                 f"Received: an array of shape {inputs.shape}"
             )
         return {"kernel": [rows.reshape(-1, rows.shape[-1])]}
+
+    def output_rows(self, full: keras.Layer, outputs: np.ndarray) -> np.ndarray:
+        return _Axes(full.equation).output_rows(outputs)
+
+    def bias_rows(self, full: keras.Layer, outputs: np.ndarray) -> np.ndarray:
+        bias = np.broadcast_to(ops.convert_to_numpy(full.bias), outputs.shape)
+        return self.output_rows(full, bias)
 
     def has_bias(self, full: keras.Layer) -> bool:
         # A bias without all output axes of the kernel cannot take every mean.

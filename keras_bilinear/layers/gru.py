@@ -25,16 +25,27 @@ class GRUConverter(RecurrentConverter):
         if cell.reset_after:
             return rows
         # The candidate sees the state as the reset gate leaves it.
-        weights = (cell.kernel, cell.recurrent_kernel, cell.bias)
-        kernel, recurrent, bias = (
-            0.0
-            if values is None
-            else ops.convert_to_tensor(values)[..., cell.units : 2 * cell.units]
-            for values in weights
-        )
-        reset = ops.add(ops.matmul(inputs, kernel), ops.matmul(states, recurrent))
-        reset = cell.recurrent_activation(ops.add(reset, bias))
-        return [*rows[:2], states * ops.convert_to_numpy(reset)]
+        return [*rows[:2], states * _reset_gate(cell, inputs, states)]
+
+    def state_gradients(self, cell: keras.Layer, rows: dict[str, list], gradients: list) -> list:
+        if not cell.reset_after:
+            return gradients
+        # The reset gate multiplies what the recurrent kernel makes for the candidate.
+        reset = _reset_gate(cell, rows["kernel"][0], rows["recurrent_kernel"][0])
+        return [*gradients[:2], gradients[2] * reset]
+
+
+def _reset_gate(cell, inputs, states):
+    """What the reset gate of a full cell is in some steps, `(steps, units)`."""
+    weights = (cell.kernel, cell.recurrent_kernel, cell.bias)
+    kernel, recurrent, bias = (
+        0.0 if values is None else ops.convert_to_tensor(values)[..., cell.units : 2 * cell.units]
+        for values in weights
+    )
+    if cell.bias is not None and cell.reset_after:  # a bias for each of the kernels
+        bias = ops.sum(bias, axis=0)
+    reset = ops.add(ops.matmul(inputs, kernel), ops.matmul(states, recurrent))
+    return ops.convert_to_numpy(cell.recurrent_activation(ops.add(reset, bias)))
 
 
 @register(keras.layers.GRUCell, converter=GRUConverter)

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_bilinear.keras_private import graph
+from keras_bilinear.keras_private.gradients import gradients as gradients_of
 from keras_bilinear.kronecker import cost
 from keras_bilinear.kronecker.factorization import (
     Factorization,
@@ -75,6 +76,60 @@ class RecurrentConverter(Converter):
             "recurrent_kernel": self.state_rows(full.cell, inputs, states),
         }
 
+    def gradients(
+        self,
+        full: keras.Layer,
+        inputs: np.ndarray,
+        rows: dict[str, list],
+        gradients: Any,
+        mask: Any = None,
+        initial_state: Any = None,
+        **call: Any,
+    ) -> dict[str, list]:
+        gates, units = self.count_blocks(full), full.cell.units
+        # What is added to the products of the input kernel comes in as further inputs.
+        runner = self._runner(full)
+        runner.build((None, None, inputs.shape[-1] + gates * units))
+        kernel, *others = full.cell.get_weights()
+        runner.cell.set_weights([np.concatenate([kernel, np.eye(gates * units)]), *others])
+        inputs = ops.convert_to_tensor(inputs)
+
+        def run(added):
+            outputs = runner(
+                ops.concatenate([inputs, *added], axis=-1), mask=mask, initial_state=initial_state
+            )
+            return tree.flatten(outputs)
+
+        added = np.zeros((*inputs.shape[:2], gates * units), "float32")
+        (found,) = gradients_of(run, [added], lambda _: tree.flatten(gradients))
+        seen = self._seen(full, inputs, mask)
+        if full.go_backwards:
+            found = found[:, ::-1]
+        found = np.split(found[seen], gates, axis=1)
+        return {"kernel": found, "recurrent_kernel": self.state_gradients(full.cell, rows, found)}
+
+    def state_gradients(self, cell: keras.Layer, rows: dict[str, list], gradients: list) -> list:
+        """The gradients at what the recurrent kernel of each gate of a full cell makes.
+
+        Args:
+            cell: the full cell.
+            rows: what the kernels of each gate multiply, as `rows` gives it.
+            gradients: the gradients at what the input kernel of each gate makes.
+        """
+        return gradients
+
+    def _runner(self, full: keras.Layer, **options: Any) -> keras.Layer:
+        """A recurrent layer, not built, with the options of a full layer, and no states to keep."""
+        config = {**full.get_config(), **options}
+        return type(full).from_config({**config, "stateful": False, "unroll": False})
+
+    def _seen(self, full: keras.Layer, inputs: Any, mask: Any) -> np.ndarray:
+        """Which steps are not masked, `(sequences, timesteps)`, in the order of the calculation."""
+        seen = np.ones(inputs.shape[:2], bool)
+        if mask is not None:
+            seen = ops.convert_to_numpy(mask).reshape(seen.shape).astype(bool)
+        return seen[:, ::-1] if full.go_backwards else seen
+
     def steps(
         self, full: keras.Layer, inputs: np.ndarray, mask: Any = None, initial_state: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -89,16 +144,13 @@ class RecurrentConverter(Converter):
         Returns:
             Two arrays, of `(steps, ...)`.
         """
-        config = {**full.get_config(), "return_sequences": True, "return_state": False}
-        runner = type(full).from_config({**config, "stateful": False, "unroll": False})
+        runner = self._runner(full, return_sequences=True, return_state=False)
         runner.build(inputs.shape)
         runner.cell.set_weights(full.cell.get_weights())
         outputs = ops.convert_to_numpy(runner(inputs, mask=mask, initial_state=initial_state))
-        seen = np.ones(inputs.shape[:2], bool)
-        if mask is not None:
-            seen = ops.convert_to_numpy(mask).reshape(seen.shape).astype(bool)
+        seen = self._seen(full, inputs, mask)
         if full.go_backwards:
-            inputs, seen = inputs[:, ::-1], seen[:, ::-1]
+            inputs = inputs[:, ::-1]
         if initial_state is None:
             first = np.zeros_like(outputs[:, :1])
         else:

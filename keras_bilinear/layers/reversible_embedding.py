@@ -28,9 +28,35 @@ class ReversibleEmbeddingConverter(EmbeddingConverter):
             hidden = inputs.reshape(-1, full.output_dim)
         else:
             indices = inputs
-        # The table of tied weights is fitted to how often each of its rows is looked up.
+        if full.tie_weights and reverse:
+            return {"embeddings": [hidden]}
         rows = super().rows(full, indices, **call)
         return rows if full.tie_weights else {**rows, "reverse_embeddings": [hidden]}
+
+    def gradients(
+        self,
+        full: keras.Layer,
+        inputs: np.ndarray,
+        rows: dict[str, list],
+        gradients: Any,
+        reverse: bool | None = None,
+        **call: Any,
+    ) -> dict[str, list]:
+        gradients = gradients.reshape(-1, gradients.shape[-1])
+        no_rows, no_hidden = (
+            np.empty((0, size), "float32") for size in (full.output_dim, full.input_dim)
+        )
+        if not reverse:
+            return {"embeddings": [gradients], "reverse_embeddings": [no_hidden]}
+        if full.logit_soft_cap is not None:
+            weights = self.weights(full)
+            kernel = weights["embeddings"].T if full.tie_weights else weights["reverse_embeddings"]
+            logits = inputs.reshape(-1, full.output_dim) @ kernel
+            capped = np.tanh(logits / full.logit_soft_cap)
+            gradients = gradients * (1 - capped**2)
+        if full.tie_weights:
+            return {"embeddings": [gradients]}
+        return {"embeddings": [no_rows], "reverse_embeddings": [gradients]}
 
     def statistics(self, name: str, block: np.ndarray) -> InputStatistics | IndexCounts:
         return InputStatistics(block) if name == "reverse_embeddings" else IndexCounts(block)

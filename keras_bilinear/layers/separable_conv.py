@@ -11,6 +11,7 @@ from keras_bilinear.layers.base import BilinearLayer
 from keras_bilinear.layers.conv import (
     MOST_PATCHES,
     choose_places,
+    choose_positions,
     count_positions,
     shape_of_any_size,
 )
@@ -65,6 +66,9 @@ class SeparableConvConverter(Converter):
         rows = ops.convert_to_numpy(_convolve_depthwise(full, ops.convert_to_tensor(inputs)))
         rows = np.moveaxis(rows, axis, -1)
         return {"pointwise_kernel": [rows[choose_places(rows.shape[:-1], MOST_PATCHES)]]}
+
+    def output_rows(self, full: keras.Layer, outputs: np.ndarray) -> np.ndarray:
+        return choose_positions(np.moveaxis(outputs, channel_axis(full.data_format), -1))
 
     def applications(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         return count_positions(layer, outputs)

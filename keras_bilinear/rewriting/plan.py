@@ -46,6 +46,9 @@ class LayerPlan:
         errors: the predicted error of each pair `(factors, rank)` that was looked at:
             root mean square, relative. It is the error of the kernels or, with
             calibration data, of the output.
+        losses: by how much each of these pairs is predicted to raise the loss of the model, where
+            calibration data tell. The loss is how far the outputs are from those of the full
+            model, see `plan_rewrite`.
         scale: what both output factors are multiplied by; the layer has `scale**2` times
             the units.
         input_scale: what the input factors are multiplied by: the scale of the layer
@@ -59,6 +62,7 @@ class LayerPlan:
     rank: int | None = None
     reason: str = ""
     errors: dict[Choice, float] = dataclasses.field(default_factory=dict)
+    losses: dict[Choice, float] = dataclasses.field(default_factory=dict)
     scale: int = 1
     input_scale: int = 1
 
@@ -182,6 +186,13 @@ class LayerPlan:
             return 0.0
         return self.errors.get((self.factors, self.rank))
 
+    @property
+    def loss(self) -> float | None:
+        """The predicted rise of the model's loss as planned; `None` if it is not known."""
+        if self.rank is None or self.factors is None:
+            return 0.0
+        return self.losses.get((self.factors, self.rank))
+
     def skip(self, reason: str = "on request") -> None:
         """Leaves the layer alone.
 
@@ -236,14 +247,28 @@ class RewritePlan(Tabular, Mapping):
         """Numbers that the rewritten model stores."""
         return self.other_parameters + sum(layer.parameters for layer in self.values())
 
+    @property
+    def predicted_loss(self) -> float | None:
+        """By how much the plan is predicted to raise the loss of the model, for each example.
+
+        The loss is how far the outputs are from those of the full model: for probabilities and
+        logits the Kullback-Leibler divergence in nats, for other outputs the squared error over
+        the variance. It is a sum over the layers, to second order, so it is too small where
+        errors are large. `None` without calibration data, or after edits that were not looked at.
+        """
+        losses = [layer.loss for layer in self.values()]
+        known = [loss for loss in losses if loss is not None]
+        return sum(known) if len(known) == len(losses) else None
+
     def to_json(self) -> str:
         """The plan as JSON."""
         layers = [
             {
                 **dataclasses.asdict(layer),
-                "errors": [
-                    [*factors, rank, error] for (factors, rank), error in layer.errors.items()
-                ],
+                **{
+                    name: [[*factors, rank, value] for (factors, rank), value in values.items()]
+                    for name, values in (("errors", layer.errors), ("losses", layer.losses))
+                },
             }
             for layer in self.values()
         ]
@@ -296,11 +321,15 @@ def _text(factors):
 
 def _layer_plan(content):
     factorizations = [_factorization(values) for values in content["factorizations"]]
-    errors = {
-        ((tuple(inputs), tuple(outputs)), rank): error
-        for inputs, outputs, rank, error in content["errors"]
+    # A plan of an earlier version has no losses.
+    predicted = {
+        name: {
+            ((tuple(inputs), tuple(outputs)), rank): value
+            for inputs, outputs, rank, value in content.get(name, ())
+        }
+        for name in ("errors", "losses")
     }
-    return LayerPlan(**{**content, "factorizations": factorizations, "errors": errors})
+    return LayerPlan(**{**content, "factorizations": factorizations, **predicted})
 
 
 def _factorization(content: Mapping[str, Any]) -> Factorization:

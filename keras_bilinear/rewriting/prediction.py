@@ -1,21 +1,23 @@
 """Predicted errors: what factors and a rank cost a layer, of its kernels or of its output."""
 
 import functools
+import math
 
 import keras
 import numpy as np
 
 from keras_bilinear.data import count_examples, model_batches
-from keras_bilinear.kronecker.nearest import input_index, remaining_energies
-from keras_bilinear.layers.calibration import calibrations_of, collect
+from keras_bilinear.kronecker.nearest import remaining_energies
+from keras_bilinear.layers.calibration import calibrations_of, collect, collect_gradients
 from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples
+from keras_bilinear.rewriting.output_gradients import output_gradients
 from keras_bilinear.rewriting.plan import Candidates, RewritePlan
 from keras_bilinear.rewriting.sites import walk
 
-# Near-square kernels whose linear systems have more unknowns take long to fit. They are fitted
-# only where near-square kernels of lower rank are not behind kernels of low rank of their size.
-FEW_UNKNOWNS = 512
+# A fit of a near-square kernel takes long. It is tried where its estimated error, times this
+# share, is below the error of kernels of low rank that are no larger.
+HOPE = 0.8
 
 
 def predict_errors(
@@ -23,7 +25,7 @@ def predict_errors(
 ) -> None:
     """Fills in the `errors` of each layer of a plan.
 
-    With calibration data, ranks that take long to fit may be left out: see `FEW_UNKNOWNS`.
+    With calibration data, ranks that take long to fit may be left out: see `HOPE`.
 
     Args:
         model: the full model.
@@ -41,17 +43,21 @@ def predict_errors(
     layers = {path: sites[path] for path in ranks}
     calibrations = calibrations_of(layers)
     layers = {path: layers[path] for path in calibrations}
-    examples = 0
+    examples, weigh = 0, output_gradients(model, batches)
     for batch in batches:
         examples += count_examples(batch)
-        for path, calls in collect(model, layers, batch).items():
-            for inputs, options in calls:
-                calibrations[path].add(inputs, **options)
+        seen = collect(model, layers, batch)
+        if weigh is not None:
+            gradients = collect_gradients(model, layers, batch, seen, weigh)
+        for path, calls in seen.items():
+            for index, (inputs, options, outputs) in enumerate(calls):
+                gradient = None if weigh is None else gradients[path][index]
+                calibrations[path].add(inputs, None, gradient, outputs, **options)
     warn_of_few_examples(calibrations, examples)
     for path, calibration in calibrations.items():
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():
-            _note_fitted_errors(plan[path], ranks[path], calibration)
+            _note_fitted_errors(plan[path], ranks[path], calibration, examples, weigh is not None)
 
 
 def _by_factors(choices):
@@ -65,46 +71,59 @@ def _by_factors(choices):
 def _note_errors(layer, ranks_of_factors, predict):
     """Fills in the errors of a layer for `{factors: ranks}`."""
     for factors, ranks in ranks_of_factors.items():
-        errors = predict(layer.with_factors(factors), ranks)
+        errors, losses = predict(layer.with_factors(factors), ranks)
         layer.errors.update({(factors, rank): error for rank, error in errors.items()})
+        layer.losses.update({(factors, rank): loss for rank, loss in losses.items()})
 
 
-def _note_fitted_errors(layer, ranks_of_factors, calibration):
+def _note_fitted_errors(layer, ranks_of_factors, calibration, examples, weighed):
     """Fills in the errors of a layer's outputs, without ranks that cannot be the best choice.
 
-    Kernels of low rank are fast to fit, so they come first. Near-square kernels that take long
-    to fit are left out where near-square kernels of lower rank are already behind.
+    Kernels of low rank are fast to fit, so they come first. Near-square kernels are fitted only
+    where they may be ahead of them, as far as an estimate tells.
     """
+
+    def predict(factorizations, ranks):
+        errors, losses = calibration.errors(factorizations, ranks)
+        if not weighed:
+            return errors, {}
+        return errors, {rank: loss / examples for rank, loss in losses.items()}
+
     kernels = {factors: layer.with_factors(factors)[0] for factors in ranks_of_factors}
     for factors in sorted(kernels, key=lambda factors: not kernels[factors].is_low_rank):
-        kernel, ranks = kernels[factors], ranks_of_factors[factors]
-        few = ranks
-        if not kernel.is_low_rank:
-            unknowns = max(input_index(kernel).shape)
-            few = [rank for rank in ranks if rank * unknowns <= FEW_UNKNOWNS]
-        many = [rank for rank in ranks if rank not in few]
-        if few:
-            _note_errors(layer, {factors: few}, calibration.errors)
-        if many and few and _is_behind(layer, factors, few[-1]):
-            for rank in many:
+        ranks = ranks_of_factors[factors]
+        if not kernels[factors].is_low_rank and len(kernels) > 1:
+            estimates = calibration.estimated_errors(layer.with_factors(factors), ranks)
+            ahead = [
+                rank
+                for rank in ranks
+                if _least_error(layer, layer.parameters_at(rank, factors), factors)
+                > HOPE * estimates[rank]
+            ]
+            for rank in {*ranks} - {*ahead}:
                 del layer.errors[factors, rank]
-        elif many:
-            _note_errors(layer, {factors: many}, calibration.errors)
+            ranks = ahead
+        if ranks:
+            _note_errors(layer, {factors: ranks}, predict)
 
 
-def _is_behind(layer, factors, rank):
-    """Whether other factors have a smaller error and take no more parameters."""
-    size, error = layer.parameters_at(rank, factors), layer.errors[factors, rank]
-    return any(
-        other_factors != factors
-        and other_error < error
-        and layer.parameters_at(other_rank, other_factors) <= size
-        for (other_factors, other_rank), other_error in layer.errors.items()
+def _least_error(layer, size, factors):
+    """The least error of other factors that take no more parameters; infinite if none do."""
+    return min(
+        (
+            error
+            for (other_factors, rank), error in layer.errors.items()
+            if other_factors != factors and layer.parameters_at(rank, other_factors) <= size
+        ),
+        default=math.inf,
     )
 
 
 def _kernel_errors(layer, factorizations, ranks):
-    """`{rank: error}` of the kernels of a full layer: root mean square over them, relative."""
+    """`{rank: error}` of the kernels of a full layer: root mean square over them, relative.
+
+    A second dictionary, of losses, stays empty.
+    """
     blocks = converter_of(layer).kernels(layer)
     left, total = np.zeros(max(ranks) + 1), 0.0
     for kernels, factorization in zip(blocks.values(), factorizations, strict=True):
@@ -112,4 +131,4 @@ def _kernel_errors(layer, factorizations, ranks):
         # Each kernel counts the same, whatever its size.
         left += energies / energies[0] if energies[0] else 0
         total += 1
-    return {rank: float(np.sqrt(left[rank] / total)) for rank in ranks}
+    return {rank: float(np.sqrt(left[rank] / total)) for rank in ranks}, {}

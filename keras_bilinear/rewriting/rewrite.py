@@ -15,11 +15,17 @@ from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import refresh, replace_in_place, restore, snapshot
 from keras_bilinear.keras_private.training import compile_alike
 from keras_bilinear.kronecker.factorization import check_positive_int
-from keras_bilinear.layers.calibration import Calibration, calibrations_of, collect
+from keras_bilinear.layers.calibration import (
+    Calibration,
+    calibrations_of,
+    collect,
+    collect_gradients,
+)
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
 from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
+from keras_bilinear.rewriting.output_gradients import output_gradients
 from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
 from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
 from keras_bilinear.rewriting.planner import make_plan, plan_layer
@@ -173,9 +179,10 @@ def rewrite_layers(
     """
     sites = [site for site in sites if site.path in plan and plan[site.path].rank is not None]
     before, full, used = snapshot(all_layers(model)), [], {}
+    weigh = None if batches is None else output_gradients(model, batches)
     try:
         for group in _groups(sites, batches):
-            calibrations = _calibrate(model, full, group, batches)
+            calibrations = _calibrate(model, full, group, batches, weigh)
             used |= calibrations
             full += snapshot(site.layer for site in group)
             for site in group:
@@ -388,7 +395,7 @@ def _groups(sites, batches):
     return [sites[start : start + size] for start in range(0, len(sites), size)]
 
 
-def _calibrate(model, full, group, batches):
+def _calibrate(model, full, group, batches, weigh):
     """`{path: Calibration}` of the layers of a group.
 
     Args:
@@ -397,6 +404,7 @@ def _calibrate(model, full, group, batches):
             them.
         group: the sites of the layers.
         batches: the calibration data, or `None`.
+        weigh: draws gradients at the outputs of the full model; `None` to weigh all outputs alike.
     """
     if batches is None:
         return {}
@@ -409,13 +417,15 @@ def _calibrate(model, full, group, batches):
         restore(full)
         try:
             seen_full = collect(model, layers, batch)
+            if weigh is not None:
+                gradients = collect_gradients(model, layers, batch, seen_full, weigh)
         finally:
             restore(rewritten)
         for path, calibration in calibrations.items():
-            for (inputs, options), (full_inputs, _) in zip(
-                seen[path], seen_full[path], strict=True
-            ):
-                calibration.add(inputs, full_inputs, **options)
+            for index, (inputs, options, _) in enumerate(seen[path]):
+                full_inputs, _, outputs = seen_full[path][index]
+                gradient = None if weigh is None else gradients[path][index]
+                calibration.add(inputs, full_inputs, gradient, outputs, **options)
     return {
         path: calibration
         for path, calibration in calibrations.items()

@@ -113,8 +113,13 @@ class _Item:
     choice: Choice | None
 
     @property
-    def error(self):
-        return 0.0 if self.choice is None else self.layer.errors[self.choice]
+    def cost(self):
+        """The predicted rise of the loss or, where it is not known, the squared error."""
+        if self.choice is None:
+            return 0.0
+        if self.layer.losses:
+            return self.layer.losses[self.choice]
+        return self.layer.errors[self.choice] ** 2
 
     @property
     def size(self):
@@ -156,11 +161,11 @@ def _solve(items: list[_Item], most: float, full_parameters: int) -> list[_Item]
 
     An integer program with one variable for each item: 1 where the item is taken.
     """
-    errors = np.array([item.error**2 for item in items])
+    costs = np.array([item.cost for item in items])
     sizes = np.array([item.size for item in items], "float64")
     solution = optimize.milp(
         # Among equal errors the smaller plan.
-        errors + 1e-9 * sizes / full_parameters,
+        costs + 1e-9 * sizes / full_parameters,
         integrality=np.ones(len(items)),
         bounds=(0, 1),
         options={

@@ -220,7 +220,7 @@ def test_the_call_says_which_way_an_embedding_goes():
     model = keras.Model(inputs, layer(hidden, reverse=True))
     x = draw_indices(50, 20, 16).astype("float32")
     calibration = Calibration(full_converter(type(layer)), layer)
-    for one, options in collect(model, {"": layer}, x)[""]:
+    for one, options, _ in collect(model, {"": layer}, x)[""]:
         calibration.add(one, **options)
     counts = {name: blocks[0].count for name, blocks in calibration.statistics.items()}
     assert counts == {"embeddings": 320, "reverse_embeddings": 320}
