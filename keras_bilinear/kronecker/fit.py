@@ -17,6 +17,7 @@ from keras_bilinear.kronecker.low_rank import low_rank_error, low_rank_terms
 from keras_bilinear.kronecker.nearest import leading_energies, leading_terms, nearest_kronecker_sum
 from keras_bilinear.kronecker.output_metric import OutputMetric
 from keras_bilinear.kronecker.statistics import Statistics
+from keras_bilinear.progress import track
 
 # At most so many sweeps. Each solves exactly for one factor, then for the other one, so the
 # error only falls.
@@ -122,7 +123,10 @@ def fit_errors(
         *_, errors = low_rank_terms(problem, factorization.rank)
         return FitErrors({rank: errors[rank] for rank in ranks}, squares)
     starts = _starts(statistics, metric, problems, factorization)
-    fits = {rank: _fit(problems, [start.first(rank) for start in starts], sweeps) for rank in ranks}
+    fits = {
+        rank: _fit(problems, [start.first(rank) for start in starts], sweeps)
+        for rank in track(ranks, "fitting", name=lambda rank: f"rank {rank}")
+    }
     return FitErrors({rank: _relative(problems, fit) for rank, fit in fits.items()}, squares)
 
 
@@ -196,7 +200,7 @@ def _fit(problems, starts, sweeps):
     losses = [_loss(problems, start) for start in starts]
     loss = min(losses)
     factors = best = starts[losses.index(loss)]
-    for _ in range(sweeps):
+    for _ in track(range(sweeps), "solving for the factors"):
         before = loss
         factors, loss = _sweep(problems, factors)
         if loss < before:

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_bilinear.keras_private.capture import record
 from keras_bilinear.layers.calibration import Calibration
+from keras_bilinear.progress import track
 from keras_bilinear.rewriting.sites import walk
 from keras_bilinear.rewriting.training_batches import enough
 
@@ -42,7 +43,7 @@ def warn_of_other_inputs(model: keras.Model, batches: Iterable[Any]) -> None:
         return
     layers = {path: layer for path, (layer, *_) in known.items()}
     sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
-    for batch in enough(batches):
+    for batch in track(enough(batches), "checking the calibration data"):
         inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
         for path, calls in record(model, layers, inputs, _sums_along_axes).items():
             axis = known[path][1]

@@ -8,6 +8,7 @@ import keras
 from keras_bilinear.data import model_batches
 from keras_bilinear.kronecker.nearest import input_index
 from keras_bilinear.layers.converter import converter_of
+from keras_bilinear.progress import shown
 from keras_bilinear.rewriting.choice import Choices, check_choices, choose, choose_ranks
 from keras_bilinear.rewriting.data_checks import warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
@@ -42,6 +43,7 @@ def plan_rewrite(
     scale: int = 1,
     low_rank: bool = True,
     exclude: Choices | None = None,
+    verbose: int | str = "auto",
 ) -> RewritePlan:
     """Plans which layers of a model become bilinear, with what factors and of what rank.
 
@@ -89,6 +91,8 @@ def plan_rewrite(
         exclude: layers that are left alone, chosen as `layers` are, but for the mapping;
             `None` for no such layers. It goes before `layers`.
             `exclude=[model.layers[0], model.layers[-1]]` keeps the first and the last layer.
+        verbose: 1 shows on stderr, or in a notebook, how far the work is and how long it will
+            take; 0 shows nothing. `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
     Returns:
         A `RewritePlan`.
@@ -110,11 +114,12 @@ def plan_rewrite(
         raise ValueError("The model has a plan already: give it to `rewrite_model`.")
     limits = Limits(budget, max_params, max_error)
     options = PlanOptions(limits, rank, layers, scale, low_rank, exclude)
-    check_built(model)
-    batches = model_batches(calibration_data, model)
-    if batches is not None:
-        warn_of_other_inputs(model, batches)
-    return make_plan(model, options, batches)
+    with shown(verbose):
+        check_built(model)
+        batches = model_batches(calibration_data, model)
+        if batches is not None:
+            warn_of_other_inputs(model, batches)
+        return make_plan(model, options, batches)
 
 
 def make_plan(model: keras.Model, options: PlanOptions, calibration_data=None) -> RewritePlan:

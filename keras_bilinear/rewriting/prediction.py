@@ -10,6 +10,7 @@ from keras_bilinear.data import count_examples, model_batches
 from keras_bilinear.kronecker.nearest import remaining_energies
 from keras_bilinear.layers.calibration import calibrations_of, collect, collect_gradients
 from keras_bilinear.layers.converter import converter_of
+from keras_bilinear.progress import track
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples
 from keras_bilinear.rewriting.output_gradients import output_gradients
 from keras_bilinear.rewriting.plan import Candidates, RewritePlan
@@ -35,7 +36,7 @@ def predict_errors(
     """
     sites = {site.path: site.layer for site in walk(model)}
     ranks = {path: _by_factors(choices) for path, choices in candidates.items() if choices}
-    for path, ranks_of_factors in ranks.items():
+    for path, ranks_of_factors in _track_layers(plan, ranks, "predicting the error of"):
         _note_errors(plan[path], ranks_of_factors, functools.partial(_kernel_errors, sites[path]))
     batches = model_batches(calibration_data, model)
     if batches is None:
@@ -44,7 +45,7 @@ def predict_errors(
     calibrations = calibrations_of(layers)
     layers = {path: layers[path] for path in calibrations}
     examples, weigh = 0, output_gradients(model, batches)
-    for batch in batches:
+    for batch in track(batches, "reading the calibration data"):
         examples += count_examples(batch)
         seen = collect(model, layers, batch)
         if weigh is not None:
@@ -54,10 +55,20 @@ def predict_errors(
                 gradient = None if weigh is None else gradients[path][index]
                 calibrations[path].add(inputs, None, gradient, outputs, **options)
     warn_of_few_examples(calibrations, examples)
-    for path, calibration in calibrations.items():
+    for path, calibration in _track_layers(plan, calibrations, "fitting"):
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():
             _note_fitted_errors(plan[path], ranks[path], calibration, examples, weigh is not None)
+
+
+def _track_layers(plan, items, description):
+    """Yields the items of a dictionary by paths, and shows how far they are."""
+    return track(
+        items.items(),
+        description,
+        name=lambda item: item[0],
+        size=lambda item: plan[item[0]].full_parameters,
+    )
 
 
 def _by_factors(choices):

@@ -22,6 +22,7 @@ from keras_bilinear.layers.calibration import (
     collect_gradients,
 )
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
+from keras_bilinear.progress import check_verbose, shown, track
 from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
@@ -56,6 +57,7 @@ def rewrite_model(
     scale: int = 1,
     low_rank: bool = True,
     exclude: Choices | None = None,
+    verbose: int | str = "auto",
 ) -> keras.Model:
     """Makes a smaller model from a trained model.
 
@@ -100,6 +102,8 @@ def rewrite_model(
         exclude: layers that are left alone, chosen as `layers` are, but for the mapping;
             `None` for no such layers. It goes before `layers`.
             `exclude=[model.layers[0], model.layers[-1]]` keeps the first and the last layer.
+        verbose: 1 shows on stderr, or in a notebook, how far the work is and how long it will
+            take; 0 shows nothing. `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
     Returns:
         A new model with the same names, weights and losses, whose planned
@@ -133,6 +137,12 @@ def rewrite_model(
     options = PlanOptions(limits, rank, layers, scale, low_rank, exclude)
     if plan is not None and options != PlanOptions():
         raise ValueError("A plan and arguments for making one exclude each other.")
+    with shown(verbose):
+        return _rewrite(model, plan, options, calibration_data)
+
+
+def _rewrite(model, plan, options, calibration_data):
+    """What `rewrite_model` returns, for a plan or else for options."""
     check_built(model)
     batches = model_batches(calibration_data, model)
     if batches is not None:
@@ -181,11 +191,16 @@ def rewrite_layers(
     before, full, used = snapshot(all_layers(model)), [], {}
     weigh = None if batches is None else output_gradients(model, batches)
     try:
-        for group in _groups(sites, batches):
+        for group in track(
+            _groups(sites, batches),
+            "rewriting",
+            _names,
+            lambda group: sum(plan[site.path].full_parameters for site in group),
+        ):
             calibrations = _calibrate(model, full, group, batches, weigh)
             used |= calibrations
             full += snapshot(site.layer for site in group)
-            for site in group:
+            for site in track(group, "fitting", lambda site: site.path):
                 _make_bilinear(site, plan[site.path], calibrations.get(site.path))
             store_replacement(group)
     except BaseException:
@@ -228,10 +243,12 @@ class Rewriter:
         plan: the `RewritePlan` of the model, such as `plan_rewrite` makes it, without a
             `scale`. Or a positive integer: the rank of every layer, with near-square
             factors, where this rank saves anything.
+        verbose: 1 shows on stderr, or in a notebook, which layer is under way; 0 shows
+            nothing. `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
     Raises:
-        ValueError: if `plan` is neither, or if the plan has a scale. In `clone_model`, if
-            a layer cannot be rewritten.
+        ValueError: if `plan` is neither, if the plan has a scale, or if `verbose` is not
+            valid. In `clone_model`, if a layer cannot be rewritten.
         RuntimeError: in `clone_model`, if a layer cannot be rewritten for another reason.
 
     Example:
@@ -242,7 +259,8 @@ class Rewriter:
     (4160, 320)
     """
 
-    def __init__(self, plan: RewritePlan | int):
+    def __init__(self, plan: RewritePlan | int, verbose: int | str = "auto"):
+        check_verbose(verbose)
         if not isinstance(plan, RewritePlan):
             plan = check_positive_int("plan", plan)
         elif any(layer.scaled for layer in plan.values()):
@@ -250,7 +268,7 @@ class Rewriter:
                 "A plan with a scale changes shapes, which `clone_model` does not: use "
                 "`rewrite_model`."
             )
-        self.plan = plan
+        self.plan, self.verbose = plan, verbose
 
     def __call__(self, layer: keras.Layer) -> keras.Layer:
         if not isinstance(layer, keras.Layer):  # an operation, such as `keras.ops.relu`
@@ -271,8 +289,9 @@ class Rewriter:
         tied = tied_variables(layer)
         plans = [(cloned, self._plan_of(site, tied)) for site, cloned in pairs]
         replaced = [(cloned, plan) for cloned, plan in plans if plan and plan.rank]
-        for cloned, plan in replaced:
-            _make_bilinear(cloned, plan, None)
+        with shown(self.verbose):
+            for cloned, plan in track(replaced, "rewriting", lambda pair: pair[0].path):
+                _make_bilinear(cloned, plan, None)
         store_replacement(cloned for cloned, _ in replaced)
         refresh(copy)
         return copy
@@ -395,6 +414,12 @@ def _groups(sites, batches):
     return [sites[start : start + size] for start in range(0, len(sites), size)]
 
 
+def _names(group):
+    """The names of the layers of a group, in a few words."""
+    first, last = group[0].path, group[-1].path
+    return first if len(group) == 1 else f"{first} to {last}"
+
+
 def _calibrate(model, full, group, batches, weigh):
     """`{path: Calibration}` of the layers of a group.
 
@@ -411,7 +436,7 @@ def _calibrate(model, full, group, batches, weigh):
     layers = {site.path: site.layer for site in group}
     calibrations = calibrations_of(layers)
     layers = {path: layers[path] for path in calibrations}
-    for batch in batches:
+    for batch in track(batches, "reading the calibration data"):
         seen = collect(model, layers, batch)
         rewritten = snapshot(layer for layer, *_ in full)
         restore(full)
