@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 import rich.console
 
-from keras_bilinear import Rewriter, plan_rewrite, progress, rewrite_model
+from keras_bilinear import (
+    Rewriter,
+    compare,
+    export_litert,
+    plan_rewrite,
+    progress,
+    rewrite_model,
+    summarize,
+)
+from keras_bilinear.litert import export
 from keras_bilinear.progress import shown, track, working
+from keras_bilinear.reports import summary
+from keras_bilinear.reports.timing import median_seconds
 
 # Erases the line and shows the cursor again.
 CLEAN = "\r\x1b[2K\x1b[?25h\r"
@@ -166,6 +177,9 @@ def test_verbose_is_checked_before_the_work(verbose):
         lambda: plan_rewrite(full, calibration_data=data, verbose=verbose),
         lambda: rewrite_model(full, calibration_data=data, verbose=verbose),
         lambda: Rewriter(1, verbose=verbose),
+        lambda: summarize(full, data, verbose=verbose),
+        lambda: compare(full, full, data, verbose=verbose),
+        lambda: export_litert(full, "model.tflite", representative_data=data, verbose=verbose),
     ):
         with pytest.raises(ValueError, match=re.escape(f"Received: verbose={verbose!r}")):
             call()
@@ -194,3 +208,34 @@ def test_plans_and_rewrites_show_what_layer_they_are_at(notebook, monkeypatch):
     plan_rewrite(full, 0.5, calibration_data=X, verbose=0)
     rewrite_model(full, plan, X, verbose=0)
     assert not notebook
+
+
+def test_reports_and_exports_show_what_they_do(notebook, monkeypatch, tmp_path):
+    monkeypatch.setattr(progress, "_NOTEBOOK_PAUSE", 0)
+    monkeypatch.setattr(summary, "median_seconds", lambda functions: [1.0 for _ in functions])
+    full = model()
+    summarize(full, (X, X))
+    assert f"measuring the accuracy of {full.name}" in "".join(notebook)
+    compare(full, full, X, verbose=1)
+    assert notebook.pop() == ""
+    notebook.clear()
+    compare(full, full, (X, X), verbose=0)
+    summarize(full, (X, X), verbose=0)
+    assert not notebook
+
+    def fail(*arguments):
+        raise ValueError("no such operation")
+
+    monkeypatch.setattr(export, "convert", fail)
+    with pytest.raises(ValueError, match="no such operation"):
+        export_litert(full, tmp_path / "model.tflite")
+    assert "converting the model" in "".join(notebook)
+    assert notebook[-1] == ""
+
+
+def test_timing_shows_its_rounds(notebook, monkeypatch):
+    monkeypatch.setattr(progress, "_NOTEBOOK_PAUSE", 0)
+    with shown():
+        median_seconds([int], rounds=2, burst=0)
+    assert "compiling" in notebook[0]
+    assert any("timing" in html for html in notebook)

@@ -5,6 +5,7 @@ keras-bilinear expand SMALL.keras FULL.keras
 
 from keras_bilinear.cli import saved
 from keras_bilinear.cli.errors import command_errors
+from keras_bilinear.progress import shown, working
 from keras_bilinear.rewriting.rewrite import expand_model
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> None:
     """
     source, output = saved.file_names(argv, "SMALL.keras", "FULL.keras")
     saved.check_output(output, ".keras")
-    with saved.progress(f"expanding {source}"):
+    with shown(), working(f"expanding {source}"):
         model = saved.load(source)
         with command_errors(ValueError):
             full = expand_model(model)

@@ -10,6 +10,7 @@ from keras_bilinear.cli import saved
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.litert.export import TOLERANCES, export_litert
 from keras_bilinear.messages import require
+from keras_bilinear.progress import shown, working
 
 FLAGS = flags.FLAGS
 
@@ -63,9 +64,9 @@ def main(argv: list[str]) -> None:
     with command_errors(ImportError):
         require("ai_edge_litert", "tensorflow", extra="litert")
     shapes = _input_shapes(FLAGS.input_shape)
-    with saved.progress(f"exporting {source}") as bar:
+    with shown(), working(f"exporting {source}"):
         model = saved.load(source)
-        data = saved.read_data(model, bar, "representative_data")
+        data = saved.read_data(model, "representative_data")
         with command_errors(ValueError, RuntimeError, ImportError, OSError):
             report = export_litert(
                 model,

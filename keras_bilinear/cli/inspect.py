@@ -12,6 +12,7 @@ from keras_bilinear.cli import saved
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.files import staged
 from keras_bilinear.messages import reason
+from keras_bilinear.progress import shown, working
 from keras_bilinear.reports.summary import compare, summarize
 
 FLAGS = flags.FLAGS
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
     if output:
         saved.check_output(output, ".json", ".png", ".svg")
-    with saved.progress(f"inspecting {' and '.join(map(str, sources))}"):
+    with shown(), working(f"inspecting {' and '.join(map(str, sources))}"):
         models = [saved.load(source) for source in sources]
         data = None
         if FLAGS.dataset:

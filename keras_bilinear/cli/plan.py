@@ -8,6 +8,7 @@ import pathlib
 from absl import flags
 
 from keras_bilinear.cli import saved
+from keras_bilinear.progress import shown, working
 
 FLAGS = flags.FLAGS
 
@@ -33,9 +34,9 @@ def main(argv: list[str]) -> None:
     output = pathlib.Path(FLAGS.output) if FLAGS.output else None
     if output:
         saved.check_output(output, ".json")
-    with saved.progress(f"planning {source}") as bar:
+    with shown(), working(f"planning {source}"):
         model = saved.load(source)
-        plan = saved.make_plan(model, saved.read_data(model, bar))
+        plan = saved.make_plan(model, saved.read_data(model))
     print(plan, end="")
     if output:
         saved.write(plan.to_json() + "\n", output)

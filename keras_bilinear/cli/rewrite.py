@@ -10,6 +10,7 @@ from absl import flags
 
 from keras_bilinear.cli import saved
 from keras_bilinear.cli.errors import CommandError, command_errors
+from keras_bilinear.progress import shown, working
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.rewrite import rewrite_model
 
@@ -38,9 +39,9 @@ def main(argv: list[str]) -> None:
     limits = ("budget", "max_params", "max_error", "rank", "scale", "low_rank")
     if FLAGS.plan and any(getattr(FLAGS, name) is not None for name in limits):
         raise CommandError(f"--plan and --{', --'.join(limits)} exclude each other")
-    with saved.progress(f"rewriting {source}") as bar:
+    with shown(), working(f"rewriting {source}"):
         model = saved.load(source)
-        data = saved.read_data(model, bar)
+        data = saved.read_data(model)
         plan = _read_plan(pathlib.Path(FLAGS.plan)) if FLAGS.plan else saved.make_plan(model, data)
         with command_errors(ValueError):
             small = rewrite_model(model, plan, data)

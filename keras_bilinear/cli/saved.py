@@ -1,15 +1,12 @@
 """What the commands on saved models share: flags, reading and writing."""
 
-import contextlib
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 import numpy as np
-import rich.console
-import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets
@@ -164,14 +161,11 @@ def write(text: str, path: pathlib.Path) -> None:
         (folder / path.name).write_text(text)
 
 
-def read_data(
-    model: keras.Model, bar: rich.progress.Progress, flag: str = "calibration"
-) -> Iterable[Any] | None:
+def read_data(model: keras.Model, flag: str = "calibration") -> Iterable[Any] | None:
     """Reads the inputs that a flag names.
 
     Args:
         model: the model that takes the inputs.
-        bar: shows each pass through the data.
         flag: name of the flag, which `define_data_flags` defined.
 
     Returns:
@@ -194,24 +188,7 @@ def read_data(
         raise CommandError(f"{name!r} has no inputs of the model: {reason(error)}") from error
     data = keras.tree.map_structure(lambda values: values[: FLAGS.examples], data)
     with command_errors(ValueError):
-        data = [*model_batches(data, model, name)]
-    return _ShownBatches(data, bar, flag.replace("_", " "))
-
-
-class _ShownBatches:
-    """Batches that show in a progress bar how far each pass through them is."""
-
-    def __init__(self, batches, bar, name):
-        self._batches, self._bar, self._name = batches, bar, name
-
-    def __iter__(self):
-        task = self._bar.add_task(self._name, total=len(self._batches))
-        try:
-            for batch in self._batches:
-                yield batch
-                self._bar.advance(task)
-        finally:
-            self._bar.remove_task(task)
+        return [*model_batches(data, model, name)]
 
 
 def _read(name):
@@ -248,21 +225,3 @@ def make_plan(model: keras.Model, data: Iterable[Any] | None) -> RewritePlan:
             scale=1 if FLAGS.scale is None else FLAGS.scale,
             low_rank=FLAGS.low_rank is not False,
         )
-
-
-@contextlib.contextmanager
-def progress(description: str) -> Iterator[rich.progress.Progress]:
-    """A context that shows a progress bar on stderr, if that is a terminal.
-
-    Args:
-        description: what the command does.
-
-    Yields:
-        The bar, to which tasks can be added.
-    """
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(
-        console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        bar.add_task(description, total=None)
-        yield bar

@@ -125,7 +125,7 @@ def fit_errors(
     starts = _starts(statistics, metric, problems, factorization)
     fits = {
         rank: _fit(problems, [start.first(rank) for start in starts], sweeps)
-        for rank in track(ranks, "fitting", name=lambda rank: f"rank {rank}")
+        for rank in track(ranks, "fitting", lambda rank: f"rank {rank}", lambda rank: rank**2)
     }
     return FitErrors({rank: _relative(problems, fit) for rank, fit in fits.items()}, squares)
 

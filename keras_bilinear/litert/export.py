@@ -20,6 +20,7 @@ from keras_bilinear.litert.converter import convert, named_outputs
 from keras_bilinear.litert.inputs import input_specs, read_examples
 from keras_bilinear.litert.report import LiteRTReport
 from keras_bilinear.litert.run import run_litert
+from keras_bilinear.progress import check_verbose, shown, working
 from keras_bilinear.rewriting.sites import check_built
 
 # For each kind of quantization, the largest difference from the model that is allowed.
@@ -38,6 +39,7 @@ def export_litert(
     unroll: bool | None = None,
     quantize_io: bool = False,
     tolerance: float | None = None,
+    verbose: int | str = "auto",
 ) -> LiteRTReport:
     """Writes a model as a `.tflite` file, which the stock LiteRT interpreter runs.
 
@@ -73,6 +75,8 @@ def export_litert(
         tolerance: the largest root mean square difference from the outputs of the model, relative
             to their root mean square. `None` allows 1e-4 in float32, 1e-2 with `"float16"`, 0.1
             with `"dynamic_int8"` and 0.2 with `"int8"`.
+        verbose: 1 shows on stderr, or in a notebook, what is done; 0 shows nothing.
+            `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
     Returns:
         A `LiteRTReport`: size, operations, latency, memory and difference of the file.
@@ -96,6 +100,7 @@ def export_litert(
     """
     path = pathlib.Path(path)
     _check_arguments(model, quantize, representative_data, unroll, quantize_io, tolerance)
+    check_verbose(verbose)
     _check_path(path)
     arguments = input_specs(model, input_shapes)
     if unroll is None:
@@ -104,12 +109,18 @@ def export_litert(
         tolerance = TOLERANCES[quantize]
     examples = read_examples(model, arguments, representative_data)
     compared = {name: values[:COMPARED] for name, values in examples.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+    with (
+        shown(verbose),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder,
+    ):
         file = pathlib.Path(folder, path.name)
         model = inference_twin(model, unroll)
-        convert(model, file, arguments, examples, quantize, quantize_io)
-        run = run_litert(file, compared)
-        difference = _difference(run.outputs, _expected(model, arguments, compared))
+        with working("converting the model"):
+            convert(model, file, arguments, examples, quantize, quantize_io)
+        with working("running the LiteRT file"):
+            run = run_litert(file, compared)
+        with working("running the model"):
+            difference = _difference(run.outputs, _expected(model, arguments, compared))
         if not difference <= tolerance:
             raise ValueError(
                 f"The outputs of the LiteRT file differ from the model's by {difference:.2g}, more "

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_bilinear.data import batch_size, describe, model_batches
 from keras_bilinear.keras_private.graph import output_operations
+from keras_bilinear.progress import track
 
 
 def zeros(model: keras.Model) -> Any:
@@ -150,7 +151,7 @@ def accuracy(model: keras.Model, examples: Iterable[Any]) -> float | dict[str, f
         ValueError: if the labels do not fit the outputs.
     """
     right, total, several = collections.Counter(), collections.Counter(), False
-    for batch in examples:
+    for batch in track(examples, f"measuring the accuracy of {model.name}"):
         inputs, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if labels is None:
             return None

@@ -14,6 +14,7 @@ import rich.table
 
 from keras_bilinear.keras_private.capture import record
 from keras_bilinear.keras_private.graph import states_kept
+from keras_bilinear.progress import shown
 from keras_bilinear.reports.accuracy import accuracy, first_example, read_examples, zeros
 from keras_bilinear.reports.macs import count_call, count_workspace
 from keras_bilinear.reports.plots import (
@@ -229,7 +230,7 @@ class Comparison(Tabular):
         return finish_figure(figure, f"{_title(self.full)} to {_title(self.small)}", path)
 
 
-def summarize(model: keras.Model, data: Any = None) -> Summary:
+def summarize(model: keras.Model, data: Any = None, verbose: int | str = "auto") -> Summary:
     """Finds what a model costs: parameters, bytes, operations, activations and latency.
 
     Operations and activations depend on the backend and the device: on a GPU most layers form their
@@ -246,14 +247,16 @@ def summarize(model: keras.Model, data: Any = None) -> Summary:
             Inputs without labels, an array or a dictionary of arrays, give no accuracy. A model
             that does not tell the shape of its inputs needs them: a subclassed model, or a model
             with a size that is not fixed. `None` measures on zeros.
+        verbose: 1 shows on stderr, or in a notebook, how far the work is; 0 shows nothing.
+            `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
     Returns:
         A `Summary`, which prints as a table.
 
     Raises:
         TypeError: if `data` are neither arrays nor an iterable of batches.
-        ValueError: if the model is not built, if `data` have no batch, or if the labels do not
-            fit the outputs.
+        ValueError: if the model is not built, if `data` have no batch, if the labels do not
+            fit the outputs, or if `verbose` is not valid.
 
     Example:
 
@@ -262,11 +265,14 @@ def summarize(model: keras.Model, data: Any = None) -> Summary:
     >>> summary.parameters, summary.bytes, summary.macs
     (512, 2048, 3072)
     """
-    (summary,) = _summaries([model], data)
+    with shown(verbose):
+        (summary,) = _summaries([model], data)
     return summary
 
 
-def compare(full: keras.Model, small: keras.Model, data: Any = None) -> Comparison:
+def compare(
+    full: keras.Model, small: keras.Model, data: Any = None, verbose: int | str = "auto"
+) -> Comparison:
     """Puts two models side by side, such as a full model and the result of `rewrite_model`.
 
     Both models are measured in turns, so that a machine whose speed drifts treats them alike.
@@ -283,14 +289,16 @@ def compare(full: keras.Model, small: keras.Model, data: Any = None) -> Comparis
             Inputs without labels, an array or a dictionary of arrays, give no accuracy. Models
             that do not tell the shape of their inputs need them: subclassed models, or models
             with a size that is not fixed. `None` measures on zeros.
+        verbose: 1 shows on stderr, or in a notebook, how far the work is; 0 shows nothing.
+            `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
     Returns:
         A `Comparison`, which prints as a table.
 
     Raises:
         TypeError: if `data` are neither arrays nor an iterable of batches.
-        ValueError: if a model is not built, if `data` have no batch, or if the labels do not
-            fit the outputs.
+        ValueError: if a model is not built, if `data` have no batch, if the labels do not
+            fit the outputs, or if `verbose` is not valid.
 
     Example:
 
@@ -300,7 +308,8 @@ def compare(full: keras.Model, small: keras.Model, data: Any = None) -> Comparis
     >>> comparison.full.parameters, comparison.small.parameters
     (16640, 768)
     """
-    full_summary, small_summary = _summaries([full, small], data)
+    with shown(verbose):
+        full_summary, small_summary = _summaries([full, small], data)
     return Comparison(full_summary, small_summary)
 
 

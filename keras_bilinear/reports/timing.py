@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_bilinear.kronecker.target import on_gpu
+from keras_bilinear.progress import track
 
 
 def median_seconds(
@@ -25,11 +26,11 @@ def median_seconds(
         rounds: number of turns of each function.
         burst: seconds of a turn.
     """
-    for function in functions:
+    for function in track(functions, "compiling"):
         function()
         function()
     times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds):
+    for _ in track(range(rounds), "timing"):
         for function, counted in zip(functions, times, strict=True):
             calls, end = [], time.perf_counter() + burst
             while len(calls) < 2 or time.perf_counter() < end:
