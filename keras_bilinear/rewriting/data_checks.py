@@ -12,6 +12,7 @@ from keras import ops
 from keras_bilinear.keras_private.capture import record
 from keras_bilinear.layers.calibration import Calibration
 from keras_bilinear.progress import track
+from keras_bilinear.rewriting.saturation import flat_layers
 from keras_bilinear.rewriting.sites import walk
 from keras_bilinear.rewriting.training_batches import enough
 
@@ -28,19 +29,44 @@ def warn_of_other_inputs(model: keras.Model, batches: Iterable[Any]) -> None:
     """Warns if calibration data do not look like what a model was trained on.
 
     What it was trained on is known of the inputs of `BatchNormalization` and `Normalization`.
-    Only the first of these layers that sees something else is named.
+    A model without these layers may show it by layers that are saturated or dead. Inputs that are
+    too small show nowhere. Only the first layer with a sign of other inputs is named.
 
     Args:
         model: the built model.
-        batches: the calibration data, see `model_batches`. The first 1024 examples count.
+        batches: the calibration data, see `model_batches`. The first 1024 examples count, and
+            those of the first batch for saturated and dead layers.
     """
+    if not _warn_of_other_moments(model, batches):
+        _warn_of_flat_activations(model, next(iter(batches)))
+
+
+def _warn_of_flat_activations(model, batch):
+    """Warns of the first layer that a batch saturates or leaves dead."""
+    inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+    for path, activation, share in flat_layers(model, inputs):
+        if activation == "relu":
+            sign = f"leave the layer {path!r} dead: its relu is zero for"
+        else:
+            sign = f"saturate the layer {path!r}: its {activation} is flat at"
+        logging.warning(
+            "calibration inputs %s %.1f%% of all values, which is not so in training. Are they "
+            "scaled like the training data?",
+            sign,
+            100 * share,
+        )
+        return
+
+
+def _warn_of_other_moments(model, batches):
+    """Warns of the first normalization that sees other inputs; returns whether there is such."""
     known = {}
     for site in walk(model, weightless=True):
         expected = _expected(site.layer)
         if expected is not None:
             known[site.path] = (site.layer, *expected)
     if not known:
-        return
+        return False
     layers = {path: layer for path, (layer, *_) in known.items()}
     sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
     for batch in track(enough(batches), "checking the calibration data"):
@@ -50,7 +76,8 @@ def warn_of_other_inputs(model: keras.Model, batches: Iterable[Any]) -> None:
             sums[path] += sum(call[axis] for call in calls if call and axis in call)
     for path, (_, _, mean, variance, epsilon) in known.items():
         if np.ndim(sums[path]) and _warn_if_other(path, sums[path], mean, variance, epsilon):
-            return
+            return True
+    return False
 
 
 def _expected(layer):

@@ -65,3 +65,62 @@ def test_few_examples_are_reported_once(caplog):
     caplog.clear()
     plan_rewrite(model, rank=1, calibration_data=X)
     assert not caplog.records
+
+
+def end(kind):
+    """The last layers of a network without normalization, and its loss."""
+    logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    steps = [layers.Reshape((16, 6)), layers.LSTM(16, name="last")]
+    return {
+        "tanh": ([layers.Dense(16, activation="tanh", name="last")], None),
+        "sigmoid": ([layers.Dense(1, activation="sigmoid", name="last")], None),
+        "softmax": ([layers.Dense(16, activation="softmax", name="last")], None),
+        "softmax layer": ([layers.Dense(16), layers.Softmax(name="last")], None),
+        "logits": ([layers.Dense(16, name="last")], logits),
+        "LSTM": (steps, None),
+        "SimpleRNN": ([steps[0], layers.SimpleRNN(16, name="last")], None),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["tanh", "sigmoid", "softmax", "softmax layer", "logits", "LSTM", "SimpleRNN"]
+)
+def test_saturated_layers_are_reported_once(kind, caplog):
+    keras.utils.set_random_seed(0)
+    last, loss = end(kind)
+    first = layers.Dense(96, activation="relu", name="first")
+    model = keras.Sequential([keras.Input((6, 6, 3)), layers.Flatten(), first, *last])
+    model.compile(loss=loss)
+    weights = model.get_weights()
+    model.set_weights([weights[0], weights[1], 3 * weights[2], *weights[3:]])
+    plan_rewrite(model, rank=1, calibration_data=X)
+    assert not caplog.records
+    if kind in ("LSTM", "SimpleRNN") and keras.config.backend() == "jax":
+        return  # the loop is traced, so nothing is known of its values
+    plan_rewrite(model, rank=1, calibration_data=[(255 * X, None)])
+    (record,) = caplog.records
+    assert "saturate the layer 'last'" in record.message
+    assert "Are they scaled like the training data?" in record.message
+    activations = getattr(last[-1], "activation", None), first.activation
+    assert not any(hasattr(activation, "__wrapped__") for activation in activations)
+
+
+def test_dead_layers_are_reported(caplog):
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(64, activation="relu", name="dead"), layers.ReLU(), layers.Dense(64)]
+    model = keras.Sequential([keras.Input((6, 6, 3)), layers.Flatten(), *hidden])
+    plan_rewrite(model, rank=1, calibration_data=X)
+    assert not caplog.records
+    hidden[0].bias.assign(np.full(64, -1e3))
+    plan_rewrite(model, rank=1, calibration_data=X)
+    (record,) = caplog.records
+    assert "leave the layer 'dead' dead: its relu is zero for 100.0%" in record.message
+    assert hidden[0].activation is keras.activations.relu
+
+
+def test_logits_that_no_loss_takes_may_be_large(caplog):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6, 6, 3)), layers.Flatten(), layers.Dense(16)])
+    model.compile(loss="mse")
+    plan_rewrite(model, rank=1, calibration_data=1e4 * X)
+    assert not caplog.records
