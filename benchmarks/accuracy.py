@@ -147,16 +147,22 @@ def stability(accuracy):
 
 
 def cifar10(accuracy):
-    """The small VGG of the paper, full, and bilinear by rank, scale and pattern.
+    """The small VGG of the paper: full, narrower, shallower, bilinear and rewritten networks.
 
-    At one learning rate, scale 1.5 among them, whose share is below 1%; then one of them,
-    narrower full networks, and the full one of a convolution less in each block, each at
-    its own; then a larger scale, and a rewritten one; then those at their own rates for
-    more epochs, and the bilinear ones of just less than 1% and 3%. The narrower ones are
-    as small as the largest two bilinear ones of these. As nothing regularizes them, one of
-    each kind for as many epochs with dropout, in mixed precision; and one of two
-    convolutions in a block that is so much wider that it has as many multiplications as
-    the bilinear one.
+    The study has four parts:
+
+    1. The full network and bilinear networks by rank, scale and pattern, all at one learning
+       rate. The network of scale 1.5 has less than 1% of the parameters.
+    2. Each network at its own learning rate: the full network, two narrower full networks, the
+       full network with one convolution less in each block, and a bilinear network. The
+       narrower networks are as small as the bilinear networks of just less than 1% and 3%.
+       Then come bilinear networks of a larger scale, a rewritten network and smaller full
+       networks, at the learning rate of the first part.
+    3. The tuned networks, and the bilinear networks of just less than 1% and 3%, for more
+       epochs.
+    4. One network of each kind for as many epochs, with dropout, as nothing else regularizes
+       it, and in mixed precision. The wider network with two convolutions in each block has
+       as many multiplications as the bilinear network.
     """
     base = Run("cifar10", "full", (32, 64, 128, 1024), epochs=CIFAR10_EPOCHS)
     grid = itertools.product((1, 2), (1, 2, 4, 8), PATTERNS)
@@ -190,9 +196,11 @@ def cifar10_resnet(accuracy):
 
 
 def imdb_reviews(accuracy):
-    """Embedding and LSTM or GRU: all at one learning rate, then longer, each at its own.
+    """Embedding and LSTM, then embedding and GRU.
 
-    Then with dropout where that helps, and with the largest networks of at most 1%.
+    First all networks train at one learning rate. Then they train longer, each at its own
+    learning rate. In the end the largest networks of at most 1% join them, and each network
+    has dropout if dropout helps it.
     """
     for recurrent, units, fewer_units in (("LSTM", 66, 26), ("GRU", 76, 30)):
         base = Run("imdb_reviews", "full", (64, 64), epochs=3, recurrent=recurrent)
@@ -233,12 +241,14 @@ def imdb_reviews(accuracy):
 
 
 def spoken_digit(accuracy):
-    """GRU over log-mel frames: all at one learning rate, then each at its own.
+    """A GRU over log-mel frames.
 
-    And with recurrent factors of which steps move less. Then without and with dropout,
-    both tested: 225 held-out recordings, in two runs, do not tell which is better. The
-    wider ones do not stand the full one's rate for so long, so they have their own as
-    well; with 484 units one is just below 3%.
+    First all networks train at one learning rate. Bilinear networks also train with recurrent
+    factors that each step moves half as much. Then each network trains at its own learning
+    rate. Then the test set judges networks without and with dropout, as 225 held-out recordings
+    in two runs do not tell which is better. Wider bilinear networks do not stand the full
+    network's learning rate for so long, so each is tuned as well. The wider network of 484
+    units has just less than 3% of the parameters.
     """
     base = Run("spoken_digit", "full", (256,), epochs=30, recurrent="GRU")
     narrower = (27,)
@@ -274,7 +284,7 @@ def spoken_digit_conv(accuracy):
 
 
 def tiny_shakespeare(accuracy):
-    """Embedding and GRU, by characters: all at one learning rate, then each at its own."""
+    """Embedding and GRU over characters, at one learning rate and then each at its own."""
     base = Run("tiny_shakespeare", "full", (64, 512), epochs=4, recurrent="GRU")
     base = dataclasses.replace(base, learning_rate=2e-3)
     _recurrent_study(accuracy, base, ((1, 1), (2, 1), (4, 1), (1, 1.5)), (16, 64))
@@ -284,10 +294,10 @@ def tiny_shakespeare(accuracy):
 
 
 def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
-    """A full network, bilinear ones by rank, scale and pattern, and a narrower full one.
+    """Tests a full network, bilinear networks by rank, scale and pattern, and a narrower one.
 
-    Each is at the learning rate of `base` or, if `tuned`, at the one that is best for it;
-    then more bilinear ones are at that of the full network.
+    The networks train at the learning rate of `base`. If `tuned`, each trains at the learning
+    rate that is best for it, and more bilinear networks at the full network's.
     """
     narrower = dataclasses.replace(base, network="narrower full", hidden=narrower)
     networks = (base, *(_bilinear(base, *shape) for shape in bilinear), narrower)
@@ -300,9 +310,10 @@ def _recurrent_study(accuracy, base, bilinear, narrower, tuned=False):
 def _convolutional_study(
     accuracy, base, narrower, bilinear, patterns, tuning_seeds=1, seeds=None, budget=BUDGET
 ):
-    """A full, a narrower full and bilinear networks, each at its own learning rate.
+    """Tests a full, a narrower and bilinear networks, each at its own learning rate.
 
-    Then the narrower one, and bilinear ones by rank, scale and pattern, at that of the full one.
+    Then the narrower network, and bilinear networks by rank, scale and pattern, train at the
+    learning rate of the full network.
     """
     narrower = dataclasses.replace(base, network="narrower full", hidden=narrower)
     networks = (base, narrower, *(_bilinear(base, *shape) for shape in bilinear))

@@ -19,32 +19,43 @@ BATCH_SIZES = {"digits": 32, "spoken_digit": 32, "cifar10": 64, "tiny_shakespear
 class Run:
     """One training, and all that decides its outcome.
 
-    `kernels` says how the bilinear layers store their factors: `"gain"` is what
-    the package does; `"plain"` stores the factors themselves; `"unbounded"` gives
-    them the full kernel's deviation, however wide the layer and high the rank;
-    `"calm"` stores recurrent factors twice as large, so that steps move them half as
-    much; `"undivided"` keeps the gain in the gradients. Full networks have `"full"`.
-    `"rewritten"` begins as a full network; after a fifth of the epochs
-    `BilinearRewrite` leaves it the share `budget` of its parameters.
-
-    `hidden` are the widths of the hidden layers; for convolutional networks, the
-    filters of each block or stage, and the units of a dense layer after them;
-    for recurrent networks, the width of the embedding, where there is one, and the
-    units of the layer of kind `recurrent`. `rank` is one for all layers, or one for
-    each of `hidden`, where 0 stands for a full layer; the layer of the classes then has
-    the last. `pattern` is that of bilinear convolutions; in recurrent networks,
-    `"low-rank"` gives the embedding the factors of a low-rank table instead of
-    near-square ones, and `"halves"` those of two such tables that have their numbers in
-    common, one of the more frequent half of the words and one of the others; with
-    `"frequent half"` the embedding has the first of these halves only. `architecture` is
-    `"resnet20"`, or empty for the network that the data set has otherwise; `depth` is how
-    many convolutions each of its blocks has, or residual blocks each of its stages.
-    `policy` is Keras' dtype policy; the layer of the classes is in float32.
-
-    It trains on the first `examples`, or on all of them; gradients whose norm, over
-    all variables, is above `clipnorm` are scaled down to it. With `tuning`, the last
-    tenth of these is held out and gives the accuracy; without, all are trained on
-    and the test set gives it.
+    Attributes:
+        dataset: name of the data set.
+        network: what the tables call the network.
+        hidden: widths of the hidden layers. A convolutional network has the filters of each
+            block or stage and the units of the dense layer after them. A recurrent network has
+            the width of the embedding, if it has an embedding, and the units of its recurrent
+            layer.
+        rank: the rank of all layers, or a rank for each of `hidden`. 0 stands for a full
+            layer. The layer of the classes has the last rank.
+        kernels: how bilinear layers store their factors. `"gain"` is what the package does.
+            `"plain"` stores the factors themselves. `"unbounded"` gives the factors the
+            deviation of the full kernel, whatever the width of the layer and the rank. `"calm"`
+            stores recurrent factors twice as large, so that steps move them half as much.
+            `"undivided"` keeps the gain in the gradients. A full network has `"full"`. A network
+            with `"rewritten"` begins as a full network, and `BilinearRewrite` makes it smaller
+            after a fifth of the epochs.
+        optimizer: name of the optimizer.
+        learning_rate: learning rate of the optimizer.
+        weight_decay: weight decay of the optimizer.
+        dropout: share of the values that dropout layers drop; 0 makes no such layers.
+        label_smoothing: the share of each label that all classes get.
+        epochs: number of passes through the data.
+        seed: seed of the initial values and of the order of the examples.
+        tuning: `True` holds out the last tenth of the examples and finds the accuracy on it.
+            `False` trains on all examples and finds the accuracy on the test set.
+        pattern: pattern of bilinear convolutions. In a recurrent network, `"low-rank"` gives the
+            embedding the factors of a low-rank table instead of near-square factors. `"halves"`
+            makes two such tables that share their numbers, for the more frequent half of the
+            words and for the other half. `"frequent half"` has only the first of both tables.
+        recurrent: class of the recurrent layer, such as `"GRU"`; empty for other networks.
+        examples: how many of the first examples to use; `None` for all.
+        clipnorm: the largest norm of all gradients together; larger gradients are scaled down.
+            `None` for no limit.
+        architecture: `"resnet20"`, or empty for the network that the data set has otherwise.
+        budget: the share of the parameters that a rewritten network keeps.
+        depth: number of convolutions in a block, or of residual blocks in a stage.
+        policy: Keras' dtype policy. The layer of the classes is in float32.
     """
 
     dataset: str
