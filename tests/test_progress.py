@@ -16,6 +16,7 @@ from keras_bilinear import (
     export_litert,
     plan_rewrite,
     progress,
+    progress_display,
     rewrite_model,
     summarize,
 )
@@ -95,11 +96,11 @@ def test_a_terminal_shows_steps_and_time_and_is_clean_in_the_end(terminal, capsy
 )
 def test_sizes_of_steps_tell_how_long_the_others_take(elapsed, text):
     task = types.SimpleNamespace(elapsed=elapsed, completed=2, total=10, fields={"steps_end": 30.0})
-    assert str(progress._Times().render(task)) == text
+    assert str(progress_display._Times().render(task)) == text
 
 
 def test_a_notebook_shows_html_without_widgets_and_nothing_in_the_end(notebook, monkeypatch):
-    monkeypatch.setattr(progress, "_NOTEBOOK_PAUSE", 0)
+    monkeypatch.setattr(progress_display, "_NOTEBOOK_PAUSE", 0)
     with shown(), working("planning"):
         for _ in track([1, 2], "fitting", name=str):
             pass
@@ -111,7 +112,7 @@ def test_a_notebook_shows_html_without_widgets_and_nothing_in_the_end(notebook, 
 
 def test_a_file_gets_a_line_now_and_then(monkeypatch, capsys):
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress_display.time, "monotonic", lambda: now)
     with shown(1):
         for step in track(range(100), "fitting", name=str):
             now = step / 2
@@ -187,7 +188,7 @@ def test_verbose_is_checked_before_the_work(verbose):
 
 
 def test_plans_and_rewrites_show_what_layer_they_are_at(notebook, monkeypatch):
-    monkeypatch.setattr(progress, "_NOTEBOOK_PAUSE", 0)
+    monkeypatch.setattr(progress_display, "_NOTEBOOK_PAUSE", 0)
     full = model()
 
     def shows(work):
@@ -211,7 +212,7 @@ def test_plans_and_rewrites_show_what_layer_they_are_at(notebook, monkeypatch):
 
 
 def test_reports_and_exports_show_what_they_do(notebook, monkeypatch, tmp_path):
-    monkeypatch.setattr(progress, "_NOTEBOOK_PAUSE", 0)
+    monkeypatch.setattr(progress_display, "_NOTEBOOK_PAUSE", 0)
     monkeypatch.setattr(summary, "median_seconds", lambda functions: [1.0 for _ in functions])
     full = model()
     summarize(full, (X, X))
@@ -234,7 +235,7 @@ def test_reports_and_exports_show_what_they_do(notebook, monkeypatch, tmp_path):
 
 
 def test_timing_shows_its_rounds(notebook, monkeypatch):
-    monkeypatch.setattr(progress, "_NOTEBOOK_PAUSE", 0)
+    monkeypatch.setattr(progress_display, "_NOTEBOOK_PAUSE", 0)
     with shown():
         median_seconds([int], rounds=2, burst=0)
     assert "compiling" in notebook[0]

@@ -42,9 +42,9 @@ def flat_layers(model: keras.Model, inputs: Any) -> Iterator[tuple[str, str, flo
     """
     sites = {site.path: site.layer for site in walk(model, weightless=True)}
     logits = _layer_of_logits(model)
-    names = {path: _activation(layer, logits) for path, layer in sites.items()}
-    shares: dict[str, list[float]] = {path: [] for path, name in names.items() if name}
-    whole = {path: layer for path, layer in sites.items() if isinstance(layer, _LAYERS)}
+    names = {path: name for path, layer in sites.items() if (name := _activation(layer, logits))}
+    shares: dict[str, list[float]] = {path: [] for path in names}
+    whole = {path: sites[path] for path in names if isinstance(sites[path], _LAYERS)}
     with contextlib.ExitStack() as stack:
         for path in shares.keys() - whole.keys():
             stack.enter_context(_watched(sites[path], names[path], shares[path]))
