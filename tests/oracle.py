@@ -29,21 +29,23 @@ def factors(layer):
 
 def full_kernel(layer):
     """The kernel of a layer: padding is at the end of the channels of each group."""
-    plan = layer.factorization
+    factorization = layer.factorization
     kernel = layer._kernel.gain * kronecker_sum(*factors(layer))
-    by_group = (*kernel.shape[:-1], plan.blocks, plan.padded_output_dim)
-    kernel = kernel.reshape(by_group)[..., : plan.input_dim, :, : plan.output_dim]
-    return kernel.reshape(plan.full_shape)
+    by_group = (*kernel.shape[:-1], factorization.blocks, factorization.padded_output_dim)
+    kernel = kernel.reshape(by_group)[..., : factorization.input_dim, :, : factorization.output_dim]
+    return kernel.reshape(factorization.full_shape)
 
 
-def pad_like(kernel, plan):
+def pad_like(kernel, factorization):
     """Pads a full kernel with zeros to the size that the factors hold."""
-    kernel = kernel.reshape(*kernel.shape[:-1], plan.blocks, plan.output_dim)
+    kernel = kernel.reshape(*kernel.shape[:-1], factorization.blocks, factorization.output_dim)
     padding = [(0, 0)] * kernel.ndim
-    padding[-3] = (0, plan.padded_input_dim - plan.input_dim)
-    padding[-1] = (0, plan.padded_output_dim - plan.output_dim)
+    padding[-3] = (0, factorization.padded_input_dim - factorization.input_dim)
+    padding[-1] = (0, factorization.padded_output_dim - factorization.output_dim)
     padded = np.pad(kernel, padding)
-    return padded.reshape(*padded.shape[:-2], plan.blocks * plan.padded_output_dim)
+    return padded.reshape(
+        *padded.shape[:-2], factorization.blocks * factorization.padded_output_dim
+    )
 
 
 def gate_kernels(kernel):
@@ -51,9 +53,9 @@ def gate_kernels(kernel):
     left, right = (
         ops.convert_to_numpy(variable).astype("float64") for variable in (kernel.left, kernel.right)
     )
-    plan = kernel.factorization
+    factorization = kernel.factorization
     full = [
-        kernel.gain * kronecker_sum(*pair)[: plan.input_dim, : plan.output_dim]
+        kernel.gain * kronecker_sum(*pair)[: factorization.input_dim, : factorization.output_dim]
         for pair in zip(left, right, strict=True)
     ]
     return full, left, right

@@ -18,7 +18,7 @@ WINDOWS = {
 }
 
 
-def plan(channels, filters, rank=1, pattern="channel", groups=1):
+def convolution(channels, filters, rank=1, pattern="channel", groups=1):
     return Factorization.create(
         input_dim=channels, output_dim=filters, rank=rank, blocks=groups, **WINDOWS[pattern]
     )
@@ -28,8 +28,8 @@ def plan(channels, filters, rank=1, pattern="channel", groups=1):
 def test_auto_takes_the_faster_implementation(library, monkeypatch):
     monkeypatch.setattr(cost, "convolution_library", lambda: library)
     for pattern in WINDOWS:
-        assert cost.choose_order(plan(512, 512, 1, pattern), "auto", (1, 1)) in FACTORIZED
-        assert cost.choose_order(plan(64, 64, 60, pattern), "auto", (1, 1)) is MATERIALIZED
+        assert cost.choose_order(convolution(512, 512, 1, pattern), "auto", (1, 1)) in FACTORIZED
+        assert cost.choose_order(convolution(64, 64, 60, pattern), "auto", (1, 1)) is MATERIALIZED
 
 
 def test_tensorflow_may_leave_convolutions_to_onednn(monkeypatch):
@@ -48,7 +48,7 @@ def test_tensorflow_may_leave_convolutions_to_onednn(monkeypatch):
 def test_choices_are_those_of_the_predicted_times(strides):
     ranks, widths = (1, 4, 8), ((32, 32), (64, 128), (256, 64))
     for rank, dims, pattern in itertools.product(ranks, widths, WINDOWS):
-        each = plan(*dims, rank, pattern)
+        each = convolution(*dims, rank, pattern)
         times = {way: cost.seconds(each, way, strides) for way in Order}
         chosen = cost.choose_order(each, "auto", strides)
         assert times[chosen] == min(times.values())
@@ -82,8 +82,8 @@ def test_on_a_gpu_only_large_kernels_are_factorized(backend, monkeypatch):
         cost.choose_order(Factorization.create(input_dim=512, output_dim=512), "auto")
         is MATERIALIZED
     )
-    assert cost.choose_order(plan(64, 64), "auto", (1, 1)) is MATERIALIZED
-    assert cost.choose_order(plan(2048, 2048), "auto", (1, 1)) in FACTORIZED
+    assert cost.choose_order(convolution(64, 64), "auto", (1, 1)) is MATERIALIZED
+    assert cost.choose_order(convolution(2048, 2048), "auto", (1, 1)) in FACTORIZED
     gates = Factorization.create(input_dim=1024, output_dim=1024, blocks=4, share_right=False)
     assert cost.choose_order(gates, "auto") is MATERIALIZED
     assert cost.choose_order(gates, "factorized") == gates.order
@@ -107,8 +107,10 @@ def test_small_products_of_gates_count_more_than_those_of_low_rank():
 def test_files_hold_what_is_smaller():
     with exporting():
         for implementation in ("auto", "factorized", "materialized"):
-            assert cost.choose_order(plan(64, 64, 4), implementation, (1, 1)) == RIGHT_FIRST
-            assert cost.choose_order(plan(64, 64, 60), implementation, (1, 1)) is MATERIALIZED
+            assert cost.choose_order(convolution(64, 64, 4), implementation, (1, 1)) == RIGHT_FIRST
+            assert (
+                cost.choose_order(convolution(64, 64, 60), implementation, (1, 1)) is MATERIALIZED
+            )
         few_out = Factorization.create(
             input_dim=64,
             output_dim=8,
@@ -143,13 +145,15 @@ def test_gates_of_narrow_layers_are_materialized(monkeypatch, backend):
 
 
 def test_large_steps_of_a_loop_project_their_inputs(monkeypatch):
-    plan = Factorization.create(input_dim=128, output_dim=256, rank=4, blocks=4, share_right=False)
+    factorization = Factorization.create(
+        input_dim=128, output_dim=256, rank=4, blocks=4, share_right=False
+    )
     for backend, pays in (("tensorflow", True), ("jax", True), ("torch", False)):
         monkeypatch.setattr(cost, "runtime", lambda backend=backend: backend)
-        assert cost.pays_in_steps(plan, MATERIALIZED, 64) is pays
-        assert cost.pays_in_steps(plan, MATERIALIZED, None) is pays
-        assert not cost.pays_in_steps(plan, LEFT_FIRST, 64)
-        assert not cost.pays_in_steps(plan, MATERIALIZED, 1)
+        assert cost.pays_in_steps(factorization, MATERIALIZED, 64) is pays
+        assert cost.pays_in_steps(factorization, MATERIALIZED, None) is pays
+        assert not cost.pays_in_steps(factorization, LEFT_FIRST, 64)
+        assert not cost.pays_in_steps(factorization, MATERIALIZED, 1)
     large = Factorization.create(
         input_dim=512, output_dim=1024, rank=4, blocks=4, share_right=False
     )
@@ -168,16 +172,16 @@ def test_files_project_the_inputs_of_a_loop_before_it():
 
 def test_work_of_groups_is_that_of_one_for_each():
     for order in Order:
-        one = cost.work(plan(12, 18), order, (2, 2))
-        three = cost.work(plan(12, 18, groups=3), order, (2, 2))
+        one = cost.work(convolution(12, 18), order, (2, 2))
+        three = cost.work(convolution(12, 18, groups=3), order, (2, 2))
         assert three.chained == one.chained
         for name in ("macs", "patches", "outputs", "multiplied", "moved"):
             assert getattr(three, name) == 3 * getattr(one, name)
 
 
 @pytest.mark.parametrize("pattern", WINDOWS)
-def test_without_strides_macs_are_those_of_the_plan(pattern):
-    each = plan(24, 40, 3, pattern)
+def test_without_strides_macs_are_those_of_the_factorization(pattern):
+    each = convolution(24, 40, 3, pattern)
     counts = [cost.count_macs(each, order, (1, 1)) for order in FACTORIZED]
     assert min(counts) == each.macs
     assert cost.count_macs(each, MATERIALIZED, (1, 1)) == each.full_macs == 9 * 24 * 40

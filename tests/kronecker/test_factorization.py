@@ -61,31 +61,31 @@ def test_a_square_is_split_into_its_root(root):
 
 @given(SMALL, SMALL, st.integers(1, 4))
 def test_parameters_count_the_numbers_in_both_factors(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
-    left, right = np.zeros(plan.left_shape), np.zeros(plan.right_shape)
+    factorization = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
+    left, right = np.zeros(factorization.left_shape), np.zeros(factorization.right_shape)
     assert left.shape[0] == right.shape[0] == rank
-    assert plan.parameters == left.size + right.size
-    assert plan.full_parameters == input_dim * output_dim
+    assert factorization.parameters == left.size + right.size
+    assert factorization.full_parameters == input_dim * output_dim
     padded = np.kron(left[0], right[0]).shape
-    assert padded == (plan.padded_input_dim, plan.padded_output_dim)
+    assert padded == (factorization.padded_input_dim, factorization.padded_output_dim)
     assert padded >= (input_dim, output_dim)
 
 
-def count_macs(plan, order):
+def count_macs(factorization, order):
     """Counts one multiplication for each pair of numbers that meet in `sum_r L_r^T X R_r`."""
-    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
+    (d1, d2), (u1, u2) = factorization.input_factors, factorization.output_factors
     first, second = (
         ((u1, d2, d1), (u1, u2, d2)) if order is Order.LEFT_FIRST else ((d1, u2, d2), (u1, u2, d1))
     )
-    return sum(1 for shape in (first, second) for _ in np.ndindex(plan.rank, *shape))
+    return sum(1 for shape in (first, second) for _ in np.ndindex(factorization.rank, *shape))
 
 
 @given(SMALL, SMALL, st.integers(1, 3))
 def test_macs_are_those_of_the_cheaper_order(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
-    macs = {order: count_macs(plan, order) for order in FACTORIZED}
-    assert plan.macs == macs[plan.order] == min(macs.values())
-    assert plan.full_macs == input_dim * output_dim
+    factorization = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
+    macs = {order: count_macs(factorization, order) for order in FACTORIZED}
+    assert factorization.macs == macs[factorization.order] == min(macs.values())
+    assert factorization.full_macs == input_dim * output_dim
 
 
 def test_order_follows_the_factors():
@@ -117,7 +117,7 @@ def test_order_follows_the_factors():
     ],
 )
 def test_attainable_rank_is_that_of_a_random_kernel(input_factors, output_factors, rank):
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=math.prod(input_factors),
         output_dim=math.prod(output_factors),
         input_factors=input_factors,
@@ -126,27 +126,27 @@ def test_attainable_rank_is_that_of_a_random_kernel(input_factors, output_factor
     )
     random = np.random.default_rng(0)
     kernel = oracle.kronecker_sum(
-        random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
+        random.normal(size=factorization.left_shape), random.normal(size=factorization.right_shape)
     )
-    assert np.linalg.matrix_rank(kernel) == plan.attainable_rank
+    assert np.linalg.matrix_rank(kernel) == factorization.attainable_rank
 
 
 @given(SMALL, SMALL)
 def test_sufficient_rank_is_that_of_the_rearranged_kernel(input_dim, output_dim):
-    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim)
-    (d1, d2), (u1, u2) = plan.input_factors, plan.output_factors
-    assert plan.sufficient_rank == np.linalg.matrix_rank(
+    factorization = Factorization.create(input_dim=input_dim, output_dim=output_dim)
+    (d1, d2), (u1, u2) = factorization.input_factors, factorization.output_factors
+    assert factorization.sufficient_rank == np.linalg.matrix_rank(
         np.random.default_rng(0).normal(size=(d1 * u1, d2 * u2))
     )
 
 
 @given(SMALL, SMALL, st.integers(1, 3))
 def test_transposed_swaps_input_and_output(input_dim, output_dim, rank):
-    plan = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
+    factorization = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank)
     other = Factorization.create(input_dim=output_dim, output_dim=input_dim, rank=rank)
-    assert plan.transposed == other
-    assert plan.transposed.transposed == plan
-    assert plan.transposed.parameters == plan.parameters
+    assert factorization.transposed == other
+    assert factorization.transposed.transposed == factorization
+    assert factorization.transposed.parameters == factorization.parameters
 
 
 @given(st.integers(2, 99), st.integers(2, 99), st.integers(1, 9))
@@ -162,7 +162,7 @@ def test_factors_of_low_rank_are_two_plain_products(input_dim, output_dim, rank)
         )
         assert not square.is_low_rank
         factors = square.low_rank_factors
-        plan = Factorization.create(
+        factorization = Factorization.create(
             input_dim=input_dim,
             output_dim=output_dim,
             input_factors=factors[0],
@@ -171,14 +171,16 @@ def test_factors_of_low_rank_are_two_plain_products(input_dim, output_dim, rank)
             left_window=ones,
             right_window=window,
         )
-        assert plan.is_low_rank
-        assert plan.parameters == rank * (inputs + output_dim)
-        assert plan.macs == plan.parameters
-        assert plan.between(plan.order) == rank
-        assert plan.attainable_rank == min(rank, inputs, output_dim)
-    assert plan.low_rank_factors == factors
+        assert factorization.is_low_rank
+        assert factorization.parameters == rank * (inputs + output_dim)
+        assert factorization.macs == factorization.parameters
+        assert factorization.between(factorization.order) == rank
+        assert factorization.attainable_rank == min(rank, inputs, output_dim)
+    assert factorization.low_rank_factors == factors
     assert square.block.low_rank_factors == factors
-    gates = dataclasses.replace(plan, left_window=(), right_window=(), blocks=3, share_right=False)
+    gates = dataclasses.replace(
+        factorization, left_window=(), right_window=(), blocks=3, share_right=False
+    )
     assert gates.low_rank_factors == ((input_dim, 1), (1, output_dim))
     other = Factorization.create(input_dim=input_dim, output_dim=output_dim, rank=rank, blocks=2)
     assert other.low_rank_factors is None
@@ -194,15 +196,19 @@ def test_a_recurrent_kernel_has_the_same_factors_on_both_sides_or_is_of_low_rank
 
 
 def test_given_factors_are_kept():
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=12,
         output_dim=10,
         input_factors=(4, 3),
         output_factors=np.array([5, 2]),
         rank=np.int64(2),
     )
-    assert (plan.input_factors, plan.output_factors, plan.rank) == ((4, 3), (5, 2), 2)
-    assert all(type(n) is int for n in (*plan.output_factors, plan.rank))
+    assert (factorization.input_factors, factorization.output_factors, factorization.rank) == (
+        (4, 3),
+        (5, 2),
+        2,
+    )
+    assert all(type(n) is int for n in (*factorization.output_factors, factorization.rank))
 
 
 WINDOWS = [
@@ -217,27 +223,35 @@ WINDOWS = [
 @pytest.mark.parametrize("windows", WINDOWS)
 @given(SMALL, SMALL, st.integers(1, 3), st.integers(1, 3))
 def test_a_convolution_counts_the_numbers_in_both_factors(windows, channels, filters, rank, groups):
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=channels, output_dim=filters, rank=rank, blocks=groups, **windows
     )
-    left, right = np.zeros(plan.left_shape), np.zeros(plan.right_shape)
+    left, right = np.zeros(factorization.left_shape), np.zeros(factorization.right_shape)
     assert left.shape[0] == right.shape[0] == rank
-    assert plan.parameters == left.size + right.size
+    assert factorization.parameters == left.size + right.size
     padded = np.kron(left[0], right[0]).shape
-    assert padded == (*plan.window, plan.padded_input_dim, groups * plan.padded_output_dim)
-    assert plan.full_shape == (*plan.window, channels, groups * filters)
-    assert plan.full_parameters == plan.full_macs == math.prod(plan.full_shape)
+    assert padded == (
+        *factorization.window,
+        factorization.padded_input_dim,
+        groups * factorization.padded_output_dim,
+    )
+    assert factorization.full_shape == (*factorization.window, channels, groups * filters)
+    assert (
+        factorization.full_parameters
+        == factorization.full_macs
+        == math.prod(factorization.full_shape)
+    )
 
 
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("channels", [(3, 32), (7, 11), (37, 13), (13, 128), (127, 128), (1, 64)])
 def test_channels_are_never_split_without_compression(windows, channels):
-    plan = Factorization.create(input_dim=channels[0], output_dim=channels[1], **windows)
+    factorization = Factorization.create(input_dim=channels[0], output_dim=channels[1], **windows)
     near_square = [choose_factors(size) for size in channels]
     orders = itertools.product(*((split, split[::-1]) for split in near_square))
     least = min(Factorization(*channels, *pair, **windows).parameters for pair in orders)
-    assert plan.parameters <= 2.5 * least
-    assert plan.parameters < plan.full_parameters / 2 or max(channels) < 12
+    assert factorization.parameters <= 2.5 * least
+    assert factorization.parameters < factorization.full_parameters / 2 or max(channels) < 12
 
 
 @pytest.mark.parametrize("windows", WINDOWS)
@@ -246,7 +260,7 @@ def test_channels_are_never_split_without_compression(windows, channels):
 )
 @pytest.mark.parametrize("rank", [1, 2])
 def test_attainable_rank_of_a_convolution_is_that_of_a_random_kernel(windows, pair, rank):
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=math.prod(pair[0]),
         output_dim=math.prod(pair[1]),
         input_factors=pair[0],
@@ -256,10 +270,10 @@ def test_attainable_rank_of_a_convolution_is_that_of_a_random_kernel(windows, pa
     )
     random = np.random.default_rng(0)
     kernel = oracle.kronecker_sum(
-        random.normal(size=plan.left_shape), random.normal(size=plan.right_shape)
+        random.normal(size=factorization.left_shape), random.normal(size=factorization.right_shape)
     )
-    kernel = kernel.reshape(-1, plan.output_dim)
-    assert np.linalg.matrix_rank(kernel) == plan.attainable_rank
+    kernel = kernel.reshape(-1, factorization.output_dim)
+    assert np.linalg.matrix_rank(kernel) == factorization.attainable_rank
 
 
 @given(SMALL, SMALL)
@@ -275,11 +289,14 @@ def test_aligned_factors_reach_the_rank_of_every_near_square_order(channels, fil
 
 
 def test_a_window_of_one_is_split_as_a_dense_projection():
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=128, output_dim=200, left_window=(1, 1), right_window=(1, 1)
     )
-    assert plan.pointwise
-    assert (plan.input_factors, plan.output_factors) == (choose_factors(128), choose_factors(200))
+    assert factorization.pointwise
+    assert (factorization.input_factors, factorization.output_factors) == (
+        choose_factors(128),
+        choose_factors(200),
+    )
     assert not Factorization.create(input_dim=12, output_dim=12, blocks=2).pointwise
 
 
@@ -338,12 +355,14 @@ def test_check_factors_without_a_size_accepts_any_pair():
 
 
 def test_gates_have_factors_of_their_own():
-    plan = Factorization.create(input_dim=12, output_dim=20, rank=3, blocks=4, share_right=False)
+    factorization = Factorization.create(
+        input_dim=12, output_dim=20, rank=3, blocks=4, share_right=False
+    )
     gate = Factorization.create(input_dim=12, output_dim=20, rank=3)
-    assert plan.block == gate
-    assert plan.left_shape == (4, *gate.left_shape)
-    assert plan.right_shape == (4, *gate.right_shape)
-    assert plan.full_shape == (12, 80)
-    assert plan.macs == 4 * gate.macs
-    assert plan.parameters == 4 * gate.parameters
-    assert plan.sufficient_rank == gate.sufficient_rank
+    assert factorization.block == gate
+    assert factorization.left_shape == (4, *gate.left_shape)
+    assert factorization.right_shape == (4, *gate.right_shape)
+    assert factorization.full_shape == (12, 80)
+    assert factorization.macs == 4 * gate.macs
+    assert factorization.parameters == 4 * gate.parameters
+    assert factorization.sufficient_rank == gate.sufficient_rank

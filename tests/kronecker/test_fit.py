@@ -21,10 +21,12 @@ WINDOWS = {
 }
 
 
-def problem(rng, plan, examples=300):
+def problem(rng, factorization, examples=300):
     """A kernel, and for each group examples whose directions differ in size."""
-    kernel = rng.normal(size=plan.full_shape)
-    blocks = np.split(kernel.reshape(-1, plan.full_shape[-1]), plan.blocks, axis=1)
+    kernel = rng.normal(size=factorization.full_shape)
+    blocks = np.split(
+        kernel.reshape(-1, factorization.full_shape[-1]), factorization.blocks, axis=1
+    )
     inputs = len(blocks[0])
     rows = [
         rng.normal(size=(examples, inputs)) @ rng.normal(size=(inputs, inputs)) + 1 for _ in blocks
@@ -38,17 +40,19 @@ def problem(rng, plan, examples=300):
     return kernel, rows, statistics
 
 
-def kernels(plan, left, right):
+def kernels(factorization, left, right):
     """The kernel of each group that two factors stand for."""
     kernel = oracle.kronecker_sum(left, right)
-    kernel = kernel.reshape(*kernel.shape[:-1], plan.blocks, plan.padded_output_dim)
-    kernel = kernel[..., : plan.input_dim, :, : plan.output_dim]
-    return kernel.reshape(-1, plan.blocks, plan.output_dim).transpose(1, 0, 2)
+    kernel = kernel.reshape(
+        *kernel.shape[:-1], factorization.blocks, factorization.padded_output_dim
+    )
+    kernel = kernel[..., : factorization.input_dim, :, : factorization.output_dim]
+    return kernel.reshape(-1, factorization.blocks, factorization.output_dim).transpose(1, 0, 2)
 
 
-def relative_error(plan, rows, statistics, fit, centred):
+def relative_error(factorization, rows, statistics, fit, centred):
     squares, total = 0.0, 0.0
-    fitted = kernels(plan, fit.left, fit.right)
+    fitted = kernels(factorization, fit.left, fit.right)
     for x, one, kernel in zip(rows, statistics, fitted, strict=True):
         target = x @ one.kernel
         error = target - x @ kernel
@@ -72,18 +76,18 @@ def test_errors_are_those_of_the_examples_and_not_above_the_nearest_sums(
     inputs, outputs, rank, pattern, groups, centred, seed
 ):
     groups = 1 if pattern == "dense" else groups
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=inputs, output_dim=outputs, rank=rank, blocks=groups, **WINDOWS[pattern]
     )
-    kernel, rows, statistics = problem(np.random.default_rng(seed), plan)
-    fit = fit_kronecker_sum(statistics, plan, centred)
-    error = relative_error(plan, rows, statistics, fit, centred)
+    kernel, rows, statistics = problem(np.random.default_rng(seed), factorization)
+    fit = fit_kronecker_sum(statistics, factorization, centred)
+    error = relative_error(factorization, rows, statistics, fit, centred)
     np.testing.assert_allclose(fit.error, error, rtol=1e-3, atol=1e-6)
     assert fit.error <= fit.start_error
-    nearest = nearest_kronecker_sum(kernel, plan)
+    nearest = nearest_kronecker_sum(kernel, factorization)
     for exact, side in zip(nearest, (fit.left, fit.right), strict=True):
         assert side.shape == exact.shape
-    if rank >= plan.sufficient_rank:
+    if rank >= factorization.sufficient_rank:
         assert fit.error < 1e-6
 
 
@@ -93,11 +97,11 @@ def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
     monkeypatch.setattr("keras_bilinear.kronecker.fit.TOLERANCE", 0.0)
     monkeypatch.setattr("keras_bilinear.kronecker.least_squares.LEAST_PRIOR", 0.0)
     monkeypatch.setattr("keras_bilinear.kronecker.least_squares.PRIOR", 0.0)
-    plan = Factorization.create(input_dim=12, output_dim=9, rank=2, **WINDOWS[pattern])
+    factorization = Factorization.create(input_dim=12, output_dim=9, rank=2, **WINDOWS[pattern])
     rng = np.random.default_rng(0)
-    _, rows, statistics = problem(rng, plan)
-    fit = fit_kronecker_sum(statistics, plan, centred, sweeps=2000)
-    best = relative_error(plan, rows, statistics, fit, centred)
+    _, rows, statistics = problem(rng, factorization)
+    fit = fit_kronecker_sum(statistics, factorization, centred, sweeps=2000)
+    best = relative_error(factorization, rows, statistics, fit, centred)
     assert best < 0.95 * fit.start_error
     for name in ("left", "right"):
         for _ in range(5):
@@ -107,17 +111,17 @@ def test_no_small_change_of_a_factor_fits_better(pattern, centred, monkeypatch):
                 moved = type(fit)(
                     **{**sides, name: sides[name] + sign * step}, error=0, start_error=0
                 )
-                assert relative_error(plan, rows, statistics, moved, centred) > best
+                assert relative_error(factorization, rows, statistics, moved, centred) > best
 
 
 def low_rank_plan(window, rank, swapped=False):
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=12, output_dim=9, rank=rank, left_window=(1,) * len(window), right_window=window
     )
-    inputs, outputs = plan.low_rank_factors
+    inputs, outputs = factorization.low_rank_factors
     if swapped:
         inputs, outputs = inputs[::-1], outputs[::-1]
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=12,
         output_dim=9,
         input_factors=inputs,
@@ -126,8 +130,8 @@ def low_rank_plan(window, rank, swapped=False):
         left_window=(1,) * len(window),
         right_window=window,
     )
-    assert plan.is_low_rank
-    return plan
+    assert factorization.is_low_rank
+    return factorization
 
 
 @pytest.mark.parametrize(
@@ -137,10 +141,10 @@ def low_rank_plan(window, rank, swapped=False):
 def test_kernels_of_low_rank_are_the_singular_vectors_in_the_metric_of_the_examples(
     window, swapped, centred
 ):
-    plan = low_rank_plan(window, 3, swapped)
-    _, (x,), (statistics,) = problem(np.random.default_rng(0), plan)
-    fit = fit_kronecker_sum([statistics], plan, centred)
-    fitted = kernels(plan, fit.left, fit.right)[0]
+    factorization = low_rank_plan(window, 3, swapped)
+    _, (x,), (statistics,) = problem(np.random.default_rng(0), factorization)
+    fit = fit_kronecker_sum([statistics], factorization, centred)
+    fitted = kernels(factorization, fit.left, fit.right)[0]
     kernel = statistics.kernel
     mean = x.mean(0) if centred else 0.0
     gram = (x - mean).T @ (x - mean) / len(x)
@@ -151,10 +155,10 @@ def test_kernels_of_low_rank_are_the_singular_vectors_in_the_metric_of_the_examp
     left, sizes, right = np.linalg.svd(root @ kernel, full_matrices=False)
     expected = inverse @ (left[:, :3] * sizes[:3]) @ right[:3]
     np.testing.assert_allclose(fitted, expected, atol=1e-8)
-    error = relative_error(plan, [x], [statistics], fit, centred)
+    error = relative_error(factorization, [x], [statistics], fit, centred)
     np.testing.assert_allclose(fit.error, error, rtol=1e-6)
     assert fit.error < fit.start_error
-    by_rank = fit_errors([statistics], plan, [1, 2, 3, 9], centred).relative
+    by_rank = fit_errors([statistics], factorization, [1, 2, 3, 9], centred).relative
     assert by_rank[3] == pytest.approx(fit.error)
     assert by_rank[1] > by_rank[2] > by_rank[3] > by_rank[9] == pytest.approx(0, abs=1e-6)
     norms = [np.sum(one**2, axis=tuple(range(1, one.ndim))) for one in (fit.left, fit.right)]
@@ -167,12 +171,12 @@ def test_kernels_of_low_rank_are_fitted_to_inputs_that_hardly_vary():
     x = (100 * rng.uniform(1, 2, 200) + 1e-4 * rng.normal(size=(600, 200))).astype("float32")
     statistics = InputStatistics(kernel)
     statistics.add(x, x)
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=200, output_dim=9, input_factors=(200, 1), output_factors=(1, 9), rank=4
     )
     gram = statistics.moments(centred=True).gram
     assert np.linalg.eigvalsh(gram)[0] < 0  # by rounding
-    fit = fit_kronecker_sum([statistics], plan, centred=True)
+    fit = fit_kronecker_sum([statistics], factorization, centred=True)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
     assert np.isfinite(fitted).all()
     assert np.linalg.norm(fitted) < 2 * np.linalg.norm(kernel)
@@ -180,12 +184,12 @@ def test_kernels_of_low_rank_are_fitted_to_inputs_that_hardly_vary():
 
 def test_kernels_of_low_rank_are_fitted_to_targets_of_other_inputs():
     rng = np.random.default_rng(0)
-    plan = low_rank_plan((), 9)
+    factorization = low_rank_plan((), 9)
     kernel, x = rng.normal(size=(12, 9)), rng.normal(size=(40_000, 12))
     mixing = 2 * np.eye(12) + 0.1 * rng.normal(size=(12, 12))
     statistics = InputStatistics(kernel)
     statistics.add(x @ mixing, x)
-    fit = fit_kronecker_sum([statistics], plan)
+    fit = fit_kronecker_sum([statistics], factorization)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
     np.testing.assert_allclose(mixing @ fitted, kernel, atol=0.02)
 
@@ -193,12 +197,12 @@ def test_kernels_of_low_rank_are_fitted_to_targets_of_other_inputs():
 def test_tables_of_low_rank_are_weighted_by_the_use_of_their_rows():
     rng = np.random.default_rng(0)
     kernel, indices = rng.normal(size=(30, 8)), rng.zipf(1.5, size=50_000) % 30
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=30, output_dim=8, input_factors=(30, 1), output_factors=(1, 8), rank=2
     )
     counts = IndexCounts(kernel)
     counts.add(indices)
-    fit = fit_kronecker_sum([counts], plan)
+    fit = fit_kronecker_sum([counts], factorization)
     counts = np.bincount(indices, minlength=30) / len(indices)
     weights = np.sqrt(counts + 1e-3 * counts.mean())[:, None]
     left, sizes, right = np.linalg.svd(weights * kernel, full_matrices=False)
@@ -211,7 +215,7 @@ def test_tables_of_low_rank_are_weighted_by_the_use_of_their_rows():
 
 def test_frequencies_are_moments_of_single_rows():
     rng = np.random.default_rng(0)
-    kernel, plan = (
+    kernel, factorization = (
         rng.normal(size=(23, 10)),
         Factorization.create(input_dim=23, output_dim=10, rank=2),
     )
@@ -219,7 +223,7 @@ def test_frequencies_are_moments_of_single_rows():
     counts, statistics = IndexCounts(kernel), InputStatistics(kernel)
     counts.add(indices)
     statistics.add(np.eye(23)[indices], np.eye(23)[indices])
-    a, b = (fit_kronecker_sum([one], plan) for one in (counts, statistics))
+    a, b = (fit_kronecker_sum([one], factorization) for one in (counts, statistics))
     np.testing.assert_allclose(a.error, b.error, rtol=1e-6)
     np.testing.assert_allclose(
         oracle.kronecker_sum(a.left, a.right),
@@ -232,14 +236,14 @@ def test_frequencies_are_moments_of_single_rows():
 
 def test_targets_may_come_from_other_inputs():
     rng = np.random.default_rng(0)
-    kernel, plan = (
+    kernel, factorization = (
         rng.normal(size=(16, 16)),
         Factorization.create(input_dim=16, output_dim=16, rank=16),
     )
     x, mixing = rng.normal(size=(400, 16)), 2 * np.eye(16) + 0.1 * rng.normal(size=(16, 16))
     statistics = InputStatistics(kernel)
     statistics.add(x @ mixing, x)
-    fit = fit_kronecker_sum([statistics], plan)
+    fit = fit_kronecker_sum([statistics], factorization)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
     # The prior holds to the kernel, which would answer twice as much.
     assert np.linalg.norm(x @ mixing @ fitted - x @ kernel) < 0.02 * np.linalg.norm(x @ kernel)
@@ -247,7 +251,7 @@ def test_targets_may_come_from_other_inputs():
 
 def test_what_examples_do_not_show_stays_near_the_kernel():
     rng = np.random.default_rng(0)
-    kernel, plan = (
+    kernel, factorization = (
         rng.normal(size=(16, 16)),
         Factorization.create(input_dim=16, output_dim=16, rank=4),
     )
@@ -255,30 +259,30 @@ def test_what_examples_do_not_show_stays_near_the_kernel():
     x = np.zeros((3, 16))
     x[:, 0] = 1
     statistics.add(x, x)
-    fit = fit_kronecker_sum([statistics], plan)
+    fit = fit_kronecker_sum([statistics], factorization)
     fitted = oracle.kronecker_sum(fit.left, fit.right)
-    nearest = oracle.kronecker_sum(*nearest_kronecker_sum(kernel, plan))
+    nearest = oracle.kronecker_sum(*nearest_kronecker_sum(kernel, factorization))
     assert fit.error < 0.1 * fit.start_error
     assert np.linalg.norm(fitted - kernel) < 1.2 * np.linalg.norm(nearest - kernel)
 
 
 def test_an_input_that_is_always_zero_does_no_harm():
     rng = np.random.default_rng(0)
-    kernel, plan = (
+    kernel, factorization = (
         rng.normal(size=(12, 12)),
         Factorization.create(input_dim=12, output_dim=12, rank=2),
     )
     statistics = InputStatistics(kernel)
     x = np.zeros((50, 12))
     statistics.add(x, x)
-    fit = fit_kronecker_sum([statistics], plan)
+    fit = fit_kronecker_sum([statistics], factorization)
     assert fit.error == 0
     assert np.isfinite(fit.left).all()
     assert np.isfinite(fit.right).all()
 
 
 def test_arranged_kernels_are_those_of_the_axes():
-    plan = Factorization.create(
+    factorization = Factorization.create(
         input_dim=6,
         output_dim=4,
         input_factors=(2, 3),
@@ -288,7 +292,7 @@ def test_arranged_kernels_are_those_of_the_axes():
         right_window=(1, 2),
     )
     kernel = np.arange(3 * 2 * 6 * 4).reshape(3, 2, 6, 4)
-    arranged = arrange(kernel.reshape(-1, 4), plan).reshape(3, 2, 2, 3, 2, 2)
+    arranged = arrange(kernel.reshape(-1, 4), factorization).reshape(3, 2, 2, 3, 2, 2)
     expected = kernel.reshape(3, 2, 2, 3, 2, 2).transpose(0, 2, 1, 3, 4, 5)
     np.testing.assert_array_equal(arranged, expected)
 
