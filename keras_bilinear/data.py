@@ -95,7 +95,7 @@ def model_batches(
     if isinstance(data, Mapping):
         inputs = _batches_together([*data.values()], name, size)
         data = [dict(zip(data, batch, strict=True)) for batch in inputs]
-    elif _is_one_for_each_input(data, model):
+    elif is_one_for_each_input(data, model):
         # In a tuple, as Keras takes a batch that is a list for inputs and labels.
         data = [(batch,) for batch in _batches_together(data, name, size)]
     data = batches(data, name, size)
@@ -189,7 +189,7 @@ def _fits(shape: tuple, expected: tuple) -> bool:
     )
 
 
-def _is_one_for_each_input(data, model):
+def is_one_for_each_input(data: Any, model: keras.Model) -> bool:
     """Whether a list holds an array for each input of a model, and not batches."""
     inputs = getattr(model, "inputs", None) or ()  # a subclassed model has none
     several = isinstance(data, list) and len(data) == len(inputs) > 1

@@ -80,10 +80,10 @@ def seed():
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
     """Lets LiteRT files that are exported run as often as they must, not for half a second."""
-    from keras_bilinear.litert import export
+    from keras_bilinear.litert import comparison
 
-    brief = functools.partial(export.run_litert, seconds=0.0)
-    monkeypatch.setattr(export, "run_litert", brief)
+    brief = functools.partial(comparison.run_litert, seconds=0.0)
+    monkeypatch.setattr(comparison, "run_litert", brief)
 
 
 @pytest.fixture

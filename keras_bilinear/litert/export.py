@@ -10,23 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_bilinear.keras_private.cloning import copy_model
 from keras_bilinear.keras_private.graph import all_layers, stateful_layers
 from keras_bilinear.kronecker.target import on_gpu
+from keras_bilinear.litert.comparison import compare_with_model
 from keras_bilinear.litert.contents import inspect_litert
-from keras_bilinear.litert.converter import convert, named_outputs
+from keras_bilinear.litert.converter import convert
 from keras_bilinear.litert.inputs import input_specs, read_examples
 from keras_bilinear.litert.report import LiteRTReport
-from keras_bilinear.litert.run import run_litert
 from keras_bilinear.progress import check_verbose, shown, working
 from keras_bilinear.rewriting.sites import check_built
 
 # For each kind of quantization, the largest difference from the model that is allowed.
 TOLERANCES = {None: 1e-4, "float16": 1e-2, "dynamic_int8": 0.1, "int8": 0.2}
-# Number of runs on which a file is compared with its model.
-COMPARED = 8
 _NOT_FLOAT32 = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16", "float64")
 
 
@@ -60,9 +57,11 @@ def export_litert(
             everything with integers.
         representative_data: inputs of the model without labels: an array, a dictionary of
             arrays, a list with an array for each of several inputs, or an iterable of batches. Of
-            a tuple, only the first element counts. At most 256 examples are used. `"int8"` needs
-            about 100 examples to find the range of each value. The file is compared with the
-            model on the first 8 runs. `None` compares on random inputs.
+            a tuple, only the first element counts. At most 256 examples are used: of arrays with
+            more, 256 that are drawn from all of them, always the same; of batches, the first.
+            `"int8"` needs about 100 examples to find the range of each value. The file is
+            compared with the model on all examples that are used. `None` compares on 8 random
+            inputs.
         input_shapes: shapes of the inputs, with the batch size, such as `(1, 28, 28)`. A tuple
             for a single input, a list of tuples, or a dictionary of tuples by the names of the
             inputs. An input without a name of its own is `input_1`, `input_2` and so on. `None`
@@ -72,9 +71,11 @@ def export_litert(
             `None` unrolls for `"int8"` only, for which LiteRT has no loops.
         quantize_io: whether the inputs and outputs of an `"int8"` file are integers as well.
             `False` keeps them floats, which the file converts.
-        tolerance: the largest root mean square difference from the outputs of the model, relative
-            to their root mean square. `None` allows 1e-4 in float32, 1e-2 with `"float16"`, 0.1
-            with `"dynamic_int8"` and 0.2 with `"int8"`.
+        tolerance: the largest relative difference from the outputs of the model: the root mean
+            square, over all examples, of the norm of an output's difference, divided by the root
+            mean square of the output's norm, or by 0.01 if that is larger. Each output must be
+            within the tolerance. `None` allows 1e-4 in float32, 1e-2 with `"float16"`, 0.1 with
+            `"dynamic_int8"` and 0.2 with `"int8"`.
         verbose: 1 shows on stderr, or in a notebook, what is done; 0 shows nothing.
             `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
@@ -108,30 +109,25 @@ def export_litert(
     if tolerance is None:
         tolerance = TOLERANCES[quantize]
     examples = read_examples(model, arguments, representative_data)
-    compared = {name: values[:COMPARED] for name, values in examples.items()}
     with (
         shown(verbose),
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder,
     ):
         file = pathlib.Path(folder, path.name)
-        model = inference_twin(model, unroll)
         with working("converting the model"):
-            convert(model, file, arguments, examples, quantize, quantize_io)
-        with working("running the LiteRT file"):
-            run = run_litert(file, compared)
-        with working("running the model"):
-            difference = _difference(run.outputs, _expected(model, arguments, compared))
-        if not difference <= tolerance:
+            convert(inference_twin(model, unroll), file, arguments, examples, quantize, quantize_io)
+        with working("comparing the LiteRT file with the model"):
+            comparison = compare_with_model(file, inference_twin(model), arguments, examples)
+        if not comparison.difference <= tolerance:
             raise ValueError(
-                f"The outputs of the LiteRT file differ from the model's by {difference:.2g}, more "
-                f"than the tolerance. Received: quantize={quantize!r}, tolerance={tolerance:g}"
+                f"The outputs of the LiteRT file differ from the model's by "
+                f"{comparison.difference:.2g}, more than the tolerance. "
+                f"Received: quantize={quantize!r}, tolerance={tolerance:g}"
             )
         report = LiteRTReport(
             path=str(path),
             **inspect_litert(file),
-            memory_bytes=run.memory_bytes,
-            latency_us=run.latency_us,
-            difference=difference,
+            **vars(comparison),
             tolerance=tolerance,
         )
         os.replace(file, path)
@@ -185,28 +181,6 @@ def _check_path(path):
 
 def _has_recurrent(model):
     return any(isinstance(layer, keras.layers.RNN) for layer in all_layers(model))
-
-
-def _expected(model, arguments, examples):
-    """The outputs of a model by name, in all runs: arrays of shape `(runs, *shape)`."""
-    runs = []
-    for values in zip(*examples.values(), strict=True):
-        tensors = [keras.ops.convert_to_tensor(value) for value in values]
-        inputs = keras.tree.pack_sequence_as(arguments, tensors)
-        outputs = named_outputs(model(*inputs, training=False))
-        runs.append({name: keras.ops.convert_to_numpy(output) for name, output in outputs.items()})
-    return {name: np.stack([run[name] for run in runs]) for name in runs[0]}
-
-
-def _difference(outputs, expected):
-    """Root mean square difference of all outputs, relative to the root mean square."""
-    pairs = [
-        (outputs[name].astype("float64"), values.astype("float64"))
-        for name, values in expected.items()
-    ]
-    squares = sum(np.square(actual - target).sum() for actual, target in pairs)
-    size = sum(np.square(target).sum() for _, target in pairs)
-    return float(np.sqrt(squares / (size or 1.0)))
 
 
 def inference_twin(model: keras.Model, unroll: bool = False) -> keras.Model:

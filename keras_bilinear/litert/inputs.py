@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bilinear.data import model_batches
+from keras_bilinear.data import is_one_for_each_input, model_batches, shape_of
 from keras_bilinear.keras_private.graph import all_layers
 
 # The most given examples that are used, and how many are drawn if none are given.
@@ -141,7 +141,9 @@ def read_examples(model: keras.Model, arguments: list, data: Any) -> dict[str, n
         model: the model.
         arguments: the nested specs of the model's arguments, as `input_specs` gives them.
         data: inputs of the model: an array, a dictionary of arrays, a list with an array for each
-            of several inputs, or an iterable of batches. `None` draws random inputs.
+            of several inputs, or an iterable of batches. At most `MOST` examples are read: of
+            arrays some that lie anywhere in them, of batches the first. `None` draws random
+            inputs.
 
     Returns:
         By the name of each input, an array of shape `(runs, *shape)`, where `shape` is that of
@@ -154,7 +156,7 @@ def read_examples(model: keras.Model, arguments: list, data: Any) -> dict[str, n
     specs = keras.tree.flatten(arguments)
     if data is None:
         return _random_examples(model, specs)
-    batches = _read_batches(model, specs, data)
+    batches = _read_batches(model, specs, _draw(model, data))
     if len(batches[0]) != len(specs):
         raise ValueError(
             f"`representative_data` must have {len(specs)} inputs. Received: {len(batches[0])}"
@@ -171,6 +173,33 @@ def read_examples(model: keras.Model, arguments: list, data: Any) -> dict[str, n
         values = values[: runs * spec.shape[0]].reshape(runs, *spec.shape)
         examples[spec.name] = values.astype(spec.dtype)
     return examples
+
+
+def _draw(model, data):
+    """Some examples of arrays that hold more than `MOST`, always the same; batches as they are.
+
+    Arrays may be in an order, such as that of their labels.
+    """
+    if isinstance(data, tuple) and data:
+        data, *_ = data
+    if hasattr(data, "shape"):
+        arrays = [data]
+    elif isinstance(data, Mapping):
+        arrays = [*data.values()]
+    elif is_one_for_each_input(data, model):
+        arrays = data
+    else:
+        return data
+    lengths = {shape_of(values)[:1] for values in arrays}
+    length, *_ = *lengths.pop(), 0
+    if lengths or length <= MOST:  # Arrays that differ in length are refused elsewhere.
+        return data
+    chosen = np.sort(np.random.default_rng(0).choice(length, MOST, replace=False))
+    return keras.tree.map_structure(
+        # Not every kind of array takes an array of indices.
+        lambda values: np.stack([keras.ops.convert_to_numpy(values[index]) for index in chosen]),
+        data,
+    )
 
 
 def _read_batches(model, specs, data) -> list[list[np.ndarray]]:

@@ -27,9 +27,14 @@ class LiteRTReport(Tabular):
         memory_bytes: the most bytes of resident memory of a process that only loads and runs the
             file. `None` where the system does not tell.
         latency_us: median microseconds of a run on one thread.
-        difference: root mean square difference between the outputs of the file and the outputs of
-            the model, relative to the root mean square of the model's outputs.
+        difference: how far the outputs of the file are from the outputs of the model, over all
+            examples: the root mean square of the norm of an output's difference, divided by the
+            root mean square of the output's norm, or by 0.01 if that is larger. The largest of
+            all outputs.
         tolerance: the largest difference that `export_litert` allowed.
+        agreement: share of the answers, from 0 to 1, in which the largest number along the last
+            axis of an output is at the same place as in the model's: the predicted class of a
+            classifier. The least of all outputs. `None` if each output has a single number.
     """
 
     path: str
@@ -41,11 +46,13 @@ class LiteRTReport(Tabular):
     latency_us: float
     difference: float
     tolerance: float
+    agreement: float | None = None
 
     def table(self) -> rich.table.Table:
         """A `rich.table.Table` with a row for each property."""
         table = rich.table.Table("", *right("value"), title=os.path.basename(self.path))
         ops = ", ".join(f"{count} {name}" for name, count in self.ops.items())
+        agreement = "" if self.agreement is None else f"{self.agreement:.2%}"
         memory = "unknown" if self.memory_bytes is None else bytes_text(self.memory_bytes)
         for name, text in (
             ("size", bytes_text(self.bytes)),
@@ -55,8 +62,10 @@ class LiteRTReport(Tabular):
             ("tensors", f"{self.tensors:,}"),
             ("operations", ops),
             ("difference", f"{self.difference:.1e} (allowed: {self.tolerance:.1e})"),
+            ("same largest output", agreement),
         ):
-            table.add_row(name, text)
+            if text:
+                table.add_row(name, text)
         return table
 
     def to_json(self) -> str:

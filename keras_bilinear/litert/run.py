@@ -19,9 +19,9 @@ class LiteRTRun:
     Attributes:
         outputs: for each output, by name, its values in all runs: an array of shape
             `(runs, *shape)`.
-        latency_us: median microseconds of a run.
-        memory_bytes: the most bytes of resident memory of the process. `None` where the system
-            does not tell.
+        latency_us: median microseconds of the first run.
+        memory_bytes: the most bytes of resident memory of the process in the first run. `None`
+            where the system does not tell.
         memory_before_bytes: the most bytes of resident memory of the process before it read the
             file. `None` where the system does not tell.
     """
@@ -42,15 +42,20 @@ def run_litert(
         inputs: for each input, by name, its values in all runs: an array of shape
             `(runs, *shape)`. Quantized inputs and outputs are converted from and to floats.
         threads: number of threads.
-        seconds: for how long to repeat the last run to find its latency.
+        seconds: for how long to repeat the first run to find its latency.
 
     Raises:
         RuntimeError: if LiteRT cannot run the file.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, found = pathlib.Path(folder, "inputs.npz"), pathlib.Path(folder, "outputs.npz")
-        # The prefix allows for any name of an input, also that of an argument of `savez`.
-        arrays = {f"input:{name}": values for name, values in inputs.items()}
+        # An array for each run, so that the process holds the inputs of one run at a time. The
+        # prefix allows for any name of an input, also that of an argument of `savez`.
+        arrays = {
+            f"{run}:{name}": value
+            for name, values in inputs.items()
+            for run, value in enumerate(values)
+        }
         np.savez(given, **arrays)  # pyright: ignore[reportArgumentType]  # names have a prefix
         command = [sys.executable, str(_SCRIPT), *map(str, (path, given, found, threads, seconds))]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -2,10 +2,11 @@
 
     python run_script.py FILE INPUTS.npz OUTPUTS.npz THREADS SECONDS
 
-`INPUTS.npz` has for each input an array `input:NAME` of shape `(runs, *shape)`. The script writes
-`OUTPUTS.npz` with the outputs of all runs as `output:NAME`, the median seconds of a run as
-`latency`, the most bytes of memory that the process took as `memory`, and the most bytes before it
-read the file as `memory_before`. The last two are 0 where the system does not tell.
+`INPUTS.npz` has for each input of each run an array `RUN:NAME`; the first run is 0. The script
+writes `OUTPUTS.npz` with the outputs of all runs as `output:NAME`, the median seconds of the first
+run as `latency`, the most bytes of memory that the process took until then as `memory`, and the
+most bytes before it read the file as `memory_before`. The last two are 0 where the system does not
+tell.
 
 It is a script and no module, as an import of the package would take memory.
 """
@@ -66,18 +67,21 @@ def main(file: str, inputs: str, outputs: str, threads: str, seconds: str) -> No
     signature = interpreter.get_signature_runner()
     sources, targets = signature.get_input_details(), signature.get_output_details()
     del signature  # The interpreter does not run as long as it exists.
-    with np.load(inputs) as arrays:
-        values = {name: quantized(arrays[f"input:{name}"], sources[name]) for name in sources}
     results: dict[str, list[np.ndarray]] = {name: [] for name in targets}
-    for run in zip(*values.values(), strict=True):
-        for name, value in zip(values, run, strict=True):
-            interpreter.set_tensor(sources[name]["index"], value)
-        interpreter.invoke()
-        for name, details in targets.items():
-            results[name].append(dequantized(interpreter.get_tensor(details["index"]), details))
-    latency = median_seconds(interpreter.invoke, float(seconds))
+    latency, memory = 0.0, 0
+    with np.load(inputs) as arrays:
+        for run in range(len(arrays.files) // len(sources)):
+            for name, details in sources.items():
+                value = quantized(arrays[f"{run}:{name}"], details)
+                interpreter.set_tensor(details["index"], value)
+            interpreter.invoke()
+            for name, details in targets.items():
+                results[name].append(dequantized(interpreter.get_tensor(details["index"]), details))
+            if not run:
+                latency = median_seconds(interpreter.invoke, float(seconds))
+                memory = peak_memory()
     stacked: dict[str, Any] = {f"output:{name}": np.stack(runs) for name, runs in results.items()}
-    np.savez(outputs, latency=latency, memory=peak_memory(), memory_before=memory_before, **stacked)
+    np.savez(outputs, latency=latency, memory=memory, memory_before=memory_before, **stacked)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Times functions on a machine that other processes use as well."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -54,8 +55,19 @@ def compile_forward(model: keras.Model, inputs: Any) -> Callable[[], Any]:
         A function that runs the model on `inputs` and returns when the outputs are computed.
     """
     inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
-    forward = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.config.backend()]
-    return waiting(forward(model, inputs))
+    return waiting(functools.partial(compile_call(model), inputs))
+
+
+def compile_call(model: keras.Model) -> Callable[..., Any]:
+    """Compiles the inference calls of a model.
+
+    Args:
+        model: the model.
+
+    Returns:
+        A function that takes the arguments of a call, tensors, and returns the outputs.
+    """
+    return {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[keras.config.backend()](model)
 
 
 def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -83,32 +95,31 @@ def waiting(function: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def _tensorflow(model, inputs):
+def _tensorflow(model):
     import tensorflow as tf
 
-    function = tf.function(lambda x: model(x, training=False), autograph=False)
-    return lambda: function(inputs)
+    return tf.function(lambda *inputs: model(*inputs, training=False), autograph=False)
 
 
-def _jax(model, inputs):
+def _jax(model):
     import jax
 
-    def call(weights, others, x):
-        return model.stateless_call(weights, others, x)[0]
+    def call(weights, others, *inputs):
+        return model.stateless_call(weights, others, *inputs)[0]
 
     function = jax.jit(call)
     state = [
         [variable.value for variable in variables]
         for variables in (model.trainable_variables, model.non_trainable_variables)
     ]
-    return lambda: jax.block_until_ready(function(*state, inputs))
+    return lambda *inputs: jax.block_until_ready(function(*state, *inputs))
 
 
-def _torch(model, inputs):
+def _torch(model):
     import torch
 
-    def forward():
+    def forward(*inputs):
         with torch.no_grad():
-            return model(inputs, training=False)
+            return model(*inputs, training=False)
 
     return forward

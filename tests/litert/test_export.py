@@ -74,7 +74,7 @@ def test_a_file_answers_as_the_float64_kernel_does(exported):
         keras.Sequential([keras.Input((1024,), name="x"), layer]), representative_data=x
     )
     kernel = ops.convert_to_numpy(layer.kernel).astype("float64")
-    (outputs,) = run_litert(report.path, {"x": x[:, None]}).outputs.values()
+    (outputs,) = run_litert(report.path, {"x": x[:, None]}, seconds=0.0).outputs.values()
     np.testing.assert_allclose(outputs[:, 0], x @ kernel, rtol=1e-4, atol=1e-4)
     assert report.difference < 1e-6
     assert report.bytes < 22_000
@@ -89,6 +89,7 @@ def test_a_report_is_a_table_and_json(exported):
     report = exported(keras.Sequential([keras.Input((8,)), BilinearDense(8)]))
     assert "FULLY_CONNECTED" in str(report)
     assert "<pre" in report._repr_html_()
+    assert "same largest output" in str(report)
     assert json.loads(report.to_json())["bytes"] == report.bytes
 
 
