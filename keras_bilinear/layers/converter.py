@@ -363,16 +363,22 @@ class Converter:
             row = sum(math.prod(kernel.shape) for kernel in kernels if kernel is not None)
         return self.applications(layer, inputs, outputs) * row
 
-    def workspace(self, bilinear: keras.Layer, inputs: tuple, outputs: tuple) -> int:
-        """Numbers that a call of a bilinear layer holds between its inputs and its outputs.
+    def workspace(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+        """Numbers that a call holds between its inputs and its outputs.
 
-        They are those between both factors or, where the layer forms its kernels, the kernels.
+        A bilinear layer that applies its factors holds the numbers between both of them. Weights
+        do not count, nor does a kernel that a bilinear layer forms, as that of a full layer does
+        not.
         """
-        rows = self.applications(bilinear, inputs, outputs)
-        return sum(
-            kernel.factorization.full_parameters if kernel.materialized else rows * kernel.between
-            for kernel in bilinear.kernels.values()
-        )
+        if not is_bilinear(layer):
+            return 0
+        rows = self.applications(layer, inputs, outputs)
+        return sum(rows * between_factors(kernel) for kernel in layer.kernels.values())
+
+
+def between_factors(kernel: Any) -> int:
+    """Numbers between both factors of a kernel for each row; none if the kernel is formed."""
+    return 0 if kernel.materialized else kernel.between
 
 
 _OF_FULL: dict[type, Converter] = {}

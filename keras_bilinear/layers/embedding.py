@@ -50,7 +50,7 @@ class EmbeddingConverter(Converter):
             return rows * factorization.transposed.macs
         return math.prod(inputs) * factorization.rank * factorization.padded_output_dim
 
-    def workspace(self, bilinear: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+    def workspace(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         return 0
 
 

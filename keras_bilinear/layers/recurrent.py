@@ -18,7 +18,14 @@ from keras_bilinear.kronecker.factorization import (
 )
 from keras_bilinear.kronecker.target import EXPORTED, on_gpu, runtime
 from keras_bilinear.layers.base import SHARED, BilinearLayer, convert
-from keras_bilinear.layers.converter import Converter, check_built, check_width, converter_of
+from keras_bilinear.layers.converter import (
+    Converter,
+    between_factors,
+    check_built,
+    check_width,
+    converter_of,
+    is_bilinear,
+)
 from keras_bilinear.layers.kernel import GateKernel, KroneckerKernel, split_blocks
 
 RECURRENT = ("rank", "recurrent_rank", *SHARED[1:])
@@ -176,11 +183,15 @@ class RecurrentConverter(Converter):
         # A cell alone sees one step, and does not know where its states come from.
         return isinstance(full, keras.layers.RNN) and super().can_calibrate(full)
 
-    def workspace(self, bilinear: keras.Layer, inputs: tuple, outputs: tuple) -> int:
-        # Time steps come one after the other, and each needs little.
-        kernels = bilinear.kernels.values()
-        formed = (kernel for kernel in kernels if kernel.materialized)
-        return sum(kernel.factorization.full_parameters for kernel in formed)
+    def workspace(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+        if not is_bilinear(layer):
+            return 0
+        rows = self.applications(layer, inputs, outputs)
+        steps = inputs[1] if isinstance(layer, keras.layers.RNN) else 1
+        # Steps come one after the other, but the inputs of all may be projected before them.
+        in_steps = self.holder(layer).projects_in_steps(inputs[0])
+        kernel, recurrent_kernel = map(between_factors, layer.kernels.values())
+        return (rows // steps if in_steps else rows) * kernel + rows // steps * recurrent_kernel
 
 
 class BilinearCell(BilinearLayer):

@@ -77,10 +77,10 @@ class SeparableConvConverter(Converter):
         depthwise = count_positions(layer, outputs) * math.prod(layer.depthwise_kernel.shape)
         return depthwise + super().macs(layer, inputs, outputs)
 
-    def workspace(self, bilinear: keras.Layer, inputs: tuple, outputs: tuple) -> int:
+    def workspace(self, layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         # The pointwise kernel multiplies what the depthwise kernel makes.
-        between = count_positions(bilinear, outputs) * self.input_dim(bilinear)
-        return between + super().workspace(bilinear, inputs, outputs)
+        between = count_positions(layer, outputs) * self.input_dim(layer)
+        return between + super().workspace(layer, inputs, outputs)
 
 
 class BilinearSeparableConv(BilinearLayer):

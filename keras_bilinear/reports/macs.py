@@ -4,7 +4,7 @@ import math
 
 import keras
 
-from keras_bilinear.layers.converter import counting_converter, is_bilinear, look_up
+from keras_bilinear.layers.converter import counting_converter, look_up
 
 _DEPTHWISE = dict.fromkeys((keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D), True)
 
@@ -34,8 +34,7 @@ def count_call(layer: keras.Layer, inputs: tuple, outputs: tuple) -> int | None:
 def count_workspace(layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
     """Numbers that a call holds between its inputs and outputs: those between both factors.
 
-    A layer that forms its kernel holds the kernel instead. Layers that are not bilinear hold
-    nothing that is counted.
+    Weights and kernels do not count. A layer that no converter knows holds nothing that is counted.
 
     Args:
         layer: a built layer.
@@ -43,6 +42,4 @@ def count_workspace(layer: keras.Layer, inputs: tuple, outputs: tuple) -> int:
         outputs: shape of its outputs.
     """
     converter = counting_converter(layer)
-    if converter is None or not is_bilinear(layer):
-        return 0
-    return converter.workspace(layer, inputs, outputs)
+    return 0 if converter is None else converter.workspace(layer, inputs, outputs)

@@ -43,7 +43,8 @@ class LayerSummary:
         macs: multiply-accumulate operations of the layer's projections for one example, added up
             over all calls of the layer. `None` if they are unknown.
         activation_bytes: bytes of the inputs, the outputs and the values between both factors in
-            the layer's largest call for one example. `None` if they are unknown.
+            the layer's largest call for one example. Kernels do not count, stored or formed for
+            the call. `None` if they are unknown.
     """
 
     path: str

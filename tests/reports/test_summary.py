@@ -11,6 +11,11 @@ from keras_bilinear import (
     BilinearConv2D,
     BilinearDense,
     BilinearEinsumDense,
+    BilinearGRU,
+    BilinearGRUCell,
+    BilinearLSTM,
+    BilinearSeparableConv2D,
+    BilinearSimpleRNN,
     compare,
     rewrite_model,
     summarize,
@@ -68,7 +73,7 @@ def test_what_lies_between_both_factors_counts():
     assert layer.activation_bytes == 4 * (64 + 3 * 64 + 64)
     dense = BilinearDense(64, implementation="materialized", use_bias=False)
     (layer,) = summarize(network(dense)).layers
-    assert layer.activation_bytes == 4 * (64 + 64 * 64 + 64)
+    assert layer.activation_bytes == 4 * (64 + 64)
 
     options = {"padding": "same", "implementation": "factorized", "input_factors": (4, 4)}
     conv = BilinearConv2D(16, 3, output_factors=(2, 8), rank=2, strides=2, **options)
@@ -78,6 +83,43 @@ def test_what_lies_between_both_factors_counts():
     between = 36 * 2 * 2 * 4 if left_first else 9 * 2 * 4 * 8
     (layer,) = summarize(model).layers
     assert layer.activation_bytes == 4 * (36 * 16 + between + 9 * 16)
+
+
+STEPS, FEATURES, UNITS = 8, 52, 64
+
+
+@pytest.mark.parametrize("bilinear", [BilinearSimpleRNN, BilinearGRU, BilinearLSTM])
+def test_activations_of_recurrent_layers_are_counted_in_one_way(bilinear):
+    def activations(layer):
+        (costs,) = summarize(keras.Sequential([keras.Input((STEPS, FEATURES)), layer])).layers
+        return costs.activation_bytes // 4
+
+    ends = STEPS * FEATURES + UNITS
+    assert activations(bilinear.full_class(UNITS)) == ends
+    assert activations(bilinear(UNITS, implementation="materialized")) == ends
+    layer = bilinear(UNITS, implementation="factorized", rank=2)
+    found = activations(layer)
+    # The inputs of all steps are projected before the loop, or those of each step in it.
+    rows = 1 if layer.cell.projects_in_steps(1) else STEPS
+    kernel, recurrent_kernel = layer.kernels.values()
+    assert found == ends + rows * kernel.between + recurrent_kernel.between
+    assert kernel.between > 0
+
+
+def test_activations_of_cells_are_those_of_a_step():
+    cells = keras.layers.GRUCell(64), BilinearGRUCell(64, implementation="materialized")
+    models = [keras.Sequential([keras.Input((8, 52)), layers.RNN(cell)]) for cell in cells]
+    full, small = (summarize(model).layers[0].activation_bytes for model in models)
+    assert full == small
+
+
+def test_activations_of_separable_convolutions_are_counted_in_one_way():
+    options = {"padding": "same", "depth_multiplier": 2}
+    full = layers.SeparableConv2D(16, 3, **options)
+    small = BilinearSeparableConv2D(16, 3, implementation="materialized", **options)
+    for layer in (full, small):
+        (costs,) = summarize(keras.Sequential([keras.Input((6, 6, 8)), layer])).layers
+        assert costs.activation_bytes == 4 * 36 * (8 + 2 * 8 + 16)
 
 
 def test_bytes_and_activations_follow_the_dtype():
