@@ -1,5 +1,6 @@
 """Results as tables, and numbers as short texts."""
 
+import html
 import io
 
 import rich.console
@@ -15,14 +16,45 @@ class Tabular:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        console = rich.console.Console(file=text, width=120)
+        console = rich.console.Console(
+            file=text,
+            width=120,
+            force_jupyter=False,  # It would show the table in a notebook and write nothing.
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
         console.print(self.table())
         return text.getvalue()
 
     def _repr_html_(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), record=True, width=120)
-        console.print(self.table())
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return to_html(self.table())
+
+
+def to_html(table: rich.table.Table) -> str:
+    """A table of texts as an HTML table, which a notebook shows in its own style."""
+
+    def row(tag, cells):
+        styled = [
+            f'<{tag} style="text-align: {column.justify}">{html.escape(str(cell))}</{tag}>'
+            for column, cell in zip(table.columns, cells, strict=True)
+        ]
+        return f"<tr>{''.join(styled)}</tr>"
+
+    head = row("th", [column.header for column in table.columns])
+    body = [
+        row("td", cells) for cells in zip(*(column.cells for column in table.columns), strict=True)
+    ]
+    lines = ["<div>", "<table>"]
+    if table.title:
+        lines.append(f"<caption><strong>{html.escape(str(table.title))}</strong></caption>")
+    lines += [f"<thead>{head}</thead>", "<tbody>", *body, "</tbody>"]
+    if table.show_footer:
+        lines.append(f"<tfoot>{row('th', [column.footer for column in table.columns])}</tfoot>")
+    lines.append("</table>")
+    if table.caption:
+        lines.append(f"<p><small>{html.escape(str(table.caption))}</small></p>")
+    return "\n".join([*lines, "</div>"])
 
 
 def right(*names: str) -> list[rich.table.Column]:

@@ -1,5 +1,8 @@
 """Parts of the figures of summaries and comparisons, drawn with Matplotlib."""
 
+import base64
+import functools
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,21 +16,42 @@ FULL_COLOR, BILINEAR_COLOR, INK, FAINT = "#b8bcc6", "#d1495b", "#23262f", "#7a7f
 TITLE: dict[str, Any] = {"color": INK, "loc": "left", "fontsize": 13, "pad": 14}
 
 
-def new_figure(rows: int, columns: int) -> tuple[Any, list[Any]]:
+def new_figure(rows: int, columns: int, pyplot: bool = False) -> tuple[Any, list[Any]]:
     """A figure with axes side by side.
 
     Args:
         rows: number of labels along the vertical axis, which decides the height.
         columns: number of axes.
+        pyplot: whether the figure becomes the current figure of `matplotlib.pyplot`, which shows
+            it in a notebook, or in a window by `show`.
 
     Returns:
         The `matplotlib.figure.Figure` and the list of its axes.
     """
-    from matplotlib.figure import Figure
+    if pyplot:
+        from matplotlib.pyplot import figure as make
+    else:
+        from matplotlib.figure import Figure as make
 
     size = 6.5 * columns, 1.6 + max(3, 0.34 * rows)
-    figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
+    figure: Any = make(figsize=size, dpi=150, facecolor="white", layout="constrained")
+    figure._repr_mimebundle_ = functools.partial(_show_once, figure)
     return figure, [*figure.subplots(1, columns, squeeze=False).flat]
+
+
+def _show_once(figure, **_):
+    """What IPython shows of a figure, in a notebook that shows all open figures after a cell.
+
+    The figure may be the result of the cell as well: it is closed.
+    """
+    from matplotlib import pyplot
+
+    if "inline" not in pyplot.get_backend():
+        return {}  # IPython then does as with any figure.
+    pyplot.close(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return {"image/png": base64.b64encode(picture.getvalue()).decode()}
 
 
 def draw_parameters(

@@ -130,12 +130,14 @@ class Summary(Tabular):
 
         Args:
             path: the file to write. Its suffix, such as `.png` or `.svg`, decides the format.
-                `None` writes no file.
+                `None` writes no file: the figure becomes the current figure of
+                `matplotlib.pyplot`, which a notebook shows, and `matplotlib.pyplot.show()` in a
+                script.
 
         Returns:
             A `matplotlib.figure.Figure`.
         """
-        figure, (axes,) = new_figure(len(self.layers), 1)
+        figure, (axes,) = new_figure(len(self.layers), 1, pyplot=path is None)
         counts = [[layer.parameters for layer in self.layers]]
         draw_parameters(axes, [layer.path for layer in self.layers], counts, [BILINEAR_COLOR])
         return finish_figure(figure, _title(self), path)
@@ -204,14 +206,17 @@ class Comparison(Tabular):
 
         Args:
             path: the file to write. Its suffix, such as `.png` or `.svg`, decides the format.
-                `None` writes no file.
+                `None` writes no file: the figure becomes the current figure of
+                `matplotlib.pyplot`, which a notebook shows, and `matplotlib.pyplot.show()` in a
+                script.
 
         Returns:
             A `matplotlib.figure.Figure`.
         """
         layers = [*self._common_layers()]
         with_accuracy = bool(_accuracies(self.full))
-        figure, axes = new_figure(len(layers), 2 if with_accuracy else 1)
+        columns = 2 if with_accuracy else 1
+        figure, axes = new_figure(len(layers), columns, pyplot=path is None)
         counts = [
             [full.parameters for _, full, _ in layers],
             [small.parameters for _, _, small in layers],

@@ -88,7 +88,7 @@ def test_a_file_answers_as_the_float64_kernel_does(exported):
 def test_a_report_is_a_table_and_json(exported):
     report = exported(keras.Sequential([keras.Input((8,)), BilinearDense(8)]))
     assert "FULLY_CONNECTED" in str(report)
-    assert "<pre" in report._repr_html_()
+    assert "<table>" in report._repr_html_()
     assert "same largest output" in str(report)
     assert json.loads(report.to_json())["bytes"] == report.bytes
 

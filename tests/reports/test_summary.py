@@ -301,7 +301,7 @@ def test_two_models_are_compared_layer_by_layer(tmp_path):
     text = str(comparison)
     assert "hidden: Dense to BilinearDense" in text
     assert "last" not in text
-    assert "<pre>" in comparison._repr_html_()
+    assert "<table>" in comparison._repr_html_()
     content = json.loads(comparison.to_json())
     assert content["full"]["accuracy"] == comparison.full.accuracy
     assert content["small"]["layers"][0]["type"] == "BilinearDense"
