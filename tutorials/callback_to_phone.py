@@ -1,6 +1,5 @@
 # ---
 # jupyter:
-#   accelerator: GPU
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -8,8 +7,6 @@
 # ---
 
 # %% [markdown]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/callback_to_phone.ipynb)
-#
 # # From a callback to a phone
 #
 # `BilinearRewrite` is a Keras callback that makes a network bilinear while it trains, inside one
@@ -19,8 +16,25 @@
 # run, and the file is tried out here. (If you know the ranks already, begin with a bilinear
 # network: it takes less time.)
 
-# %% tags=["skip-execution"]
-# %pip install -q "keras-bilinear[tutorials]"
+# %%
+# Installs keras_bilinear where it is missing: from the clone that this notebook lies in, else from
+# a repository. Fill in the address where the notebook was opened alone, as in Colab.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = ""  # what `git clone` takes, such as "https://github.com/OWNER/keras_bilinear"
+
+if importlib.util.find_spec("keras_bilinear") is None:
+    clone = pathlib.Path.cwd().parent
+    if (clone / "keras_bilinear").is_dir():
+        package = f"{clone}[tutorials]"
+    elif REPOSITORY:
+        package = f"keras-bilinear[tutorials] @ git+{REPOSITORY}"
+    else:
+        raise ValueError("`REPOSITORY` must be the address of keras_bilinear. Received: none")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %%
 import keras
@@ -98,7 +112,7 @@ plt.show()
 # weights as 8-bit integers and rounds the inputs of a layer as they come. `dynamic_int8` leaves
 # weights of fewer than 1,024 numbers, such as small factors, in float32. The report says how large
 # the file is, which operations it has, how long one example takes on this machine, and how far its
-# outputs are from the outputs of the Keras model on the first of these images.
+# outputs are from the outputs of the Keras model on these images.
 
 # %%
 reports = {}

@@ -8,8 +8,6 @@
 # ---
 
 # %% [markdown]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/cifar10.ipynb)
-#
 # # CIFAR-10: bilinear convolutions
 #
 # A 3x3 convolution from 128 to 128 channels is a projection at every pixel, from 9 x 128 numbers
@@ -22,8 +20,25 @@
 # networks are trained: a full network, a bilinear network, and a full network with so few filters
 # that it is as small as the bilinear network.
 
-# %% tags=["skip-execution"]
-# %pip install -q "keras-bilinear[tutorials]"
+# %%
+# Installs keras_bilinear where it is missing: from the clone that this notebook lies in, else from
+# a repository. Fill in the address where the notebook was opened alone, as in Colab.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = ""  # what `git clone` takes, such as "https://github.com/OWNER/keras_bilinear"
+
+if importlib.util.find_spec("keras_bilinear") is None:
+    clone = pathlib.Path.cwd().parent
+    if (clone / "keras_bilinear").is_dir():
+        package = f"{clone}[tutorials]"
+    elif REPOSITORY:
+        package = f"keras-bilinear[tutorials] @ git+{REPOSITORY}"
+    else:
+        raise ValueError("`REPOSITORY` must be the address of keras_bilinear. Received: none")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %%
 import keras

@@ -1,6 +1,5 @@
 # ---
 # jupyter:
-#   accelerator: GPU
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -8,8 +7,6 @@
 # ---
 
 # %% [markdown]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/compress_your_model.ipynb)
-#
 # # Compress your own trained model
 #
 # You have a trained network and want to keep a tenth of its parameters. For each layer and each
@@ -21,8 +18,25 @@
 #
 # Replace the model and the data below by your own; nothing else changes.
 
-# %% tags=["skip-execution"]
-# %pip install -q "keras-bilinear[tutorials]"
+# %%
+# Installs keras_bilinear where it is missing: from the clone that this notebook lies in, else from
+# a repository. Fill in the address where the notebook was opened alone, as in Colab.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = ""  # what `git clone` takes, such as "https://github.com/OWNER/keras_bilinear"
+
+if importlib.util.find_spec("keras_bilinear") is None:
+    clone = pathlib.Path.cwd().parent
+    if (clone / "keras_bilinear").is_dir():
+        package = f"{clone}[tutorials]"
+    elif REPOSITORY:
+        package = f"keras-bilinear[tutorials] @ git+{REPOSITORY}"
+    else:
+        raise ValueError("`REPOSITORY` must be the address of keras_bilinear. Received: none")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %%
 import keras

@@ -1,6 +1,5 @@
 # ---
 # jupyter:
-#   accelerator: GPU
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -8,8 +7,6 @@
 # ---
 
 # %% [markdown]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/fashion_mnist.ipynb)
-#
 # # Fashion-MNIST: a bilinear MLP
 #
 # A dense layer with 1,024 inputs and 1,024 outputs stores a million numbers. A bilinear layer
@@ -22,8 +19,25 @@
 # full network that is so narrow that it is as small as the bilinear network. The narrow network is
 # the fair rival: a bilinear network is worth it only if it beats a network with fewer units.
 
-# %% tags=["skip-execution"]
-# %pip install -q "keras-bilinear[tutorials]"
+# %%
+# Installs keras_bilinear where it is missing: from the clone that this notebook lies in, else from
+# a repository. Fill in the address where the notebook was opened alone, as in Colab.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = ""  # what `git clone` takes, such as "https://github.com/OWNER/keras_bilinear"
+
+if importlib.util.find_spec("keras_bilinear") is None:
+    clone = pathlib.Path.cwd().parent
+    if (clone / "keras_bilinear").is_dir():
+        package = f"{clone}[tutorials]"
+    elif REPOSITORY:
+        package = f"keras-bilinear[tutorials] @ git+{REPOSITORY}"
+    else:
+        raise ValueError("`REPOSITORY` must be the address of keras_bilinear. Received: none")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %%
 import keras

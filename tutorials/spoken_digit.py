@@ -8,8 +8,6 @@
 # ---
 
 # %% [markdown]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main/tutorials/spoken_digit.ipynb)
-#
 # # Spoken digits: a bilinear GRU
 #
 # A watch or a headset runs a small network all day, which listens for a few words. Here it is a
@@ -19,8 +17,25 @@
 # The recordings are split by take: takes 0 to 4 of each speaker and digit are the test set, and
 # the other takes are the training set.
 
-# %% tags=["skip-execution"]
-# %pip install -q "keras-bilinear[tutorials]"
+# %%
+# Installs keras_bilinear where it is missing: from the clone that this notebook lies in, else from
+# a repository. Fill in the address where the notebook was opened alone, as in Colab.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = ""  # what `git clone` takes, such as "https://github.com/OWNER/keras_bilinear"
+
+if importlib.util.find_spec("keras_bilinear") is None:
+    clone = pathlib.Path.cwd().parent
+    if (clone / "keras_bilinear").is_dir():
+        package = f"{clone}[tutorials]"
+    elif REPOSITORY:
+        package = f"keras-bilinear[tutorials] @ git+{REPOSITORY}"
+    else:
+        raise ValueError("`REPOSITORY` must be the address of keras_bilinear. Received: none")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %%
 import keras

@@ -23,8 +23,8 @@ class Result:
         keras_bytes: bytes of the `.keras` file.
         litert_bytes: bytes of the `.tflite` file.
         litert_latency_us: median microseconds of a run of the `.tflite` file on one thread.
-        litert_difference: root mean square difference between the outputs of the `.tflite` file
-            and those of the network, relative to the root mean square of the network's outputs.
+        litert_difference: difference of the outputs of the `.tflite` file from those of the
+            network, as in a `LiteRTReport`.
         step_ms: median milliseconds of a training step.
         accuracy_by_epoch: `test_accuracy` after each epoch.
     """

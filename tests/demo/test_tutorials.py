@@ -1,4 +1,7 @@
 import pathlib
+import re
+import sys
+import tomllib
 from types import SimpleNamespace
 
 import keras
@@ -20,12 +23,22 @@ for package in ("ipykernel", "matplotlib", "sklearn", "tensorflow_datasets"):
 
 FOLDER = pathlib.Path(__file__).parents[2] / "tutorials"
 SOURCES = sorted(FOLDER.glob("*.py"))
+# To be stored: `python benchmarks/tutorials.py --store`, on a machine that does nothing else, as some
+# show times.
+NOT_STORED = (
+    "billion_row_embedding",
+    "callback_to_phone",
+    "cifar10",
+    "fashion_mnist",
+    "imdb_reviews",
+    "spoken_digit",
+)
 every_tutorial = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
 
 def contents(notebook):
     cells = [(cell.cell_type, cell.source, cell.metadata) for cell in notebook.cells]
-    return cells, notebook.metadata.kernelspec, notebook.metadata.accelerator
+    return cells, notebook.metadata.kernelspec, notebook.metadata.get("accelerator")
 
 
 def test_there_are_no_other_notebooks():
@@ -40,15 +53,91 @@ def test_notebook_is_what_its_source_makes(source):
     assert contents(notebook) == contents(jupytext.read(source)), (
         f"Run: jupytext --to ipynb --update tutorials/{source.name}"
     )
-    assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
 @every_tutorial
-def test_notebook_opens_in_colab(source):
-    first, second, *_ = jupytext.read(source).cells
-    colab = "https://colab.research.google.com/github/keras-bilinear/keras-bilinear/blob/main"
-    assert f"({colab}/tutorials/{source.stem}.ipynb)" in first.source
-    assert second.source == '%pip install -q "keras-bilinear[tutorials]"'
+def test_the_outputs_of_a_full_run_are_stored(source):
+    notebook = jupytext.read(source.with_suffix(".ipynb"))
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if source.stem in NOT_STORED:
+        assert not any(cell.outputs for cell in cells)
+        return
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    texts = [output.text for output in outputs if output.output_type == "stream"]
+    for output in outputs:
+        texts += [str(v) for kind, v in output.get("data", {}).items() if kind != "image/png"]
+    text = "\n".join(texts)
+    assert "dtype policy: float32" in text
+    assert re.search(r"\d,\d{3} examples to train on", text), "a quick run"
+    assert "in the place of" not in text
+    # Neither folders of a machine nor addresses.
+    assert not re.findall(r"(?:^|[\s'\"(=])(?:~|[A-Z]:)?[/\\][\w.-]+[/\\].*", text)
+    assert "://" not in text
+
+
+@every_tutorial
+def test_a_gpu_is_asked_for_where_it_helps(source):
+    asks = jupytext.read(source.with_suffix(".ipynb")).metadata.get("accelerator")
+    helps = source.stem in ("cifar10", "imdb_reviews", "spoken_digit")
+    assert asks == ("GPU" if helps else None)
+
+
+def first_code(source):
+    return next(cell for cell in jupytext.read(source).cells if cell.cell_type == "code").source
+
+
+def test_all_notebooks_install_the_package_in_the_same_way():
+    (cell,) = {first_code(source) for source in SOURCES}
+    assert "REPOSITORY" in cell
+
+
+@every_tutorial
+def test_no_notebook_names_a_place_that_may_not_exist(source):
+    lines = [line for line in source.read_text().splitlines() if "REPOSITORY = " not in line]
+    assert len(lines) == len(source.read_text().splitlines()) - 1
+    assert "://" not in "\n".join(lines)
+
+
+ADDRESS = "https://example.org/keras_bilinear"
+
+
+@pytest.mark.parametrize(
+    ("folder", "repository", "package"),
+    [
+        (FOLDER, "", f"{FOLDER.parent}[tutorials]"),
+        (FOLDER, ADDRESS, f"{FOLDER.parent}[tutorials]"),
+        (None, ADDRESS, f"keras-bilinear[tutorials] @ git+{ADDRESS}"),
+        (None, "", None),
+    ],
+    ids=["clone", "clone_first", "repository", "neither"],
+)
+def test_a_package_that_is_missing_is_installed(folder, repository, package, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
+    monkeypatch.chdir(folder or tmp_path)
+    cell, count = re.subn(
+        r'^REPOSITORY = "[^"]*"', f'REPOSITORY = "{repository}"', first_code(SOURCES[0]), flags=re.M
+    )
+    assert count == 1
+    if package is None:
+        with pytest.raises(ValueError, match="`REPOSITORY` must be the address"):
+            exec(cell, {})
+        assert not ran
+        return
+    exec(cell, {})
+    assert ran == [[sys.executable, "-m", "pip", "install", "-q", package]]
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "keras-bilinear"
+    assert "tutorials" in project["optional-dependencies"]
+
+
+def test_a_package_that_is_there_is_not_installed(monkeypatch):
+    monkeypatch.setattr("subprocess.run", None)
+    exec(first_code(SOURCES[0]), {})
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +167,6 @@ keras.config.set_dtype_policy("float32")
 def test_notebook_runs(source, kernel, tmp_path):
     notebook = jupytext.read(source.with_suffix(".ipynb"))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(RESET.format(path=str(tmp_path))))
-    # Cells with the tag "skip-execution", which install packages, are skipped.
     client = nbclient.NotebookClient(notebook, km=kernel, timeout=300)
     client.execute(cleanup_kc=False)
     client.kc.stop_channels()
