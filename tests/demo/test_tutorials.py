@@ -23,8 +23,8 @@ for package in ("ipykernel", "matplotlib", "sklearn", "tensorflow_datasets"):
 
 FOLDER = pathlib.Path(__file__).parents[2] / "tutorials"
 SOURCES = sorted(FOLDER.glob("*.py"))
-# To be stored: `python benchmarks/tutorials.py --store`, on a machine that does nothing else, as some
-# show times.
+# To be stored by `python benchmarks/tutorials.py --store` on a machine that does nothing else, as
+# some show times.
 NOT_STORED = (
     "billion_row_embedding",
     "callback_to_phone",
