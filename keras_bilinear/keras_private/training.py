@@ -16,8 +16,8 @@ import keras
 
 from keras_bilinear.keras_private.optimizer import fresh_optimizer
 
-# The first and the last version of Keras whose training loop and optimizers are known.
-_KNOWN = ((3, 13), (3, 15))
+# The first and the last version of Keras that the tests run with.
+TESTED = ("3.13", "3.15")
 # Files in the folder of a `keras.callbacks.BackupAndRestore`: latest weights, weights before them.
 BACKUPS = ("latest.weights.h5", "latest.weights.h5.bkp")
 
@@ -53,20 +53,13 @@ def _own_metric(metric):
     return type(metric).from_config(metric.get_config())
 
 
-def check_version() -> None:
-    """Checks that this version of Keras lets a model change inside `fit`.
-
-    Raises:
-        RuntimeError: if Keras is older or newer than the versions that are known.
-    """
-    version = tuple(int(part) for part in re.findall(r"\d+", keras.__version__)[:2])
-    if not _KNOWN[0] <= version <= _KNOWN[1]:
-        low, high = (".".join(map(str, known)) for known in _KNOWN)
-        raise RuntimeError(
-            "BilinearRewrite changes a model inside `fit`, which is known to work with Keras "
-            f"{low} to {high}. Found: Keras {keras.__version__}. Use `rewrite_model`, which works "
-            "with any version."
-        )
+def is_tested(version: str) -> bool:
+    """Whether a version of Keras is among those from the first to the last of `TESTED`."""
+    first, found, last = (
+        tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+        for text in (TESTED[0], version, TESTED[1])
+    )
+    return first <= found <= last
 
 
 def fit_arguments(model: keras.Model) -> dict[str, Any]:

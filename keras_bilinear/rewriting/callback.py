@@ -17,7 +17,6 @@ from absl import logging
 
 from keras_bilinear.data import model_batches
 from keras_bilinear.keras_private.optimizer import check_optimizer
-from keras_bilinear.keras_private.training import check_version
 from keras_bilinear.messages import check_choice
 from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.in_training import ModelInTraining
@@ -29,6 +28,7 @@ from keras_bilinear.rewriting.planner import check_plan_exists
 from keras_bilinear.rewriting.schedule import due_epoch, parse_schedule
 from keras_bilinear.rewriting.tensorboard import show_errors
 from keras_bilinear.rewriting.training_batches import training_batches
+from keras_bilinear.rewriting.trial import check_version
 from keras_bilinear.rewriting.undo import WeightsBefore
 
 
@@ -101,8 +101,9 @@ class BilinearRewrite(keras.callbacks.Callback):
             budget, if the training data can be read only once and there are no calibration
             data, if the logs do not have the metric, if the model has optimizers beside the
             optimizer that it is compiled with, or if the backup is of another model.
-        RuntimeError: if this version of Keras is not known to allow it. In `fit`: if a step
-            fails and `on_error` is `"raise"`.
+        RuntimeError: if this version of Keras does not allow it, as a tiny model shows where
+            the tests of this package do not run with the version. In `fit`: if a step fails
+            and `on_error` is `"raise"`.
 
     Example:
 

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from keras_bilinear import BilinearRewrite
 from keras_bilinear.keras_private import training
 from keras_bilinear.layers.converter import is_bilinear
 from keras_bilinear.layers.dense import DenseConverter
+from keras_bilinear.rewriting import in_training, trial
 from keras_bilinear.rewriting.journal import Journal
 from keras_bilinear.rewriting.sites import walk
 from keras_bilinear.rewriting.training_batches import EXAMPLES, training_batches
@@ -573,10 +575,49 @@ def test_mistakes_are_found_before_training():
         fit(model, wrong, validation_data=(X, Y), epochs=1)
 
 
-def test_an_unknown_version_of_keras_is_refused_at_once(monkeypatch):
+@pytest.fixture
+def next_keras(monkeypatch):
+    """Lets Keras be a version that no test has seen, and the trial not have been made yet."""
+    trial._try_once.cache_clear()
     monkeypatch.setattr(keras, "__version__", "3.99.0")
-    with pytest.raises(RuntimeError, match=r"Keras 3\.13 to 3\.15. Found: Keras 3\.99\.0"):
+    yield
+    trial._try_once.cache_clear()
+
+
+def test_a_version_that_was_not_tested_is_tried(next_keras, caplog):
+    seeds = random.getstate()
+    BilinearRewrite(1)
+    BilinearRewrite(1)
+    (record,) = caplog.records
+    assert "run with Keras 3.13 to 3.15. Found: Keras 3.99.0. A tiny" in record.message
+    assert random.getstate() == seeds
+    assert keras.config.dtype_policy().name == "float32"
+
+
+@pytest.mark.parametrize(
+    ("part", "broken", "message"),
+    [
+        ("fit_arguments", {}, "training data are known inside `fit` only"),
+        ("move_optimizer", None, ""),
+        pytest.param(
+            "retrace", None, "did not train",
+            marks=pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow traces"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_version_that_does_not_allow_it_is_refused_at_once(
+    part, broken, message, next_keras, monkeypatch
+):
+    monkeypatch.setattr(in_training, part, lambda *arguments: broken)
+    message = rf"(?s)could not be changed.*3\.13 to 3\.15\. Found: Keras 3\.99\.0.*{message}"
+    with pytest.raises(RuntimeError, match=message):
         BilinearRewrite(1)
+
+
+def test_versions_between_those_of_the_tests_count_as_tested():
+    known = ("3.13.0", "3.14.1", "3.15.9")
+    assert all(map(training.is_tested, known))
+    assert not any(map(training.is_tested, ("3.12.4", "3.16.0.dev1", "4.0")))
 
 
 def test_an_optimizer_of_an_unknown_kind_is_refused():
