@@ -245,6 +245,20 @@ class Converter:
         """
         return self.bilinear_class.from_config({**self.options(full), **own})
 
+    def built_like(self, full: keras.Layer, **own: Any) -> keras.Layer:
+        """A built bilinear layer with the options of a full layer, trainable, with any weights.
+
+        Args:
+            full: a built full layer.
+            **own: arguments that only the bilinear layer has, such as `rank`.
+        """
+        bilinear = self.like(full, **own)
+        # Trainable while it makes its variables, see `copy_flags`.
+        bilinear.trainable = True
+        with to_be_overwritten():
+            bilinear.build(self.input_shape(full))
+        return bilinear
+
     def factorizations(self, full: keras.Layer) -> dict[str, Factorization]:
         """The shapes that the kernels of the bilinear layer would have, at rank 1."""
         return self.like(full).factorize(self.input_shape(full))
@@ -274,11 +288,7 @@ class Converter:
                 not valid.
         """
         weights = self.weights(full)
-        # Trainable while it makes its variables, see `copy_flags`.
-        bilinear = self.like(full, **own)
-        bilinear.trainable = True
-        with to_be_overwritten():
-            bilinear.build(self.input_shape(full))
+        bilinear = self.built_like(full, **own)
         self.copy_shared(full, bilinear)
         bias = weights.get("bias")
         for index, (name, kernel) in enumerate(bilinear.kernels.items()):

@@ -100,6 +100,16 @@ class LayerPlan:
             raise ValueError(f"`factors` must be two pairs. Received: factors={value!r}")
         self.factorizations = self.with_factors(value)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a bilinear layer that the plan decides: its rank and its factors."""
+        input_factors, output_factors = self.factors or (None, None)
+        return {
+            "rank": self.rank,
+            "input_factors": input_factors,
+            "output_factors": output_factors,
+        }
+
     def with_factors(self, factors: Factors | None) -> list[Factorization]:
         """The layer's factorizations with other factors.
 

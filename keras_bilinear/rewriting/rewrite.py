@@ -23,6 +23,7 @@ from keras_bilinear.layers.calibration import (
 )
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
 from keras_bilinear.progress import check_verbose, shown, track
+from keras_bilinear.rewriting.calls import check_calls
 from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
@@ -114,7 +115,8 @@ def rewrite_model(
     Raises:
         ValueError: if an argument is not valid, if the plan was made for another model,
             if no plan keeps to the limit, if weights or calibration data are not
-            finite, or if the model cannot be copied.
+            finite, if the model cannot be copied, or if a layer of your own cannot be called
+            once layers are bilinear, as it reads their weights.
         TypeError: if the calibration data are neither arrays nor an iterable of batches.
         RuntimeError: if a layer cannot be rewritten for another reason.
 
@@ -185,9 +187,11 @@ def rewrite_layers(
         warn: whether few calibration data are reported, as planning does it.
 
     Raises:
-        ValueError, RuntimeError: if a layer cannot be rewritten.
+        ValueError, RuntimeError: if a layer cannot be rewritten, or if a layer of the user's
+            cannot be called any more.
     """
     sites = [site for site in sites if site.path in plan and plan[site.path].rank is not None]
+    check_calls(model, [(site, plan[site.path]) for site in sites], batches)
     before, full, used = snapshot(all_layers(model)), [], {}
     weigh = None if batches is None else output_gradients(model, batches)
     try:
@@ -217,15 +221,8 @@ def _make_bilinear(site: Site, plan: LayerPlan, calibration: Calibration | None)
     Raises:
         ValueError, RuntimeError: if it cannot be, with the path of the layer.
     """
-    input_factors, output_factors = plan.factors or (None, None)
     try:
-        bilinear = converter_of(site.layer).from_full(
-            site.layer,
-            calibration,
-            rank=plan.rank,
-            input_factors=input_factors,
-            output_factors=output_factors,
-        )
+        bilinear = converter_of(site.layer).from_full(site.layer, calibration, **plan.arguments)
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         raise kind(f"The layer {site.path!r} cannot be rewritten. {error}") from error
@@ -248,7 +245,8 @@ class Rewriter:
 
     Raises:
         ValueError: if `plan` is neither, if the plan has a scale, or if `verbose` is not
-            valid. In `clone_model`, if a layer cannot be rewritten.
+            valid. In `clone_model`, if a layer cannot be rewritten, or if a layer of your own
+            cannot be called once layers in it are bilinear, as it reads their weights.
         RuntimeError: in `clone_model`, if a layer cannot be rewritten for another reason.
 
     Example:
@@ -282,13 +280,15 @@ class Rewriter:
         if is_leaf(copy):
             pairs = [(Site(layer.name, layer, ()), Site(layer.name, copy, ()))]
         else:
-            pairs = [
-                (dataclasses.replace(site, path=f"{layer.name}/{site.path}"), cloned)
-                for site, cloned in zip(walk(layer), walk(copy), strict=True)
-            ]
+            pairs = []
+            for pair in zip(walk(layer), walk(copy), strict=True):
+                path = f"{layer.name}/{pair[0].path}"
+                pairs.append([dataclasses.replace(site, path=path) for site in pair])
         tied = tied_variables(layer)
         plans = [(cloned, self._plan_of(site, tied)) for site, cloned in pairs]
         replaced = [(cloned, plan) for cloned, plan in plans if plan and plan.rank]
+        if not is_leaf(copy):
+            check_calls(copy, replaced, full=layer)
         with shown(self.verbose):
             for cloned, plan in track(replaced, "rewriting", lambda pair: pair[0].path):
                 _make_bilinear(cloned, plan, None)

@@ -10,10 +10,19 @@ import pytest
 from keras import layers, ops, tree
 
 import keras_bilinear
-from keras_bilinear import Rewriter, expand_model, plan_rewrite, rewrite_model, summarize
+from keras_bilinear import (
+    BilinearRewrite,
+    Rewriter,
+    expand_model,
+    plan_rewrite,
+    rewrite_model,
+    summarize,
+)
 from keras_bilinear.keras_private.cloning import copy_flags, copy_model
-from keras_bilinear.keras_private.graph import sublayers
+from keras_bilinear.keras_private.graph import all_layers, sublayers
 from keras_bilinear.layers.converter import is_bilinear
+from keras_bilinear.rewriting import calls
+from keras_bilinear.rewriting.calls import check_calls
 from keras_bilinear.rewriting.sites import walk
 
 BILINEAR = tuple(vars(keras_bilinear.layers).values())
@@ -591,3 +600,102 @@ def test_terms_beyond_the_rank_of_a_kernel_are_trained():
     assert np.all(left[dead])
     assert len({term.tobytes() for term in left}) == 8
     assert_same([ops.convert_to_numpy(more.kernel)], [ops.convert_to_numpy(full.kernel)])
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Reads(layers.Layer):
+    """A layer that reads the kernel of the layer that it holds, by its place."""
+
+    def __init__(self, units, eager=False, **kwargs):
+        super().__init__(**kwargs)
+        self.units, self.eager = units, eager
+        self.dense = layers.Dense(units, name="inner")
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.units)
+
+    def call(self, x):
+        if self.eager:
+            ops.convert_to_numpy(x)
+            return self.dense(x)
+        return ops.matmul(x, self.dense.weights[0])
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units, "eager": self.eager}
+
+
+class Holder(keras.Model):
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.reads, self.head = first, Reads(20, name="reads"), layers.Dense(24)
+
+    def call(self, x):
+        return self.head(self.reads(self.first(x)))
+
+
+def reading_model(kind, eager=False):
+    if kind == "sequential":
+        reads = [Reads(20, eager, name="reads"), layers.Dense(24)]
+        return keras.Sequential([keras.Input((24,)), *reads])
+    model = Holder(layers.Identity() if kind == "vectors" else layers.Embedding(50, 24))
+    model(model_kinds.VECTORS[:1] if kind == "vectors" else model_kinds.TOKENS[:1])
+    return model
+
+
+CALL = "(?s)'reads' cannot be called once layers of .* exclude=.'reads/inner'.*call"
+
+
+@pytest.mark.parametrize("way", ["rewrite", "data", "clone"])
+def test_a_layer_that_reads_the_weights_of_another_is_named(way):
+    model, x = reading_model("sequential"), model_kinds.VECTORS
+    rewrite = {
+        "rewrite": lambda: rewrite_model(model, rank=1),
+        "data": lambda: rewrite_model(model, rank=1, calibration_data=x),
+        "clone": lambda: keras.models.clone_model(model, clone_function=Rewriter(1)),
+    }[way]
+    with pytest.raises(ValueError, match=CALL):
+        rewrite()
+    small = rewrite_model(model, rank=1, exclude=["reads/inner"])
+    assert [is_bilinear(site.layer) for site in walk(small)] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["sequential", "vectors"])
+def test_the_callback_names_it_and_leaves_the_model_as_it_was(kind):
+    model, x = reading_model(kind), model_kinds.VECTORS
+    model.compile("sgd", "mse")
+    ranks = {site.path: 1 for site in walk(model)}
+    for options in ({"calibration_data": x}, {}):
+        callback = BilinearRewrite(0, 1.0, layers=ranks, **options)
+        with pytest.raises(RuntimeError, match=CALL):
+            model.fit(x, x, verbose=0, callbacks=[callback])
+    assert not any(is_bilinear(site.layer) for site in walk(model))
+    assert not any("call" in vars(layer) for layer in all_layers(model))
+    model.fit(x, x, verbose=0)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "tokens"])
+def test_subclassed_models_are_called_without_data(kind):
+    model = reading_model(kind)
+    with pytest.raises(ValueError, match=CALL):
+        check_calls(model, plans_of(model))
+    check_calls(model, plans_of(model, only="dense"))
+
+
+def plans_of(model, only=""):
+    """The layers of a model with a plan to make them bilinear at rank 1."""
+    plan = plan_rewrite(model, rank=1)
+    return [(site, plan[site.path]) for site in walk(model) if only in site.path]
+
+
+def test_a_model_that_takes_no_symbolic_inputs_is_rewritten_all_the_same():
+    small = rewrite_model(reading_model("sequential", eager=True), rank=1)
+    assert all(is_bilinear(site.layer) for site in walk(small))
+
+
+def test_models_of_stock_layers_need_no_call(monkeypatch):
+    monkeypatch.setattr(calls, "find_failure", None)
+    model = model_kinds.attention()[0]
+    rewrite_model(rewrite_model(model, rank=1, exclude=[layers.EinsumDense]), rank=1)
