@@ -1,8 +1,9 @@
 """Replaces layers in place: the object stays, its class and attributes change.
 
 Below Keras' public interface: a layer's `_inbound_nodes`, `_outbound_nodes`, `_path`,
-`_parent_path` and `_called`; `Layer.__new__`, which wraps `build` and `quantize` on each object;
-`Sequential._functional`; and `_track_variables` of layers on PyTorch. Keras 3.13 to 3.15.
+`_parent_path`, `_called` and `_trainable_variables`; `Layer.__new__`, which wraps `build` and
+`quantize` on each object; `Sequential._functional`; and `_track_variables` of layers on PyTorch.
+Keras 3.13 to 3.15.
 """
 
 from collections.abc import Iterable
@@ -50,6 +51,15 @@ def restore(states: Iterable[State]) -> None:
         set_class(layer, cls)
         layer.__dict__.clear()
         layer.__dict__.update(attributes)
+
+
+def replaced_since(states: Iterable[State]) -> list[keras.Layer]:
+    """The layers that have other variables than when `snapshot` saw them."""
+    return [
+        layer
+        for layer, _, attributes in states
+        if vars(layer)["_trainable_variables"] is not attributes["_trainable_variables"]
+    ]
 
 
 def set_class(layer: keras.Layer, cls: type) -> None:

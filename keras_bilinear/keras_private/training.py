@@ -3,10 +3,11 @@
 Below Keras' public interface: `Model._compile_config`, the local variables `callbacks` and `x` of
 `Model.fit`, `EarlyStopping._set_monitor_op`, the state of `EarlyStopping` and `ModelCheckpoint`,
 the file names of `BackupAndRestore`, and `train_function`, `test_function` and `predict_function`
-of a model. Keras 3.13 to 3.15.
+of a model, each with the method that makes it. Keras 3.13 to 3.15.
 """
 
 import contextlib
+import gc
 import re
 import sys
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from typing import Any
 
 import keras
 
+from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.optimizer import fresh_optimizer
 
 # The first and the last version of Keras that the tests run with.
@@ -114,7 +116,39 @@ def forget_best(callbacks: Iterable[keras.callbacks.Callback]) -> None:
             callback.best = None
 
 
+def models_with(layers: Iterable[keras.Layer]) -> list[keras.Model]:
+    """The built models of this process that hold one of some layers, at any depth.
+
+    Python's garbage collector knows them: a layer does not know the models that hold it.
+    """
+    wanted = {id(layer) for layer in layers}
+    # Not by `isinstance`, which asks the object for its class and may run any code.
+    objects = [found for found in gc.get_objects() if issubclass(type(found), keras.Model)]
+    models = [found for found in objects if getattr(found, "built", False)]
+    return [model for model in models if not wanted.isdisjoint(map(id, all_layers(model)))]
+
+
 def retrace(model: keras.Model) -> None:
     """Makes a model trace its functions for training, evaluation and prediction again."""
-    model.train_function = model.test_function = model.predict_function = None
+    forget_functions(model)
     model.make_train_function(force=True)
+
+
+def forget_functions(model: keras.Model) -> None:
+    """Makes a model trace its functions again when it needs them.
+
+    They are those of Keras, and those that other classes keep in the same way: in an attribute
+    `name_function` that a method `make_name_function` sets where it is `None`, as the
+    `generate_function` of a language model of KerasHub.
+    """
+    for name in traced_functions(model):
+        setattr(model, name, None)
+
+
+def traced_functions(model: keras.Layer) -> list[str]:
+    """The names of the attributes with the functions that a model traces."""
+    return [
+        name
+        for name in vars(model)
+        if name.endswith("_function") and callable(getattr(model, f"make_{name}", None))
+    ]

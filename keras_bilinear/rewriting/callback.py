@@ -51,6 +51,12 @@ class BilinearRewrite(keras.callbacks.Callback):
     the student is rewritten. The logs of each epoch have the number of `parameters` of the
     model, and `TensorBoard` shows the predicted error of each layer at each step.
 
+    Other models that hold a rewritten layer, such as an encoder inside the model or a second
+    model on the same layers, go on with it: they trace their functions again, and their
+    optimizers get the new variables. Where an optimizer cannot, a warning names the model to
+    compile again. What you have traced yourself, by `tf.function` or `jax.jit`, you must
+    trace again.
+
     Args:
         at_epoch: the epoch at whose beginning the model is rewritten, counted from 0 as
             `initial_epoch` is. `None` if there is a `schedule`.

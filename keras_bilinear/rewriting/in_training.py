@@ -4,13 +4,16 @@ import contextlib
 from collections.abc import Iterable
 
 import keras
+from absl import logging
 
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.optimizer import moments, move_optimizer
-from keras_bilinear.keras_private.surgery import refresh, restore, snapshot
+from keras_bilinear.keras_private.surgery import refresh, replaced_since, restore, snapshot
 from keras_bilinear.keras_private.training import (
     fit_arguments,
     forget_best,
+    forget_functions,
+    models_with,
     retrace,
     strategy_scope,
 )
@@ -108,21 +111,28 @@ class ModelInTraining:
         model, target = self.model, self.target
         before = snapshot(all_layers(target))
         ours = [] if now is None else [path for path, layer in now.items() if layer.rank]
+        others = [
+            _TrainedModel(other, target)
+            for other in models_with(layer for layer, *_ in before)
+            if other is not model
+        ]
         try:
             with strategy_scope(model):
-                known = adam.of_kernels(target, moments(model.optimizer))
+                known = _TrainedModel(model, target)
                 expand_layers(target, [site for site in walk(target) if site.path in ours])
                 yield before
                 refresh(target)
-                if model.optimizer.built:
-                    squares = adam.of_factors(target, known)
-                    move_optimizer(model.optimizer, model.trainable_variables, squares)
+                known.move_optimizer()
         except BaseException:
             restore(before)
             refresh(target)
             raise
         retrace(model)
         forget_best(self.callbacks)
+        changed = {id(layer) for layer in replaced_since(before)}
+        for other in others:
+            if not changed.isdisjoint(map(id, all_layers(other.model))):
+                other.follow(model)
 
     def _put_back_unchanged(self, before, plan, now):
         """Puts back the layers that a plan makes what they were, so that they are trained on."""
@@ -134,6 +144,50 @@ class ModelInTraining:
         layers = {id(site.layer) for site in unchanged}
         restore(state for state in before if id(state[0]) in layers)
         store_replacement(unchanged)
+
+
+class _TrainedModel:
+    """A model, and what its optimizer knows of layers before they change.
+
+    Args:
+        model: the model.
+        target: the model whose layers change; `model` holds some of them.
+    """
+
+    def __init__(self, model: keras.Model, target: keras.Model):
+        self.model, self._target = model, target
+        optimizer = getattr(model, "optimizer", None)
+        self._optimizer = optimizer if optimizer is not None and optimizer.built else None
+        if self._optimizer is not None:
+            self._known = adam.of_kernels(target, moments(self._optimizer))
+
+    def move_optimizer(self) -> None:
+        """Gives the optimizer the variables that the model has now.
+
+        Raises:
+            ValueError: if it cannot have others.
+        """
+        if self._optimizer is not None:
+            squares = adam.of_factors(self._target, self._known)
+            move_optimizer(self._optimizer, self.model.trainable_variables, squares)
+
+    def follow(self, trained: keras.Model) -> None:
+        """Makes a model go on with the layers that changed in the model that `fit` trains."""
+        forget_functions(self.model)
+        refresh(self.model)
+        if self._optimizer is trained.optimizer:
+            return
+        try:
+            with strategy_scope(self.model):
+                self.move_optimizer()
+        except Exception as error:  # whatever optimizers of the user raise
+            logging.warning(
+                "The model %r holds layers of %r that BilinearRewrite has replaced, and its "
+                "optimizer cannot train the new variables: compile it again. %s",
+                self.model.name,
+                trained.name,
+                error,
+            )
 
 
 def _same_layer(plan: LayerPlan, other: LayerPlan) -> bool:

@@ -428,6 +428,86 @@ def test_the_student_of_a_distiller_is_rewritten():
     assert history["parameters"][-1] == student.count_params()
 
 
+class Encoder(keras.Sequential):
+    """A model that keeps a function as language models of KerasHub do."""
+
+    codes_function = None
+
+    def make_codes_function(self):
+        if self.codes_function is None:
+            self.codes_function = self.__call__
+            if BACKEND == "tensorflow":
+                import tensorflow as tf
+
+                self.codes_function = tf.function(self.__call__)
+        return self.codes_function
+
+    def codes(self, x):
+        return ops.convert_to_numpy(self.make_codes_function()(x))
+
+
+def test_models_that_hold_a_rewritten_layer_trace_their_functions_again():
+    """The encoder is in the model; the other models only share layers with it."""
+    hidden = layers.Dense(64, "relu")
+    encoder = Encoder([keras.Input((32,)), hidden, layers.Dense(48)])
+    model = keras.Sequential([encoder, layers.Dense(8)])
+    aside = keras.Sequential([keras.Input((32,)), hidden])
+    around = keras.Sequential([keras.Input((32,)), model, layers.Dense(4)])
+    model.compile("adam", "mse", run_eagerly=True)
+    aside.compile(loss="mse", jit_compile=False)
+    aside.evaluate(X[:32], predict(aside, X[:32]), verbose=0)
+    for one in (encoder, aside, around):
+        one.predict(X[:32], verbose=0)
+    before = encoder.codes(X[:32])
+    fit(model, BilinearRewrite(0, 0.3), epochs=1, x=X[:32], y=Y[:32])
+    assert is_bilinear(hidden)
+    for one in (encoder, aside, around):
+        np.testing.assert_allclose(one.predict(X[:32], verbose=0), predict(one, X[:32]), atol=1e-5)
+    assert aside.evaluate(X[:32], predict(aside, X[:32]), verbose=0) < 1e-9
+    assert np.abs(encoder.codes(X[:32]) - before).max() > 0.1
+    np.testing.assert_allclose(encoder.codes(X[:32]), predict(encoder, X[:32]), atol=1e-5)
+
+
+class Mapped(keras.optimizers.SGD):
+    """An optimizer that keeps its statistics in a way of its own."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.others = {v.path: self.add_variable_from_reference(v) for v in variables}
+
+
+def test_other_models_on_the_same_trunk_train_on_or_are_named(caplog):
+    trunk, x, y = layers.Dense(64, "relu"), X[:32], Y[:32]
+    model, second, refused, apart = (
+        keras.Sequential([keras.Input((32,)), first, layers.Dense(8)])
+        for first in (trunk, trunk, trunk, layers.Dense(64))
+    )
+    model.compile("adam", "mse", run_eagerly=True)
+    second.compile(keras.optimizers.Adam(1e-3), "mse", jit_compile=False)
+    refused.compile(Mapped(), "mse", run_eagerly=True)
+    apart.compile("sgd", "mse", jit_compile=False)
+    for other in (second, refused, apart):
+        fit(other, epochs=1, x=x, y=y)
+    moments = [ops.convert_to_numpy(v) for v in second.optimizer._velocities]
+    function = apart.train_function
+    fit(model, BilinearRewrite(0, 0.5, layers=[trunk]), epochs=1, x=x, y=y)
+
+    assert apart.train_function is function
+    (message,) = [record.message for record in caplog.records if record.name == "absl"]
+    assert f"The model {refused.name!r} holds layers of {model.name!r}" in message
+    assert "compile it again. It is not known how the optimizer Mapped keeps" in message
+    now = [ops.convert_to_numpy(v) for v in second.optimizer._velocities]
+    # Those of the head stay, and the factors begin with what is known of the kernel.
+    for value, before in zip(now[-2:], moments[-2:], strict=True):
+        np.testing.assert_array_equal(value, before)
+    assert all(value.any() for value in now)
+    weights = [ops.convert_to_numpy(v) for v in second.trainable_variables]
+    fit(second, epochs=1, x=x, y=y)
+    assert int(ops.convert_to_numpy(second.optimizer.iterations)) == 2
+    for variable, before in zip(second.trainable_variables, weights, strict=True):
+        assert np.any(ops.convert_to_numpy(variable) != before), variable.path
+
+
 class Batches(keras.utils.PyDataset):
     def __len__(self):
         return 3
@@ -621,11 +701,6 @@ def test_versions_between_those_of_the_tests_count_as_tested():
 
 
 def test_an_optimizer_of_an_unknown_kind_is_refused():
-    class Mapped(keras.optimizers.SGD):
-        def build(self, variables):
-            super().build(variables)
-            self.others = {v.path: self.add_variable_from_reference(v) for v in variables}
-
     model = mlp()
     model.compile(Mapped(1e-3), "mse")
     with pytest.raises(RuntimeError, match="not known how the optimizer Mapped keeps"):
