@@ -50,7 +50,8 @@ def choose(sites: Sequence[Site], choices: Iterable[Choice], name: str) -> set[s
             of a layer that holds others; a compiled regular expression, searched for in the
             paths of plans; a layer, which may hold others; a class, of a layer or of what holds
             it; or a function that tells of a layer whether it is chosen.
-        name: name of the argument that holds the choices, for error texts.
+        name: name of the argument that holds the choices, for error texts. To `exclude` a layer
+            without weights changes nothing.
 
     Raises:
         ValueError: if a choice matches no layer.
@@ -58,7 +59,7 @@ def choose(sites: Sequence[Site], choices: Iterable[Choice], name: str) -> set[s
     chosen = set()
     for choice in choices:
         matched = [site.path for site in sites if _matches(site, choice)]
-        if not matched:
+        if not matched and not (name == "exclude" and _holds_nothing(choice)):
             raise _matches_nothing(sites, choice, name)
         chosen.update(matched)
     return chosen
@@ -96,6 +97,11 @@ def _matches(site: Site, choice: Choice) -> bool:
     if isinstance(choice, type):
         return any(isinstance(layer, choice) for layer in layers)
     return bool(choice(site.layer))
+
+
+def _holds_nothing(choice: Any) -> bool:
+    """Whether a choice is a layer without weights, such as an input, which nothing rewrites."""
+    return isinstance(choice, keras.Layer) and choice.built and not choice.weights
 
 
 def _matches_nothing(sites, choice, name):

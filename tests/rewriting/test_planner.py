@@ -250,6 +250,17 @@ def test_the_first_and_the_last_layer_are_kept():
     assert [layer.rank for layer in plan.values()] == [None, 3, None]
 
 
+def test_a_layer_without_weights_is_excluded_in_vain():
+    inputs = keras.Input((64,))
+    model = keras.Model(inputs, layers.ReLU()(layers.Dense(64)(inputs)))
+    plan = plan_rewrite(model, rank=2, exclude=[model.layers[0], model.layers[-1]])
+    assert [layer.rank for layer in plan.values()] == [2]
+    with pytest.raises(ValueError, match=r"`layers` must choose.*Received: the InputLayer"):
+        plan_rewrite(model, rank=2, layers=[model.layers[0]])
+    with pytest.raises(ValueError, match=r"`exclude` must choose.*Received: the Dense"):
+        plan_rewrite(model, rank=2, exclude=[layers.Dense(3)])
+
+
 def test_a_layer_that_holds_others_stands_for_them():
     inputs = keras.Input((6, 16))
     attention = layers.MultiHeadAttention(2, 8, name="attention")
