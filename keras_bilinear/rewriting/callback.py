@@ -19,6 +19,7 @@ from keras_bilinear.data import model_batches
 from keras_bilinear.keras_private.optimizer import check_optimizer
 from keras_bilinear.messages import check_choice
 from keras_bilinear.rewriting.choice import Choices
+from keras_bilinear.rewriting.data_checks import other_inputs
 from keras_bilinear.rewriting.in_training import ModelInTraining
 from keras_bilinear.rewriting.journal import History, Journal, Step, check_backup_dir
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
@@ -255,6 +256,8 @@ class BilinearRewrite(keras.callbacks.Callback):
             batches = self.calibration_data
             if batches is None:
                 batches = list(training_batches(training.inputs))
+            else:
+                self._warn_of_other_inputs(batches)
             undo = self.on_drop == "undo"
             keeping = self._weights_before.kept(training.model) if undo else None
             with keeping or contextlib.nullcontext():
@@ -274,6 +277,20 @@ class BilinearRewrite(keras.callbacks.Callback):
             self._note(Step(epoch, len(self._history.plans)))
             self._say(epoch, f"{plan.full_parameters:,} parameters become {plan.parameters:,}")
             show_errors(training.callbacks, epoch, plan)
+
+    def _warn_of_other_inputs(self, batches) -> None:
+        """Warns if calibration data are not scaled as the training data are.
+
+        Early in a training, `BatchNormalization` knows little of what it is trained on: then the
+        training data differ from it as well.
+        """
+        target, inputs = self._training.target, self._training.inputs_or_none
+        warning = other_inputs(target, batches)
+        if warning is None:
+            return
+        readable = inputs is not None and not isinstance(inputs, Iterator)
+        if not readable or not other_inputs(target, list(training_batches(inputs))):
+            logging.warning("%s", warning)
 
     def _stop(self, epoch: int) -> None:
         """Makes no more steps, and undoes the last step if `on_drop` asks for it."""

@@ -26,7 +26,18 @@ _EXAMPLES, _FEW = 32, 30
 
 
 def warn_of_other_inputs(model: keras.Model, batches: Iterable[Any]) -> None:
-    """Warns if calibration data do not look like what a model was trained on.
+    """Warns if calibration data do not look like what a model was trained on, see `other_inputs`.
+
+    Args:
+        model: the built model.
+        batches: the calibration data, see `model_batches`.
+    """
+    if warning := other_inputs(model, batches):
+        logging.warning("%s", warning)
+
+
+def other_inputs(model: keras.Model, batches: Iterable[Any]) -> str | None:
+    """How data differ from what a model was trained on; `None` if they do not.
 
     What it was trained on is known of the inputs of `BatchNormalization` and `Normalization`.
     A model without these layers may show it by layers that are saturated or dead. Inputs that are
@@ -37,36 +48,33 @@ def warn_of_other_inputs(model: keras.Model, batches: Iterable[Any]) -> None:
         batches: the calibration data, see `model_batches`. The first 1024 examples count, and
             those of the first batch for saturated and dead layers.
     """
-    if not _warn_of_other_moments(model, batches):
-        _warn_of_flat_activations(model, next(iter(batches)))
+    return _other_moments(model, batches) or _flat_activation(model, next(iter(batches)))
 
 
-def _warn_of_flat_activations(model, batch):
-    """Warns of the first layer that a batch saturates or leaves dead."""
+def _flat_activation(model, batch):
+    """What says that a batch saturates a layer or leaves it dead, of the first such layer."""
     inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
     for path, activation, share in flat_layers(model, inputs):
         if activation == "relu":
             sign = f"leave the layer {path!r} dead: its relu is zero for"
         else:
             sign = f"saturate the layer {path!r}: its {activation} is flat at"
-        logging.warning(
-            "calibration inputs %s %.1f%% of all values, which is not so in training. Are they "
-            "scaled like the training data?",
-            sign,
-            100 * share,
+        return (
+            f"calibration inputs {sign} {share:.1%} of all values, which is not so in training. "
+            "Are they scaled like the training data?"
         )
-        return
+    return None
 
 
-def _warn_of_other_moments(model, batches):
-    """Warns of the first normalization that sees other inputs; returns whether there is such."""
+def _other_moments(model, batches):
+    """What says that a normalization sees other inputs, of the first such layer."""
     known = {}
     for site in walk(model, weightless=True):
         expected = _expected(site.layer)
         if expected is not None:
             known[site.path] = (site.layer, *expected)
     if not known:
-        return False
+        return None
     layers = {path: layer for path, (layer, *_) in known.items()}
     sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
     for batch in track(enough(batches), "checking the calibration data"):
@@ -75,9 +83,10 @@ def _warn_of_other_moments(model, batches):
             axis = known[path][1]
             sums[path] += sum(call[axis] for call in calls if call and axis in call)
     for path, (_, _, mean, variance, epsilon) in known.items():
-        if np.ndim(sums[path]) and _warn_if_other(path, sums[path], mean, variance, epsilon):
-            return True
-    return False
+        found = np.ndim(sums[path]) and _difference(path, sums[path], mean, variance, epsilon)
+        if found:
+            return found
+    return None
 
 
 def _expected(layer):
@@ -133,11 +142,11 @@ def _sums(x):
     return np.stack([count, x.sum(0), np.square(x).sum(0)])
 
 
-def _warn_if_other(path, sums, mean, variance, epsilon):
-    """Warns if channels differ from what they were in training; returns whether they do."""
+def _difference(path, sums, mean, variance, epsilon):
+    """How channels differ from what they were in training; `None` if they do not."""
     count, total, squares = sums
     if not np.all(count) or not np.all(np.isfinite(sums)):
-        return False
+        return None
     found_mean = total / count
     found_variance = np.maximum(squares / count - found_mean**2, 0)
     off = np.abs(found_mean - mean) / np.sqrt(variance + epsilon)
@@ -145,22 +154,21 @@ def _warn_if_other(path, sums, mean, variance, epsilon):
     differs = (off > MOST_DEVIATIONS) | (ratio > MOST_RATIO)
     differs |= (count >= _FEW) & (ratio < 1 / MOST_RATIO)
     if differs.mean() < SHARE:
-        return False
+        return None
     worst = int(np.argmax(np.where(differs, off + np.abs(np.log(ratio)), 0)))
-    logging.warning(
-        "calibration inputs differ from what the layer %r was trained on, in %d of %d channels: "
-        "channel %d has mean %.3g and deviation %.3g instead of %.3g and %.3g. Are they scaled "
-        "like the training data?",
-        path,
-        int(differs.sum()),
-        len(differs),
-        worst,
-        found_mean[worst],
-        math.sqrt(found_variance[worst]),
-        np.broadcast_to(mean, off.shape)[worst],
-        math.sqrt(np.broadcast_to(variance, off.shape)[worst]),
+    found, trained = (
+        (values[worst], math.sqrt(squares[worst]))
+        for values, squares in (
+            (found_mean, found_variance),
+            (np.broadcast_to(mean, off.shape), np.broadcast_to(variance, off.shape)),
+        )
     )
-    return True
+    return (
+        f"calibration inputs differ from what the layer {path!r} was trained on, in "
+        f"{int(differs.sum())} of {len(differs)} channels: channel {worst} has mean "
+        f"{found[0]:.3g} and deviation {found[1]:.3g} instead of {trained[0]:.3g} and "
+        f"{trained[1]:.3g}. Are they scaled like the training data?"
+    )
 
 
 def warn_of_few_examples(calibrations: Mapping[str, Calibration], examples: int) -> None:

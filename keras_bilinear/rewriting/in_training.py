@@ -51,13 +51,18 @@ class ModelInTraining:
         Raises:
             ValueError: if `fit` does not run.
         """
-        arguments = fit_arguments(self.model)
-        if "x" not in arguments:
+        inputs = self.inputs_or_none
+        if inputs is None:
             raise ValueError(
                 "The training data are known inside `fit` only: give `calibration_data` to "
                 "BilinearRewrite."
             )
-        return arguments["x"]
+        return inputs
+
+    @property
+    def inputs_or_none(self):
+        """The training inputs; `None` if `fit` does not run."""
+        return fit_arguments(self.model).get("x")
 
     @property
     def callbacks(self) -> list[keras.callbacks.Callback]:
@@ -71,13 +76,13 @@ class ModelInTraining:
                 callback.on_epoch_begin(epoch)
 
     def rewrite(
-        self, options: PlanOptions, batches: Iterable, now: RewritePlan | None
+        self, options: PlanOptions, batches: Iterable | None, now: RewritePlan | None
     ) -> RewritePlan:
         """Plans and makes the model smaller. After an error it is what it was before.
 
         Args:
             options: what the plan is asked for.
-            batches: calibration data.
+            batches: calibration data, or `None`.
             now: the plan by which the model was made what it is; `None` for a full model.
 
         Returns:

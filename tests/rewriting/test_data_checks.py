@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_bilinear import plan_rewrite, rewrite_model
+from keras_bilinear import BilinearRewrite, plan_rewrite, rewrite_model
 
 X = np.random.default_rng(0).random((300, 6, 6, 3)).astype("float32")
 
@@ -40,6 +40,25 @@ def test_inputs_of_another_scale_are_reported(kind, caplog):
     assert len(caplog.records) == 1
     assert plan_rewrite(network("none"), rank=1, calibration_data=255 * X)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("Normalization", 1), ("BatchNormalization", 255)])
+def test_the_callback_compares_calibration_data_with_training_data(kind, scale, caplog):
+    y = np.zeros((300, 8), "float32")
+
+    def reported(x, data):
+        caplog.clear()
+        model = network(kind)
+        model.compile("sgd", "mse", run_eagerly=True)
+        callback = BilinearRewrite(0, 0.9, calibration_data=data)
+        model.fit(x, y, batch_size=300, verbose=0, callbacks=[callback])
+        return [record.message for record in caplog.records if "Are they" in record.message]
+
+    # `BatchNormalization` was trained on other inputs than those of this training.
+    assert not reported(scale * X, scale * X[:280])
+    if kind == "Normalization":
+        (message,) = reported(X, 255 * X)
+        assert "in 3 of 3 channels" in message
 
 
 @pytest.mark.parametrize("fresh", [layers.BatchNormalization, layers.Normalization])
