@@ -1,25 +1,45 @@
-"""Copies models with their weights, and with the flags that freeze their layers.
+"""Copies models with their weights, the flags that freeze their layers, and their attributes.
 
 Below Keras' public interface: a `.keras` file is a zip archive whose `config.json` holds the nested
-configurations of all layers. Keras 3.13 to 3.15.
+configurations of all layers; and which attributes `compile` and `fit` set. Keras 3.13 to 3.15.
 """
 
+import contextlib
 import json
 import pathlib
+import pickle
 import tempfile
 import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
+from absl import logging
 
 from keras_bilinear.keras_private.graph import all_layers, sublayers
+from keras_bilinear.keras_private.training import traced_functions
+
+# Public attributes that `compile` and `fit` set, that differ in any copy, and that layers have in
+# which others were replaced.
+_NOT_BY_HAND = {
+    *("compiled", "history", "loss", "optimizer", "steps_per_execution", "stop_training"),
+    *("built", "name", "replaced"),
+}
+_KERAS_STATE = (
+    keras.KerasTensor,
+    keras.Layer,
+    keras.Loss,
+    keras.Metric,
+    keras.Variable,
+    keras.optimizers.Optimizer,
+)
 
 
 def copy_model(
     model: keras.Model, change: Callable[[dict[str, Any]], None] | None = None
 ) -> keras.Model:
-    """Copies a model, with its configuration, weights and flags. The copy is not compiled.
+    """Copies a model: configuration, weights, flags and attributes. The copy is not compiled.
 
     A layer that is frozen when it makes its variables may never train them, even after it is
     unfrozen. So the copy is made with all layers trainable, and gets its flags afterwards.
@@ -47,6 +67,7 @@ def copy_model(
                 f"`keras.saving.register_keras_serializable`. {type(error).__name__}: {error}"
             ) from error
     copy_flags(model, copy)
+    carry_over(model, copy)
     return copy
 
 
@@ -77,6 +98,106 @@ def copy_flags(source: keras.Layer, target: keras.Layer) -> None:
         if type(a) is type(b):
             for variable, copy in zip(a._trainable_variables, b._trainable_variables, strict=False):
                 copy.trainable = variable.trainable
+
+
+def carry_over(source: keras.Layer, target: keras.Layer) -> None:
+    """Gives a copy the attributes that were set by hand, in each layer, or warns of them.
+
+    Args:
+        source: the layer.
+        target: a copy of it, made from its configuration.
+    """
+    lost = {}
+    for a, b in _pairs(source, target, set()):
+        if names := carry_attributes(a, b):
+            lost[a.name] = names
+    if lost:
+        logging.warning(
+            "Attributes that were set by hand are missing in the copy of %r, as only plain values "
+            "and objects with a configuration can be copied. Set them again: %s",
+            source.name,
+            "; ".join(f"{', '.join(names)} of {name!r}" for name, names in lost.items()),
+        )
+
+
+def carry_attributes(source: keras.Layer, target: keras.Layer, missing: bool = False) -> list[str]:
+    """Gives a copy of a layer the public attributes that its configuration does not have.
+
+    They are plain values (numbers, texts, arrays, and lists, tuples, sets and dictionaries of
+    them), and objects of other packages that Keras can save, such as the sampler of a model of
+    KerasHub.
+
+    Args:
+        source: the layer.
+        target: a copy of it.
+        missing: whether only attributes that the copy lacks count, and not those that differ.
+
+    Returns:
+        The names of the attributes that cannot be copied.
+    """
+    lost = []
+    added = by_hand(source, target)
+    present = {} if missing else vars(target)
+    for name, value in added.items():
+        try:
+            setattr(target, name, _copied(value))
+        except Exception:  # whatever objects of the user raise
+            lost.append(name)
+    for name in public_names(source) & present.keys():
+        with contextlib.suppress(Exception):
+            value = vars(source)[name]
+            copy = _copied(value)
+            if _text(copy) != _text(_copied(present[name])) and not _names_a_layer(copy, source):
+                setattr(target, name, copy)
+    return lost
+
+
+def by_hand(layer: keras.Layer, fresh: keras.Layer) -> dict[str, Any]:
+    """The public attributes of a layer that a fresh one of the same configuration lacks."""
+    names = public_names(layer) - vars(fresh).keys()
+    return {name: value for name, value in vars(layer).items() if name in names}
+
+
+def public_names(layer: keras.Layer) -> set[str]:
+    """The names of the attributes of a layer that Keras does not care for itself."""
+    own = {*_NOT_BY_HAND, *traced_functions(layer)}
+    return {name for name in vars(layer) if not name.startswith("_") and name not in own}
+
+
+def _copied(value):
+    """A copy of a plain value, or of an object that Keras can save.
+
+    Raises:
+        TypeError: if the value is neither.
+    """
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic):
+        return value
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    for kind in (list, tuple, set, frozenset):
+        # Keras tracks lists and sets as classes of its own.
+        if isinstance(value, kind):
+            return kind(map(_copied, value))
+    package = type(value).__module__.partition(".")[0]
+    if isinstance(value, _KERAS_STATE) or package == "keras" or not hasattr(value, "get_config"):
+        raise TypeError(f"{value!r} cannot be copied")
+    return keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(value))
+
+
+def _text(value):
+    """Bytes that differ for copies of values that differ."""
+    if hasattr(value, "get_config"):
+        value = type(value), value.get_config()
+    return pickle.dumps(value)
+
+
+def _names_a_layer(value, source):
+    """Whether a value has the name of a layer in it, which may be another one in a copy."""
+    names = {layer.name for layer in all_layers(source)}
+    leaves = keras.tree.flatten(value)
+    return any(isinstance(leaf, str) and leaf in names for leaf in leaves)
 
 
 def _pairs(source, target, seen):

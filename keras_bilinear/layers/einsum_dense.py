@@ -263,7 +263,7 @@ class BilinearEinsumDense(BilinearLayer):
         self.bias_regularizer = regularizers.get(bias_regularizer)
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.bias_constraint = constraints.get(bias_constraint)
-        self.bias = None
+        self.bias, self.kernel_shape = None, ()
 
     def factorize(self, input_shape: tuple) -> dict[str, Factorization]:
         kernel_shape, *_ = self._shapes(input_shape)

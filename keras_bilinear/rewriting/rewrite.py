@@ -10,7 +10,14 @@ import keras
 from absl import logging
 
 from keras_bilinear.data import count_examples, describe, model_batches
-from keras_bilinear.keras_private.cloning import copy_flags, copy_layer, copy_model
+from keras_bilinear.keras_private.cloning import (
+    by_hand,
+    carry_attributes,
+    carry_over,
+    copy_flags,
+    copy_layer,
+    copy_model,
+)
 from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import refresh, replace_in_place, restore, snapshot
 from keras_bilinear.keras_private.training import compile_alike
@@ -110,7 +117,8 @@ def rewrite_model(
         A new model with the same names, weights and losses, whose planned
         layers are bilinear. Its optimizer starts anew. Where the optimizer or a metric
         cannot be made again from its configuration, the model is not compiled, and a
-        warning says so.
+        warning says so. Attributes that you set on the model or a layer are copied if they are
+        plain values; a warning names the others.
 
     Raises:
         ValueError: if an argument is not valid, if the plan was made for another model,
@@ -226,7 +234,18 @@ def _make_bilinear(site: Site, plan: LayerPlan, calibration: Calibration | None)
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         raise kind(f"The layer {site.path!r} cannot be rewritten. {error}") from error
-    replace_in_place(site.layer, bilinear)
+    _replace(site.layer, bilinear)
+
+
+def _replace(layer: keras.Layer, other: keras.Layer) -> None:
+    """Turns a layer into another layer, in place. Attributes that were set by hand stay."""
+    kept = by_hand(layer, type(layer).from_config(layer.get_config()))
+    replace_in_place(layer, other)
+    for name, value in kept.items():
+        is_state = isinstance(value, keras.Variable | keras.Layer)
+        # A method that was set by hand is one of the other class.
+        if not is_state and name not in vars(layer) and not callable(getattr(layer, name, None)):
+            setattr(layer, name, value)
 
 
 class Rewriter:
@@ -277,6 +296,7 @@ class Rewriter:
             copy = copy_layer(layer)
             give_weights(copy, layer.get_weights())
             copy_flags(layer, copy)
+            carry_over(layer, copy)
         if is_leaf(copy):
             pairs = [(Site(layer.name, layer, ()), Site(layer.name, copy, ()))]
         else:
@@ -341,7 +361,7 @@ def expand_layers(model: keras.Model, sites: Iterable[Site]) -> None:
     """
     sites = [site for site in sites if is_bilinear(site.layer)]
     for site in sites:
-        replace_in_place(site.layer, site.layer.expand())
+        _replace(site.layer, site.layer.expand())
     drop_replacement(sites)
     refresh(model)
 
@@ -359,6 +379,8 @@ def _finish(copy: keras.Model, model: keras.Model) -> keras.Model:
                 type(error).__name__,
                 error,
             )
+        # Some classes set attributes of their own when they are compiled.
+        carry_attributes(model, copy)
     return copy
 
 

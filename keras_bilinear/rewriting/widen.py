@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from keras_bilinear.keras_private.cloning import carry_attributes
 from keras_bilinear.keras_private.graph import nodes, output_operations
 from keras_bilinear.kronecker.initializers import is_matrix, to_be_overwritten
 from keras_bilinear.layers.converter import converter_of, full_converter
@@ -187,7 +188,9 @@ def widen(
     with to_be_overwritten():
         wide = keras.models.clone_model(model, clone_function=clone)
     rng = np.random.default_rng(0)
+    carry_attributes(model, wide, missing=True)
     for narrow, layer in zip(model.layers, wide.layers, strict=True):
+        carry_attributes(narrow, layer, missing=True)
         if narrow.name in scales:
             _widen_layer(narrow, layer, *scales[narrow.name], rng)
         elif narrow.name in producers:

@@ -18,7 +18,7 @@ from keras_bilinear import (
     rewrite_model,
     summarize,
 )
-from keras_bilinear.keras_private.cloning import copy_flags, copy_model
+from keras_bilinear.keras_private.cloning import copy_flags, copy_model, public_names
 from keras_bilinear.keras_private.graph import all_layers, sublayers
 from keras_bilinear.layers.converter import is_bilinear
 from keras_bilinear.rewriting import calls
@@ -69,6 +69,8 @@ def test_every_kind_of_model_is_rewritten_saved_and_expanded(kind, tmp_path):
 
     full = expand_model(small)
     assert all(map(issubclass, types(model), types(full)))
+    for site, expanded in zip(walk(model), walk(full), strict=True):
+        assert public_names(expanded.layer) == public_names(site.layer)
     assert full.count_params() == model.count_params()
     assert_same(outputs(full, x), actual)
     full.save(tmp_path / "full.keras")
@@ -699,3 +701,124 @@ def test_models_of_stock_layers_need_no_call(monkeypatch):
     monkeypatch.setattr(calls, "find_failure", None)
     model = model_kinds.attention()[0]
     rewrite_model(rewrite_model(model, rank=1, exclude=[layers.EinsumDense]), rank=1)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Sampler:
+    """An object with a configuration, as the sampler of a language model of KerasHub."""
+
+    def __init__(self, k=5):
+        self.k = k
+
+    def get_config(self):
+        return {"k": self.k}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Task(keras.Sequential):
+    """A model that gets a sampler where it is compiled, which its configuration does not have."""
+
+    threshold = 0.5
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.sampler, self.generate_function = Sampler(), None
+
+    def compile(self, *arguments, sampler=None, **options):
+        super().compile(*arguments, **options)
+        self.sampler = sampler or Sampler()
+
+    def make_generate_function(self):
+        self.generate_function = self.call
+
+
+def task():
+    model = Task(
+        [keras.Input((24,)), layers.Dense(32, name="first"), model_kinds.Block(32, name="block")]
+    )
+    model.compile("sgd", "mse", sampler=Sampler(9))
+    model.fit(model_kinds.VECTORS, np.ones((40, 32)), verbose=0)
+    model.make_generate_function()
+    model.labels = ["cat", {"dog": np.arange(3)}]
+    model.threshold = 0.9
+    model.get_layer("first").note = ("kept", 1)
+    model.get_layer("block").hidden[1].note = "inside"
+    return model
+
+
+def attributes(model):
+    first, block = model.get_layer("first"), model.get_layer("block")
+    labels = model.labels[0], {k: list(v) for k, v in model.labels[1].items()}
+    return labels, model.threshold, model.sampler.k, first.note, block.hidden[1].note
+
+
+WAYS = {
+    "rewrite": lambda model: rewrite_model(model, rank=1),
+    "scale": lambda model: rewrite_model(model, rank=1, scale=2, exclude=["block"]),
+    "expand": lambda model: expand_model(rewrite_model(model, rank=1)),
+    "uncompiled": lambda model: copy_model(model),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_attributes_that_were_set_by_hand_are_kept(way, caplog):
+    model = task()
+    small = WAYS[way](model)
+    assert attributes(small) == attributes(model)
+    assert small.labels is not model.labels
+    assert small.sampler is not model.sampler
+    assert small.generate_function is None
+    assert not hasattr(small, "history")
+    assert not caplog.records
+
+
+def test_the_callback_keeps_attributes_that_were_set_by_hand():
+    model = task()
+    expected = attributes(model)
+    tag = model.get_layer("first").tag = object()
+    schedule, x = {0: 0.5, 1: 0.3}, model_kinds.VECTORS
+    callback = BilinearRewrite(schedule=schedule)
+    model.fit(x, np.ones((40, 32)), epochs=2, verbose=0, callbacks=[callback])
+    assert is_bilinear(model.get_layer("first"))
+    assert attributes(model) == expected
+    assert model.get_layer("first").tag is tag
+
+
+def test_attributes_that_cannot_be_copied_are_reported(caplog):
+    model = task()
+    model.decode, model.get_layer("first").spy = (lambda y: y), open
+    model.call = model.call
+    small = rewrite_model(model, rank=1)
+    (record,) = caplog.records
+    assert record.message.endswith(
+        f"Set them again: decode, call of {model.name!r}; spy of 'first'"
+    )
+    assert not hasattr(small, "decode")
+
+
+def test_clone_model_keeps_the_attributes_of_layers():
+    model = task()
+    small = keras.models.clone_model(model, clone_function=Rewriter(1))
+    assert is_bilinear(small.get_layer("first"))
+    assert small.get_layer("first").note == ("kept", 1)
+    assert small.get_layer("block").hidden[1].note == "inside"
+
+
+def test_texts_with_names_of_layers_are_those_of_the_copy():
+    """A layer without a name of its own has another name in a copy."""
+
+    @keras.saving.register_keras_serializable(package="tests")
+    class Named(model_kinds.Block):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.order, self.gain = [layer.name for layer in self.hidden], 1.0
+
+    model = keras.Sequential([keras.Input((24,)), Named(24, name="named")])
+    model.get_layer("named").gain = 2.0
+    small = rewrite_model(model, rank=1).get_layer("named")
+    assert list(small.order) == [layer.name for layer in small.hidden]
+    assert small.gain == 2.0
