@@ -1,7 +1,8 @@
 """Copies models with their weights, the flags that freeze their layers, and their attributes.
 
 Below Keras' public interface: a `.keras` file is a zip archive whose `config.json` holds the nested
-configurations of all layers; and which attributes `compile` and `fit` set. Keras 3.13 to 3.15.
+configurations of all layers; and which attributes Keras sets after a layer is made. Keras 3.13 to
+3.15.
 """
 
 import contextlib
@@ -20,11 +21,13 @@ from absl import logging
 from keras_bilinear.keras_private.graph import all_layers, sublayers
 from keras_bilinear.keras_private.training import traced_functions
 
-# Public attributes that `compile` and `fit` set, that differ in any copy, and that layers have in
-# which others were replaced.
+# Public attributes that nobody sets by hand: those of `compile` and `fit`, those that Keras sets
+# where it loads a layer, those that any copy has anew, and those of owners of replaced layers.
 _NOT_BY_HAND = {
     *("compiled", "history", "loss", "optimizer", "steps_per_execution", "stop_training"),
-    *("built", "name", "replaced"),
+    *("is_awq_calibrated", "is_gptq_calibrated"),
+    *("build", "built", "name", "quantize"),
+    "replaced",
 }
 _KERAS_STATE = (
     keras.KerasTensor,

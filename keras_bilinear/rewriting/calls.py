@@ -38,26 +38,33 @@ def check_calls(
 
     Raises:
         ValueError: if a layer cannot be called that can be called as the model is.
-        Exception: whatever the converter of a layer raises.
     """
     if not plans or all(map(_is_trusted, all_layers(model))):
         return
     batch = None if batches is None else next(iter(batches), None)
     inputs, *_ = (None,) if batch is None else keras.utils.unpack_x_y_sample_weight(batch)
     for given in known_inputs(full or model, inputs):
-        states = snapshot(all_layers(model))
-        try:
-            for site, plan in plans:
-                bilinear = converter_of(site.layer).built_like(site.layer, **plan.arguments)
-                replace_in_place(site.layer, bilinear)
-            failure = find_failure(model, given)
-        finally:
-            restore(states)
+        failure = _failure(model, plans, given)
         if failure is None:
             return
         if find_failure(full or model, given) is None:
             failed, error = failure
             raise ValueError(_text(model, plans, failed, error)) from error
+
+
+def _failure(model, plans, inputs):
+    """What `find_failure` says of the model with bilinear layers."""
+    states = snapshot(all_layers(model))
+    try:
+        for site, plan in plans:
+            try:
+                bilinear = converter_of(site.layer).built_like(site.layer, **plan.arguments)
+            except Exception:  # the rewrite of this layer will say why
+                return None
+            replace_in_place(site.layer, bilinear)
+        return find_failure(model, inputs)
+    finally:
+        restore(states)
 
 
 def _is_trusted(layer: keras.Layer) -> bool:

@@ -162,7 +162,8 @@ class _TrainedModel:
     def __init__(self, model: keras.Model, target: keras.Model):
         self.model, self._target = model, target
         optimizer = getattr(model, "optimizer", None)
-        self._optimizer = optimizer if optimizer is not None and optimizer.built else None
+        known = isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built
+        self._optimizer = optimizer if known else None
         if self._optimizer is not None:
             self._known = adam.of_kernels(target, moments(self._optimizer))
 

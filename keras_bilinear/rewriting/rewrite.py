@@ -1,10 +1,11 @@
 """Whole models: replacing full layers by bilinear ones as a plan says, and expanding them."""
 
+import contextlib
 import dataclasses
 import numbers
 import os
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import keras
 from absl import logging
@@ -239,7 +240,9 @@ def _make_bilinear(site: Site, plan: LayerPlan, calibration: Calibration | None)
 
 def _replace(layer: keras.Layer, other: keras.Layer) -> None:
     """Turns a layer into another layer, in place. Attributes that were set by hand stay."""
-    kept = by_hand(layer, type(layer).from_config(layer.get_config()))
+    kept: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # a class of the user's may have no configuration
+        kept = by_hand(layer, type(layer).from_config(layer.get_config()))
     replace_in_place(layer, other)
     for name, value in kept.items():
         is_state = isinstance(value, keras.Variable | keras.Layer)
