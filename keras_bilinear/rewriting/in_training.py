@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 from absl import logging
@@ -161,7 +162,7 @@ class _TrainedModel:
 
     def __init__(self, model: keras.Model, target: keras.Model):
         self.model, self._target = model, target
-        optimizer = getattr(model, "optimizer", None)
+        optimizer: Any = getattr(model, "optimizer", None)
         known = isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built
         self._optimizer = optimizer if known else None
         if self._optimizer is not None:
