@@ -24,7 +24,7 @@ import tables
 from absl import app, flags, logging
 from scipy.optimize import least_squares, nnls
 
-from keras_bilinear.benchmark import command, report
+from keras_bilinear.benchmark import choices, report
 from keras_bilinear.benchmark.cases import ConvCase
 from keras_bilinear.benchmark.worker import Steps, median_seconds
 from keras_bilinear.files import staged
@@ -162,7 +162,7 @@ def main(argv):
     measured = json.loads(path.read_text())
     fitted, used = fit(measured["fit"]), cost.NANOSECONDS[library]
     facts = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
-    backend, _, environment = command.COLUMNS[library]
+    backend, _, environment = choices.COLUMNS[library]
     environment = " ".join(
         f"{name}={value}" for name, value in {**environment, "KERAS_BACKEND": backend}.items()
     )

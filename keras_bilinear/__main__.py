@@ -1,4 +1,4 @@
-from keras_bilinear.cli.main import main
+from keras_bilinear_cli import main
 
 if __name__ == "__main__":
     main()

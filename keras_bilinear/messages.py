@@ -5,8 +5,10 @@ import re
 
 
 def reason(error: BaseException | str) -> str:
-    """The text of an error in one line, without colours and without Keras' heading."""
+    """The text of an error in one line, without colours and without Keras' headings."""
     text = re.sub(r"\x1b\[\d*m", "", str(error))  # colours
+    # Each part of a model that cannot be loaded adds a heading, and its configuration.
+    text = text.rpartition("\nException encountered: ")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     heading = "Exception encountered when calling"
     without_heading = [line for line in lines if not line.startswith(heading)]

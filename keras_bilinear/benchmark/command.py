@@ -1,11 +1,4 @@
-"""Times the bilinear layers beside the full layers and beside the limits of the hardware.
-
-Each backend runs in a process of its own, one after the other. There, every full layer and its
-bilinear counterpart take turns, so that a machine whose speed drifts slows both down. The times are
-medians; read them as ratios. The floor is a time that no implementation of the same mathematics can
-beat on this machine: the larger of the MACs over the measured rate of matrix products, and the
-bytes that must move over the measured rate of copies.
-"""
+"""`keras-bilinear benchmark`: times each layer in processes of its own, and writes tables."""
 
 import json
 import os
@@ -14,49 +7,16 @@ import subprocess
 import sys
 from typing import Any
 
-import rich.console
 import rich.table
 from absl import flags
 
 from keras_bilinear.benchmark.cases import CASES
+from keras_bilinear.benchmark.choices import COLUMNS, MEMORY
 from keras_bilinear.benchmark.report import Records, machine, markdown, tables
+from keras_bilinear.cli.console import stdout
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.messages import require
-
-# For each column of the tables: the Keras backend, whether XLA compiles everything, and further
-# environment variables. TensorFlow uses Intel's oneDNN library by itself on some CPUs only; the
-# column "tensorflow" is without it.
-COLUMNS: dict[str, tuple[str, bool, dict[str, str]]] = {
-    "tensorflow": ("tensorflow", False, {"TF_ENABLE_ONEDNN_OPTS": "0"}),
-    "onednn": ("tensorflow", False, {"TF_ENABLE_ONEDNN_OPTS": "1"}),
-    "xla": ("tensorflow", True, {}),
-    "jax": ("jax", True, {}),
-    "torch": ("torch", False, {}),
-}
-
-# For each suite that measures memory, the suite whose layers it takes.
-MEMORY = {f"{suite}_memory": suite for suite in ("conv", "recurrent")}
-
-
-def define_flags() -> None:
-    """Defines the flags of `keras-bilinear benchmark`."""
-    suites = [*CASES, "huge", *MEMORY]
-    flags.DEFINE_multi_enum(
-        "suite",
-        suites,
-        suites,
-        "Layers to measure; may be repeated. conv_memory and recurrent_memory measure the memory "
-        "of a training step; huge measures the memory of a process that trains an embedding of "
-        "10^9 words; the others measure time.",
-    )
-    flags.DEFINE_multi_enum(
-        "backend",
-        ["tensorflow"],
-        list(COLUMNS),
-        "Backends to measure, each in a process of its own; may be repeated.",
-    )
-    flags.DEFINE_string("output", None, "Also write the results to OUTPUT.json and OUTPUT.md.")
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +37,7 @@ def main(argv: list[str]) -> None:
         require(*{COLUMNS[column][0] for column in columns})
         if output:
             check_writable(output.parent)
-    console = rich.console.Console()
+    console = stdout()
     records = {}
     for column in columns:
         with console.status(f"timing {', '.join(suites)} on {column}"):
@@ -118,9 +78,12 @@ def _run_worker(column: str, *arguments: str | int) -> list[Any]:
     process = subprocess.run(
         [*worker, *map(str, arguments)],
         env={**os.environ, **quiet, **environment},
-        stdout=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        process_group=0,  # Ctrl-C reaches this process only, which then ends the worker.
     )
     if process.returncode:
+        print(process.stderr, file=sys.stderr)
         raise CommandError(f"the benchmark of {column} failed, see above")
     return [json.loads(line) for line in process.stdout.splitlines()]
 

@@ -1,53 +1,14 @@
-"""Writes a saved model as a LiteRT file, for phones and small devices.
-
-keras-bilinear export MODEL.keras MODEL.tflite --quantize=dynamic_int8
-keras-bilinear export MODEL.keras MODEL.tflite --quantize=int8 --representative_data=inputs.npy
-"""
+"""`keras-bilinear export`: writes a saved model as a LiteRT file."""
 
 from absl import flags
 
-from keras_bilinear.cli import saved
+from keras_bilinear.cli import console, saved
 from keras_bilinear.cli.errors import CommandError, command_errors
-from keras_bilinear.litert.export import TOLERANCES, export_litert
+from keras_bilinear.litert.export import export_litert
 from keras_bilinear.messages import require
 from keras_bilinear.progress import shown, working
 
 FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Defines the flags of `keras-bilinear export`."""
-    saved.define_model_flags()
-    saved.define_output_flags()
-    saved.define_data_flags("representative_data", "to find the ranges of int8, and to compare on")
-    flags.DEFINE_enum(
-        "quantize",
-        None,
-        [kind for kind in TOLERANCES if kind],
-        "How to store numbers; in float32 if it is not given.",
-    )
-    flags.DEFINE_multi_string(
-        "input_shape",
-        None,
-        "Shape of an input with its batch size: 1,28,28 for a single input, NAME=1,28,28 for each "
-        "of several. If it is not given: the shape that the model knows, and a batch of 1.",
-    )
-    flags.DEFINE_bool(
-        "unroll",
-        None,
-        "Repeat the operations of recurrent layers for each time step instead of running a loop. "
-        "If it is not given: with --quantize=int8 only.",
-    )
-    flags.DEFINE_bool(
-        "quantize_io", False, "With --quantize=int8, make inputs and outputs integers as well."
-    )
-    flags.DEFINE_float(
-        "tolerance",
-        None,
-        "Largest relative difference from the model's outputs. If it is not given: "
-        + ", ".join(f"{value:g} for {kind or 'float32'}" for kind, value in TOLERANCES.items())
-        + ".",
-    )
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +39,7 @@ def main(argv: list[str]) -> None:
                 quantize_io=FLAGS.quantize_io,
                 tolerance=FLAGS.tolerance,
             )
-    print(report, end="")
+    console.stdout().print(report.table())
 
 
 def _input_shapes(texts: list[str] | None) -> tuple | dict[str, tuple] | None:

@@ -1,14 +1,11 @@
-"""Shows what a saved model costs, layer by layer, or two saved models side by side.
-
-keras-bilinear inspect MODEL.keras [SMALL.keras] --dataset=NAME --output=costs.json
-"""
+"""`keras-bilinear inspect`: shows what a saved model costs, or two side by side."""
 
 import pathlib
 
 from absl import flags
 
 from keras_bilinear import datasets
-from keras_bilinear.cli import saved
+from keras_bilinear.cli import console, saved
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.files import staged
 from keras_bilinear.messages import reason
@@ -16,20 +13,6 @@ from keras_bilinear.progress import shown, working
 from keras_bilinear.reports.summary import compare, summarize
 
 FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Defines the flags of `keras-bilinear inspect`."""
-    saved.define_model_flags()
-    saved.define_output_flags()
-    flags.DEFINE_string(
-        "dataset",
-        None,
-        "Image or text classification set of TensorFlow Datasets, or digits; shows the accuracy on "
-        "its test split.",
-    )
-    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
-    flags.DEFINE_string("output", None, "Also write the result to this .json, .png or .svg file.")
 
 
 def main(argv: list[str]) -> None:
@@ -61,7 +44,7 @@ def main(argv: list[str]) -> None:
                 costs = compare(models[0], models[1], data)
         except Exception as error:  # a model may raise anything for inputs that it does not take
             raise CommandError(f"cannot run the model: {reason(error)}") from error
-    print(costs, end="")
+    console.stdout().print(costs.table())
     if output and output.suffix == ".json":
         saved.write(costs.to_json() + "\n", output)
     elif output:

@@ -1,31 +1,74 @@
-"""The command line: finds the command, parses its flags and turns errors into one line."""
+"""The command line: finds the command, parses its flags and turns errors into one line.
+
+Keras, whose import takes seconds, is imported when a command runs. Help, and what is wrong with a
+flag, are there at once.
+"""
 
 import contextlib
 import importlib
+import inspect
+import logging as python_logging
+import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn
 
-from absl import flags
+from absl import flags, logging
 
+import keras_bilinear
+from keras_bilinear.cli import command_flags
 from keras_bilinear.cli.errors import CommandError
+from keras_bilinear.version import __version__
 
-# For each command, its module and a summary. The module has a docstring for --help, a
-# `define_flags()`, and a `main(argv)` that reads `absl.flags.FLAGS`.
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        define_flags: defines the flags; its docstring is the help of the command.
+        module: the module, below this package, whose `main(argv)` reads `absl.flags.FLAGS`.
+        summary: what the command does, in a line.
+    """
+
+    define_flags: Callable[[], None]
+    module: str
+    summary: str
+
+
 COMMANDS = {
-    "demo": ("demo.command", "train a full and a bilinear network the same way and compare them"),
-    "inspect": ("cli.inspect", "show what a saved model costs, or two side by side"),
-    "plan": ("cli.plan", "show which layers of a saved model would become bilinear"),
-    "rewrite": ("cli.rewrite", "make a smaller model from a saved model"),
-    "expand": ("cli.expand", "make a model of stock layers from a rewritten model"),
-    "export": ("cli.export", "write a saved model as a LiteRT file for phones"),
-    "benchmark": ("benchmark.command", "time bilinear layers beside the full layers"),
+    "demo": Command(
+        command_flags.demo,
+        "demo.command",
+        "train a full and a bilinear network the same way and compare them",
+    ),
+    "inspect": Command(
+        command_flags.inspect, "cli.inspect", "show what a saved model costs, or two side by side"
+    ),
+    "plan": Command(
+        command_flags.plan, "cli.plan", "show which layers of a saved model would become bilinear"
+    ),
+    "rewrite": Command(
+        command_flags.rewrite, "cli.rewrite", "make a smaller model from a saved model"
+    ),
+    "expand": Command(
+        command_flags.expand, "cli.expand", "make a model of stock layers from a rewritten model"
+    ),
+    "export": Command(
+        command_flags.export, "cli.export", "write a saved model as a LiteRT file for phones"
+    ),
+    "benchmark": Command(
+        command_flags.benchmark,
+        "benchmark.command",
+        "time bilinear layers beside the full layers",
+    ),
 }
 
+INTERRUPTED = 130  # The exit status after Ctrl-C.
 _PAUSE = 0.05  # Seconds after which a dropped interrupt is raised again.
 
 
@@ -46,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except CommandError as error:
         _fail(" ".join(str(error).split()), status=2)
     except KeyboardInterrupt:
-        _fail("interrupted", status=130)
+        _fail("interrupted", INTERRUPTED)
     sys.exit(0)
 
 
@@ -61,33 +104,34 @@ def run(arguments: Sequence[str]) -> None:
     """
     if not arguments:
         raise CommandError(f"no command given, choose one of: {', '.join(COMMANDS)}")
-    command, *rest = arguments
-    if command in ("-h", "--help", "help"):
+    name, *rest = arguments
+    if name in ("-h", "--help", "help"):
         print(usage())
         return
-    if command not in COMMANDS:
-        raise CommandError(f"unknown command {command!r}, choose one of: {', '.join(COMMANDS)}")
-    name, _ = COMMANDS[command]
-    module = importlib.import_module(f"keras_bilinear.{name}")
-    module.define_flags()
+    if name == "--version":
+        print(f"keras-bilinear {__version__}")
+        return
+    if name not in COMMANDS:
+        raise CommandError(f"unknown command {name!r}, choose one of: {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    command.define_flags()
     if {"-h", "--help"} & set(rest):
-        print(f"usage: keras-bilinear {command} [--flag=value ...]\n\n{module.__doc__}")
-        # Flags that several commands have are defined in another module than the command's.
-        for name in flags.FLAGS.flags_by_module_dict():
-            if name.startswith("keras_bilinear."):
-                print(flags.FLAGS.module_help(name))
+        print(command_usage(name))
         return
     try:
-        positional = flags.FLAGS([command, *rest])
+        positional = flags.FLAGS([name, *rest])
     except flags.Error as error:
-        raise CommandError(f"{error} (see keras-bilinear {command} --help)") from error
-    module.main(positional)
+        raise CommandError(f"{error} (see keras-bilinear {name} --help)") from error
+    chatty = logging.get_verbosity() > logging.WARNING or sys.stderr is None
+    with contextlib.nullcontext() if chatty else _without_tensorflow_logs():
+        importlib.reload(keras_bilinear)  # now with its public names, for modules of the user
+        importlib.import_module(f"keras_bilinear.{command.module}").main(positional)
 
 
 def usage() -> str:
     """The help of the program: one line for each command."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: keras-bilinear COMMAND [--flag=value ...]",
@@ -95,8 +139,50 @@ def usage() -> str:
             *lines,
             "",
             "keras-bilinear COMMAND --help lists the flags of a command.",
+            "keras-bilinear --version prints the version of the package.",
         ]
     )
+
+
+def command_usage(name: str) -> str:
+    """The help of a command: what it does, and its flags."""
+    listed = flags.FLAGS.module_help(command_flags.__name__).partition(":\n")[2]
+    return "\n".join(
+        [
+            f"usage: keras-bilinear {name} [--flag=value ...]",
+            "",
+            inspect.getdoc(COMMANDS[name].define_flags) or "",
+            "",
+            listed,
+            "  --verbosity: 0 shows what TensorFlow logs as well, 1 shows more.",
+            "    (default: '-1')",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _without_tensorflow_logs() -> Iterator[None]:
+    """A context in which nothing but Python code writes to stderr.
+
+    TensorFlow's C++ code writes lines that no setting keeps away. So what it takes for stderr,
+    file descriptor 2, leads nowhere, and `sys.stderr` gets another descriptor.
+    """
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # for other processes as well
+    python_logging.getLogger("tensorflow").setLevel(python_logging.ERROR)
+    before, descriptor = sys.stderr, os.dup(2)
+    if before is sys.__stderr__:
+        # It stays open, as a handler of log records may keep it.
+        sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding=before.encoding, errors="replace")
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="tensorflow")
+            yield
+    finally:
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        sys.stderr = before
 
 
 @contextlib.contextmanager
@@ -108,7 +194,8 @@ def _interruptible() -> Iterator[None]:
     exception into another. So a thread raises the interrupt again and again until it leaves this
     context. It is not raised while an exception is handled, as something may clean up there.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):
         yield  # Ctrl-C is ignored, as in the background of a shell.
         return
     interrupted = False
@@ -141,7 +228,7 @@ def _interruptible() -> Iterator[None]:
     finally:
         interrupts.put(None)
         thread.join()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def _in_finalizer(frame):
@@ -162,5 +249,7 @@ def _press(signum):
 
 def _fail(message, status) -> NoReturn:
     """Prints one line on stderr and exits."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
     print(f"keras-bilinear: {message}", file=sys.stderr)
     sys.exit(status)

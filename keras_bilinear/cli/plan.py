@@ -1,24 +1,13 @@
-"""Shows which layers of a saved model would become bilinear; --output writes the plan.
-
-keras-bilinear plan MODEL.keras --budget=0.1 --output=plan.json
-"""
+"""`keras-bilinear plan`: shows which layers of a saved model would become bilinear."""
 
 import pathlib
 
 from absl import flags
 
-from keras_bilinear.cli import saved
+from keras_bilinear.cli import console, saved
 from keras_bilinear.progress import shown, working
 
 FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Defines the flags of `keras-bilinear plan`."""
-    saved.define_model_flags()
-    saved.define_plan_flags()
-    saved.define_output_flags()
-    flags.DEFINE_string("output", None, "Also write the plan to this .json file.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +26,6 @@ def main(argv: list[str]) -> None:
     with shown(), working(f"planning {source}"):
         model = saved.load(source)
         plan = saved.make_plan(model, saved.read_data(model))
-    print(plan, end="")
+    console.stdout().print(plan.table())
     if output:
         saved.write(plan.to_json() + "\n", output)

@@ -1,28 +1,16 @@
-"""Makes a smaller model from a saved model.
-
-keras-bilinear rewrite MODEL.keras SMALL.keras --budget=0.1 --calibration=inputs.npy
-keras-bilinear rewrite MODEL.keras SMALL.keras --plan=plan.json
-"""
+"""`keras-bilinear rewrite`: makes a smaller model from a saved model."""
 
 import pathlib
 
 from absl import flags
 
-from keras_bilinear.cli import saved
+from keras_bilinear.cli import console, saved
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.progress import shown, working
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.rewrite import rewrite_model
 
 FLAGS = flags.FLAGS
-
-
-def define_flags() -> None:
-    """Defines the flags of `keras-bilinear rewrite`."""
-    saved.define_model_flags()
-    saved.define_plan_flags()
-    saved.define_output_flags()
-    flags.DEFINE_string("plan", None, "A .json file that `keras-bilinear plan` wrote.")
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +34,7 @@ def main(argv: list[str]) -> None:
         with command_errors(ValueError):
             small = rewrite_model(model, plan, data)
         saved.save(small, output)
-    print(plan, end="")
+    console.stdout().print(plan.table())
 
 
 def _read_plan(path: pathlib.Path) -> RewritePlan:

@@ -1,10 +1,17 @@
-"""What the commands on saved models share: flags, reading and writing."""
+"""What the commands on saved models share: reading and writing."""
 
+import contextlib
+import importlib
+import os
 import pathlib
+import re
+import sys
+import types
 import zipfile
 from collections.abc import Iterable
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 from absl import flags
@@ -18,63 +25,6 @@ from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import plan_rewrite
 
 FLAGS = flags.FLAGS
-
-
-def define_model_flags() -> None:
-    """Defines the flags of every command that reads a model."""
-    flags.DEFINE_bool(
-        "unsafe",
-        False,
-        "Load code that is stored in the file, such as the code of a Lambda layer. Such code can "
-        "do anything on this machine.",
-    )
-
-
-def define_output_flags() -> None:
-    """Defines the flags of every command that writes a file."""
-    flags.DEFINE_bool("overwrite", False, "Replace an output file that exists.")
-
-
-def define_plan_flags() -> None:
-    """Defines the flags that decide a plan."""
-    flags.DEFINE_float(
-        "budget", None, "Share of the parameters to keep; 0.1 if no other limit is given."
-    )
-    flags.DEFINE_integer("max_params", None, "Number of parameters to keep.")
-    flags.DEFINE_float("max_error", None, "Largest predicted relative error of a layer.")
-    flags.DEFINE_integer("rank", None, "Number of Kronecker terms of every layer.")
-    flags.DEFINE_integer(
-        "scale",
-        None,
-        "Number by which both output factors of every hidden layer are multiplied; 1 if it is not "
-        "given.",
-    )
-    flags.DEFINE_bool(
-        "low_rank",
-        None,
-        "Whether a layer may become a product of two matrices (low rank); it may if it is not "
-        "given.",
-    )
-    define_data_flags("calibration", "to fit the layers to")
-
-
-def define_data_flags(name: str, use: str) -> None:
-    """Defines the flags that name inputs of the model.
-
-    Args:
-        name: name of the flag for the inputs themselves.
-        use: what the inputs are for, such as `"to fit the layers to"`.
-    """
-    flags.DEFINE_string(
-        name,
-        None,
-        f"Inputs of the model {use}: a .npy file, a .npz file with an array for each input, or "
-        "the name of an image or text classification set of TensorFlow Datasets, or digits.",
-    )
-    flags.DEFINE_integer(
-        "examples", 1024, f"How many examples of --{name} to use at most.", lower_bound=1
-    )
-    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
 
 
 def file_names(argv: list[str], *names: str) -> list[pathlib.Path]:
@@ -118,27 +68,83 @@ def check_output(path: pathlib.Path, *suffixes: str) -> None:
 def load(path: pathlib.Path) -> keras.Model:
     """Loads a model, compiled as it was saved if its loss and its metrics can be loaded.
 
+    The modules of --import are imported first.
+
     Raises:
-        CommandError: if the file is missing, is not a whole `.keras` file, or cannot be loaded by
-            Keras, or holds code and --unsafe is not given.
+        CommandError: if the file is missing, is not a whole `.keras` or `.h5` file, or cannot be
+            loaded by Keras, if it holds code and --unsafe is not given, or if a module cannot be
+            imported.
     """
-    if path.suffix != ".keras":
-        raise CommandError(f"{str(path)!r} is no .keras file")
-    if not path.is_file():
-        raise CommandError(f"there is no file {str(path)!r}")
-    if not zipfile.is_zipfile(path):
-        raise CommandError(f"{str(path)!r} is no .keras file, or only a part of one")
+    _check_model_file(path)
+    for name in FLAGS["import"].value:
+        _import_custom_objects(name)
     try:
         try:
             model: Any = keras.models.load_model(path, safe_mode=not FLAGS.unsafe)
         except Exception:  # a loss or a metric may be missing
             model = keras.models.load_model(path, compile=False, safe_mode=not FLAGS.unsafe)
     except Exception as error:  # Keras and its backends raise errors of any class
-        why = reason(error)
-        if "safe_mode" in str(error) or "unsafe" in str(error):
-            why = "it has code in it, which is loaded with --unsafe only"
-        raise CommandError(f"cannot load {str(path)!r}: {why}") from error
+        raise CommandError(f"cannot load {str(path)!r}: {_why_not_loaded(error)}") from error
     return model
+
+
+def _check_model_file(path):
+    """Checks that a path is a file, of a format that Keras reads."""
+    if path.is_dir():
+        what = "a folder, such as a SavedModel"
+    elif path.name.endswith(".weights.h5"):
+        what = "a file of weights without their model"
+    elif path.suffix not in _IS_FORMAT:
+        what = _FOREIGN.get(path.suffix, "no .keras or .h5 file")
+    elif not path.is_file():
+        raise CommandError(f"there is no file {str(path)!r}")
+    elif not _IS_FORMAT[path.suffix](path):
+        raise CommandError(f"{str(path)!r} is no {path.suffix} file, or only a part of one")
+    else:
+        return
+    raise CommandError(
+        f"{str(path)!r} is {what}: give a whole Keras model, as model.save('MODEL.keras') writes it"
+    )
+
+
+# For each suffix of a Keras model, whether a file is of the format.
+_IS_FORMAT = {".keras": zipfile.is_zipfile, ".h5": h5py.is_hdf5, ".hdf5": h5py.is_hdf5}
+# What files with other suffixes are.
+_FOREIGN = {
+    **dict.fromkeys((".pt", ".pth"), "a file of PyTorch"),
+    ".onnx": "an ONNX file",
+    ".pb": "a graph of TensorFlow",
+    ".safetensors": "a file of weights without their model",
+    ".tflite": "a LiteRT file",
+}
+
+
+def _import_custom_objects(name):
+    """Imports a module, and lets Keras find its classes and functions, registered or not."""
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # the module may do anything
+        raise CommandError(f"cannot import {name!r}: {reason(error)}") from error
+    for key, value in vars(module).items():
+        # What the module has imported itself must not get in the way of Keras' own names.
+        if isinstance(value, type | types.FunctionType) and f"{value.__module__}.".startswith(
+            f"{name}."
+        ):
+            keras.saving.get_custom_objects()[key] = value
+
+
+def _why_not_loaded(error):
+    """The reason why Keras does not load a model, and the flag that helps."""
+    why = reason(error)
+    if "safe_mode" in why:
+        return "it has code in it, which is loaded with --unsafe only"
+    # Keras says "Could not locate class 'My'" or, of .h5 files, "Unknown layer: 'package>My'".
+    if unknown := re.match(r"(?:Could not locate|Unknown) ([\w ]+):? '(?:.*>)?(.+?)'", why):
+        kind, name = unknown.groups()
+        return f"the {kind} {name!r} is not known: name its module with --import=MODULE"
+    return why
 
 
 def save(model: keras.Model, path: pathlib.Path) -> None:
@@ -166,7 +172,7 @@ def read_data(model: keras.Model, flag: str = "calibration") -> Iterable[Any] | 
 
     Args:
         model: the model that takes the inputs.
-        flag: name of the flag, which `define_data_flags` defined.
+        flag: name of the flag.
 
     Returns:
         Batches of inputs; `None` if the flag is not given.

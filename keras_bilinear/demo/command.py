@@ -1,19 +1,11 @@
-"""Trains a full and a bilinear network the same way and compares them.
+"""`keras-bilinear demo`: trains a full and a bilinear network the same way and compares them."""
 
-Both networks have the same layers, optimizer, learning rate, batches and seed.
-The bilinear network stores each kernel and each embedding table as two small factors.
-The demo prints a table and writes these files into --output_dir: full.keras,
-bilinear.keras, full.tflite, bilinear.tflite, results.json and results.png.
-"""
-
-import contextlib
 import functools
 import math
-import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -22,6 +14,7 @@ import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets
+from keras_bilinear.cli.console import stdout
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.demo.results import DemoResults, Result
 from keras_bilinear.files import check_writable, staged
@@ -39,50 +32,6 @@ QUICK_EXAMPLES = 512  # examples of each split with --quick
 SETTINGS = ("width", "depth", "rank", "scale", "batch_size", "learning_rate", "seed")
 # The first steps compile and warm up, and their times do not count.
 UNTIMED_STEPS = 3
-
-
-def define_flags() -> None:
-    """Defines the flags of `keras-bilinear demo`."""
-    flags.DEFINE_string(
-        "dataset",
-        "digits",
-        "digits, the handwritten digits of scikit-learn, or an image or text classification set of "
-        "TensorFlow Datasets, such as fashion_mnist or imdb_reviews.",
-    )
-    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets.")
-    flags.DEFINE_string("output_dir", "demo_output", "Folder to write the results into.")
-    flags.DEFINE_integer("width", 512, "Units of each hidden layer.", lower_bound=1)
-    flags.DEFINE_integer("depth", 2, "Number of hidden layers.", lower_bound=1)
-    flags.DEFINE_integer(
-        "rank", 4, "Number of Kronecker terms of each bilinear layer.", lower_bound=1
-    )
-    flags.DEFINE_integer(
-        "scale",
-        1,
-        "Number by which both output factors of every hidden layer of the bilinear network are "
-        "multiplied. The layer then has scale**2 times as many units.",
-        lower_bound=1,
-    )
-    flags.DEFINE_integer(
-        "epochs",
-        None,
-        "Passes over the training data. If it is not given: 40 for digits, 5 for other data sets.",
-        lower_bound=1,
-    )
-    flags.DEFINE_integer("batch_size", 64, "Examples in each training step.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 1e-3, "Learning rate of Adam, for both networks.")
-    flags.register_validator(
-        "learning_rate", lambda value: 0 < value < math.inf, "must be above zero and finite"
-    )
-    flags.DEFINE_integer(
-        "seed",
-        0,
-        "Seed of all random numbers. The same seed gives the same accuracy.",
-        lower_bound=0,
-        upper_bound=2**32 - 1,
-    )
-    flags.DEFINE_bool("mixed_precision", False, "Compute in bfloat16, keep weights in float32.")
-    flags.DEFINE_bool("quick", False, "One epoch on few examples, to see that everything runs.")
 
 
 def main(argv: list[str]) -> None:
@@ -117,7 +66,8 @@ def main(argv: list[str]) -> None:
     with command_errors(OSError), staged(output_dir) as folder:
         outcome.write_json(folder / "results.json")
         outcome.write_plot(folder / "results.png")
-    rich.console.Console().print(outcome.table(), f"Files are in {output_dir}.")
+    stdout().print(outcome.table())
+    print(f"Files are in {output_dir}.")
 
 
 def _settings(epochs: int) -> dict[str, Any]:
@@ -300,21 +250,8 @@ def write(
     Raises:
         CommandError: if a file cannot be written.
     """
-    with command_errors(OSError), staged(output_dir) as folder, _quiet():
+    with command_errors(OSError), staged(output_dir) as folder:
         keras_file, litert_file = folder / f"{name}.keras", folder / f"{name}.tflite"
         model.save(keras_file)
         litert = export_litert(model, litert_file, representative_data=dataset.x_test)
         return keras_file.stat().st_size, litert
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A context that discards what is written to stderr, also by C++ code."""
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)

@@ -19,11 +19,10 @@ from keras_bilinear.litert.contents import inspect_litert
 from keras_bilinear.litert.converter import convert
 from keras_bilinear.litert.inputs import input_specs, read_examples
 from keras_bilinear.litert.report import LiteRTReport
+from keras_bilinear.litert.tolerances import TOLERANCES
 from keras_bilinear.progress import check_verbose, shown, working
 from keras_bilinear.rewriting.sites import check_built
 
-# For each kind of quantization, the largest difference from the model that is allowed.
-TOLERANCES = {None: 1e-4, "float16": 1e-2, "dynamic_int8": 0.1, "int8": 0.2}
 _NOT_FLOAT32 = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16", "float64")
 
 

@@ -56,7 +56,7 @@ class LiteRTReport(Tabular):
         memory = "unknown" if self.memory_bytes is None else bytes_text(self.memory_bytes)
         for name, text in (
             ("size", bytes_text(self.bytes)),
-            ("latency, one thread", f"{self.latency_us:,.0f} us"),
+            ("latency, one thread", f"{self.latency_us:,.0f} µs"),
             ("memory of the process", memory),
             ("arena", bytes_text(self.arena_bytes)),
             ("tensors", f"{self.tensors:,}"),
