@@ -40,7 +40,7 @@ STRUCTURE = (
     "architecture",
 )
 # What `accuracy_costs.py` finds of it, and how tables call that.
-COSTS = {"bytes": ".tflite bytes", "latency_us": ".tflite us", "epoch_s": "seconds for an epoch"}
+COSTS = {"bytes": ".tflite bytes", "latency_us": ".tflite µs", "epoch_s": "seconds for an epoch"}
 REGIMES = (
     {"optimizer": "adam"},
     {"optimizer": "adamw", "weight_decay": 0.05, "dropout": 0.1},

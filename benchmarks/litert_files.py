@@ -205,7 +205,7 @@ def tabulate(records, command):
         "",
     ]
     tested = any(record.accuracy is not None for record in records)
-    header = ["model", "variant", "numbers", "parameters", "bytes", "us, 1 thread", "us, 2 threads"]
+    header = ["model", "variant", "numbers", "parameters", "bytes", "µs, 1 thread", "µs, 2 threads"]
     header += ["memory", "difference", *(["accuracy", "model's"] if tested else [])]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     full = {

@@ -43,7 +43,7 @@ KERNELS = ("full", "gain", "rewritten")
 AXES = {
     "parameters": "parameters",
     "macs": "multiply-accumulates for an example",
-    "latency_us": "us for an example, LiteRT, one thread",
+    "latency_us": "µs for an example, LiteRT, one thread",
 }
 
 

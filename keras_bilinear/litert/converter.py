@@ -7,6 +7,7 @@ with TensorFlow. That process runs this module as a script.
 import importlib
 import itertools
 import json
+import operator
 import os
 import pathlib
 import re
@@ -154,11 +155,13 @@ def _convert_in_subprocess(model, file, arguments, examples, options):
     source, inputs = file.with_suffix(".keras"), file.with_suffix(".npz")
     model.save(source)
     np.savez(inputs, **{f"input:{name}": values for name, values in examples.items()})
-    registered = keras.saving.get_custom_objects().values()
     order = {
         "shapes": [spec.shape for spec in keras.tree.flatten(arguments)],
-        # The modules that define and register the classes of the model.
-        "modules": sorted({custom_object.__module__ for custom_object in registered}),
+        # Where the classes and functions of the model are defined.
+        "custom_objects": {
+            name: (custom_object.__module__, custom_object.__qualname__)
+            for name, custom_object in keras.saving.get_custom_objects().items()
+        },
         "options": options,
     }
     command = [sys.executable, "-m", __name__, *map(str, (source, file, inputs)), json.dumps(order)]
@@ -176,9 +179,12 @@ def _convert_in_subprocess(model, file, arguments, examples, options):
 def _main(source, file, inputs, order):
     """Converts what `_convert_in_subprocess` wrote, in the second process."""
     order = json.loads(order)
-    for module in order["modules"]:
+    custom_objects = keras.saving.get_custom_objects()
+    for name, (module, qualified_name) in order["custom_objects"].items():
         if module != "__main__":
-            importlib.import_module(module)
+            defining = importlib.import_module(module)
+            if name not in custom_objects and "<locals>" not in qualified_name:
+                custom_objects[name] = operator.attrgetter(qualified_name)(defining)
     model: Any = keras.models.load_model(source, compile=False, safe_mode=False)
     with np.load(inputs) as arrays:
         examples = {name.removeprefix("input:"): values for name, values in arrays.items()}
