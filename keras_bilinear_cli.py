@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # While this is true, `import keras_bilinear` leaves out the public names, which need Keras.
 starting = False
@@ -34,6 +35,7 @@ def main():
         _stop()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # threads of TensorFlow may be at work, and crash Python's end
+            sys.stdout.flush()
             os._exit(INTERRUPTED)
         raise
 

@@ -74,7 +74,8 @@ def imported_packages(source):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules = [node.module]
-        for module in roots(modules) - {"keras_bilinear", *sys.stdlib_module_names}:
+        own = {"keras_bilinear", "keras_bilinear_cli"}
+        for module in roots(modules) - {*own, *sys.stdlib_module_names}:
             yield PACKAGES.get(module, module.replace("_", "-"))
 
 

@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         with _interruptible():
             run(arguments)
+            sys.stdout.flush()
     except CommandError as error:
         _fail(" ".join(str(error).split()), status=2)
     except KeyboardInterrupt:
@@ -249,7 +250,5 @@ def _press(signum):
 
 def _fail(message, status) -> NoReturn:
     """Prints one line on stderr and exits."""
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        sys.stdout.flush()
     print(f"keras-bilinear: {message}", file=sys.stderr)
     sys.exit(status)

@@ -76,7 +76,7 @@ def load(path: pathlib.Path) -> keras.Model:
             imported.
     """
     _check_model_file(path)
-    for name in FLAGS["import"].value:
+    for name in FLAGS["import"].value or []:
         _import_custom_objects(name)
     try:
         try:

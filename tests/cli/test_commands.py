@@ -1,4 +1,6 @@
+import importlib
 import json
+import sys
 
 import keras
 import model_kinds
@@ -136,12 +138,23 @@ def test_files_that_are_no_models_are_refused(command, fails, saved):
     (saved / "part.keras").write_bytes(whole[: len(whole) // 2])
     (saved / "text.keras").write_text("hello")
     (saved / "model.h5").write_text("hello")
+    (saved / "saved_model").mkdir()
     np.savez(saved / "zip", a=1)
     (saved / "zip.npz").rename(saved / "zip.keras")
     assert "there is no file" in fails(command, saved / "missing.keras", *more)
     assert "is no .keras file, or only a part" in fails(command, saved / "part.keras", *more)
     assert "is no .keras file, or only a part" in fails(command, saved / "text.keras", *more)
-    assert "is no .keras file" in fails(command, saved / "model.h5", *more)
+    assert "is no .h5 file, or only a part" in fails(command, saved / "model.h5", *more)
+    assert "is a folder, such as a SavedModel: give" in fails(command, saved / "saved_model", *more)
+    for name, what in (
+        ("model.pt", "a file of PyTorch"),
+        ("model.weights.h5", "a file of weights"),
+        ("model.tflite", "a LiteRT file"),
+        ("model.txt", "no .keras or .h5 file"),
+    ):
+        text = fails(command, saved / name, *more)
+        assert f"is {what}" in text
+        assert "as model.save('MODEL.keras') writes it" in text
     assert "cannot load" in fails(command, saved / "zip.keras", *more)
 
 
@@ -216,6 +229,108 @@ def test_what_was_compiled_stays_so(run, tmp_path):
         run("expand", small, again, "--overwrite")
         for file in (small, again):
             assert keras.models.load_model(file).compiled == (compiled == "mse")
+
+
+def test_legacy_files_are_read(run, fails, tmp_path):
+    model = model_kinds.sequential()[0]
+    model.compile("adam", "mse")  # Keras writes "mse", and cannot read it.
+    model.save(tmp_path / "full.h5")
+    small = tmp_path / "small.keras"
+    assert run("rewrite", tmp_path / "full.h5", small, "--rank=1")[0] == 0
+    assert keras.models.load_model(small).count_params() < model.count_params()
+    lambdas = keras.Sequential([keras.Input((24,)), keras.layers.Lambda(lambda x: x * 2)])
+    lambdas.save(tmp_path / "lambda.h5")
+    assert "with --unsafe only" in fails("inspect", tmp_path / "lambda.h5")
+    assert run("inspect", tmp_path / "lambda.h5", "--unsafe")[0] == 0
+    whole = (tmp_path / "full.h5").read_bytes()
+    (tmp_path / "full.h5").write_bytes(whole[: len(whole) // 2])
+    assert "truncated file" in fails("inspect", tmp_path / "full.h5")
+
+
+def test_there_may_be_nothing_to_expand(run, fails, saved):
+    arguments = ("expand", saved / "full.keras", saved / "again.keras")
+    assert "there is nothing to expand: " in fails(*arguments)
+
+
+OWN = """
+import keras
+
+class Own(keras.layers.Dense):
+    pass
+
+@keras.saving.register_keras_serializable("own")
+class Registered(keras.layers.Dense):
+    pass
+
+def own_activation(x):
+    return keras.ops.relu(x) / 2
+"""
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """A module in the current folder with classes and a function, and a forgetful Keras."""
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    known = dict(keras.saving.get_custom_objects())
+
+    def forget():
+        keras.saving.get_custom_objects().clear()
+        keras.saving.get_custom_objects().update(known)
+        sys.modules.pop("own", None)
+        sys.path[:] = [folder for folder in sys.path if folder != str(tmp_path)]
+        importlib.invalidate_caches()
+
+    sys.path.insert(0, str(tmp_path))
+    yield importlib.import_module("own"), forget
+    forget()
+
+
+def own_models(own):
+    inputs = keras.Input((24,))
+    cell = keras.layers.SimpleRNNCell(4, activation=own.own_activation)
+    nested = keras.Sequential([inputs, keras.Sequential([inputs, own.Own(32)])])
+    yield "Own", nested
+    yield "Registered", keras.Sequential([inputs, own.Registered(32)])
+    yield "own_activation", keras.Sequential([keras.Input((3, 24)), keras.layers.RNN(cell)])
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_classes_of_the_user_are_imported(run, fails, own, tmp_path, suffix):
+    module, forget = own
+    files = {name: tmp_path / f"{name}.{suffix}" for name, _ in own_models(module)}
+    for name, model in own_models(module):
+        model.add(keras.layers.Dense(32))
+        model.save(files[name])
+    for name, file in files.items():
+        forget()
+        text = fails("plan", file, "--rank=1")
+        assert f"'{name}' is not known: name its module with --import=MODULE" in text
+        small = tmp_path / f"{name}_small.keras"
+        assert run("rewrite", file, small, "--rank=1", "--import=json", "--import=own")[0] == 0
+        assert run("expand", small, tmp_path / f"{name}_full.keras", "--import=own")[0] == 0
+
+
+def test_modules_that_cannot_be_imported(fails, saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (saved / "ends.py").write_text("raise SystemExit(3)")
+    for name, text in (("nothing", "No module named 'nothing'"), ("ends", "3"), ("", "Empty")):
+        error = fails("plan", saved / "full.keras", f"--import={name}")
+        assert f"cannot import {name!r}: {text}" in error
+
+
+def test_the_cause_of_an_error_of_keras_is_said(run, fails, own, tmp_path):
+    module, forget = own
+    _, model = next(own_models(module))
+    model.save(tmp_path / "full.keras")
+    forget()
+    (tmp_path / "own.py").write_text(f"{OWN}\nOwn.from_config = lambda config: config['size']")
+    error = fails("plan", tmp_path / "full.keras", "--import=own")
+    assert error.endswith("cannot load '{}': 'size'\n".format(tmp_path / "full.keras"))
 
 
 def test_arrays_of_different_lengths_are_said_in_one_line(fails, tmp_path):

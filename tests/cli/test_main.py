@@ -1,15 +1,23 @@
 import contextlib
 import functools
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import keras
 import pytest
+import rich.table
+from absl import logging
+from absl.testing import flagsaver
+from run_command import run_command
 
-from keras_bilinear.cli import main
+import keras_bilinear
+from keras_bilinear.benchmark import cases, choices
+from keras_bilinear.cli import console, main, plan
 
 if keras.config.backend() != "tensorflow":
     pytest.skip("nothing here depends on the backend", allow_module_level=True)
@@ -27,7 +35,7 @@ def test_help_lists_the_commands(run, flag):
     ("command", "expected"),
     [
         ("demo", ("--output_dir", "--rank", "--[no]mixed_precision")),
-        ("inspect", ("--dataset", "--[no]overwrite", "--[no]unsafe")),
+        ("inspect", ("--dataset", "--import", "--[no]overwrite", "--[no]unsafe", "--verbosity")),
         ("plan", ("--output", "--budget", "--calibration", "--examples", "--[no]overwrite")),
         ("rewrite", ("--plan", "--budget", "--[no]low_rank", "--data_dir", "--[no]unsafe")),
         ("expand", ("--[no]overwrite", "--[no]unsafe")),
@@ -43,8 +51,112 @@ def test_help_of_a_command_lists_its_flags(run, command, expected):
 
 
 def test_every_command_is_a_module():
-    for module, _ in main.COMMANDS.values():
-        assert importlib.util.find_spec(f"keras_bilinear.{module}")
+    for command in main.COMMANDS.values():
+        assert importlib.util.find_spec(f"keras_bilinear.{command.module}")
+
+
+def python(*arguments):
+    """Runs Python in a process of its own, which Ctrl-C interrupts."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        # A suite that runs in the background may have inherited that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def imported(done):
+    """The modules that a process of `python -X importtime` imported."""
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--version"], 0, f"keras-bilinear {keras_bilinear.__version__}\n"),
+        (["--help"], 0, "usage: keras-bilinear COMMAND"),
+        (["demo", "--help"], 0, "usage: keras-bilinear demo"),
+        (["export", "--rank=1"], 2, ""),
+    ],
+)
+def test_what_needs_no_keras_does_not_import_it(arguments, status, text):
+    script = "-c", "from keras_bilinear_cli import main; main()"  # as the console script does
+    for start in (script, ("-m", "keras_bilinear")):
+        done = python("-X", "importtime", *start, *arguments)
+        assert done.returncode == status
+        assert done.stdout.startswith(text)
+        assert "keras_bilinear.cli.main" in imported(done)
+        assert not {"keras", "numpy", "rich", "tensorflow"} & imported(done)
+
+
+def test_suites_and_cases_are_the_same():
+    assert (*cases.CASES, "huge", *choices.MEMORY) == choices.SUITES
+
+
+CTRL_C = "import os, signal; ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)"
+AT_AN_IMPORT = """
+import sys
+class Finder:
+    def find_spec(name, *_):
+        name == "keras_bilinear" and ctrl_c()
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("when", [AT_AN_IMPORT, "import atexit\natexit.register(ctrl_c)"])
+def test_ctrl_c_at_the_start_and_at_the_end(when):
+    lines = f"{CTRL_C}\n{when}\nfrom keras_bilinear_cli import main\nmain()"
+    done = python("-c", lines, "--version")
+    assert (done.returncode, done.stderr) == (130, "keras-bilinear: interrupted\n")
+    assert bool(done.stdout) == ("atexit" in when)
+
+
+@pytest.mark.parametrize("verbosity", [None, "--verbosity=-1", "--verbosity=0"])
+def test_only_python_code_writes_to_stderr(monkeypatch, capfd, verbosity):
+    def command(arguments):
+        os.write(2, b"from C++\n")
+        warnings.warn_explicit("from Keras", UserWarning, "saving.py", 1, "keras.saving")
+        warnings.warn_explicit("from TensorFlow", UserWarning, "lite.py", 1, "tensorflow.lite")
+        print("from Python", file=sys.stderr)
+
+    monkeypatch.setattr(plan, "main", command)
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    before = sys.stderr
+    with (
+        flagsaver.flagsaver(verbosity=logging.get_verbosity()),
+        warnings.catch_warnings(record=True, action="always") as caught,
+    ):
+        assert run_command("plan", *filter(None, [verbosity])) == 0
+    error = capfd.readouterr().err + str([warning.message for warning in caught])
+    assert sys.stderr is before
+    assert "from Python" in error
+    assert "from Keras" in error
+    shown = verbosity == "--verbosity=0"
+    assert ("from C++" in error, "from TensorFlow" in error) == (shown, shown)
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_tables_are_as_wide_as_columns_says(monkeypatch, capsys, width):
+    table = rich.table.Table(*(["a rather long name of a column"] * 10))
+    console.stdout().print(table)
+    before = capsys.readouterr().out
+    assert len(before.splitlines()[0]) == 120
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console.stdout().print(table)
+    output = capsys.readouterr().out
+    assert {len(line) for line in output.splitlines()} == {width}
+    assert "\x1b" not in output
+
+
+def test_colours_are_for_terminals_that_want_them(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for colours, variable in ((False, "OTHER"), (True, "FORCE_COLOR"), (False, "NO_COLOR")):
+        monkeypatch.setenv(variable, "1")  # The second one makes a terminal of any file.
+        console.stdout().print("text", style="red")
+        assert ("\x1b[31m" in capsys.readouterr().out) == colours
 
 
 @pytest.fixture
@@ -175,8 +287,6 @@ def test_ctrl_c_is_one_line(run, monkeypatch):
 
 
 def test_python_m_runs_the_command_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "keras_bilinear", "nothing"], capture_output=True, text=True
-    )
+    done = python("-m", "keras_bilinear", "nothing")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("keras-bilinear: unknown command 'nothing'")
+    assert done.stderr.startswith("keras-bilinear: unknown command 'nothing'")

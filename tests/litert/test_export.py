@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import keras
 import model_kinds
@@ -20,6 +21,7 @@ from keras_bilinear import (
     rewrite_model,
 )
 from keras_bilinear.keras_private.graph import all_layers
+from keras_bilinear.litert import converter
 from keras_bilinear.litert import export as export_module
 from keras_bilinear.litert.contents import inspect_litert
 from keras_bilinear.litert.export import inference_twin
@@ -508,3 +510,27 @@ def test_states_and_texts_are_refused(refuses):
         words = layers.TextVectorization(vocabulary=["good", "bad"], output_sequence_length=2)
         model = keras.Sequential([keras.Input((1,), dtype="string"), words])
         refuses(ValueError, "take numbers.*strings", model)
+
+
+class Own(layers.Dense):
+    """A class that is not registered."""
+
+
+@on_tensorflow
+def test_the_process_with_tensorflow_finds_the_classes_of_the_user(monkeypatch, tmp_path):
+    known = keras.saving.get_custom_objects()
+    monkeypatch.setitem(known, "Own", Own)
+    model = keras.Sequential([keras.Input((4,)), Own(8)])
+
+    def run(command, **_):
+        monkeypatch.delitem(known, "Own")
+        *_, source, file, inputs, order = command
+        converter._main(source, file, inputs, order)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    path, options = tmp_path / "model.tflite", {"quantize": None, "quantize_io": False}
+    specs = [keras.KerasTensor((1, 4))]
+    converter._convert_in_subprocess(model, path, specs, {"input_1": normal(1, 1, 4)}, options)
+    assert known["Own"] is Own
+    assert inspect_litert(path)["ops"] == {"FULLY_CONNECTED": 1}
