@@ -13,7 +13,7 @@ from absl import flags
 from keras_bilinear.benchmark.cases import CASES
 from keras_bilinear.benchmark.choices import COLUMNS, MEMORY
 from keras_bilinear.benchmark.report import Records, machine, markdown, tables
-from keras_bilinear.cli.console import stdout
+from keras_bilinear.cli.console import print_table, stdout
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.files import check_writable, staged
 from keras_bilinear.messages import require
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
             table = rich.table.Table("layer", "call", *columns, caption=explanation)
             for row in rows:
                 table.add_row(*row)
-            console.print(table)
+            print_table(table)
 
 
 def _run(column: str, suite: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import os
 
 import rich.console
+import rich.table
 
 # Characters of a line in a file or a pipe, as in `print(table)`.
 _WIDTH = 120
@@ -18,3 +19,10 @@ def stdout() -> rich.console.Console:
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = _WIDTH
     return console
+
+
+def print_table(table: rich.table.Table) -> None:
+    """Prints a table on stdout. Where it is too narrow, words break, and nothing is left out."""
+    for column in table.columns:
+        column.overflow = "fold"
+    stdout().print(table)

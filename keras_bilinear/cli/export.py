@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
                 quantize_io=FLAGS.quantize_io,
                 tolerance=FLAGS.tolerance,
             )
-    console.stdout().print(report.table())
+    console.print_table(report.table())
 
 
 def _input_shapes(texts: list[str] | None) -> tuple | dict[str, tuple] | None:

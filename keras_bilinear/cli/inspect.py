@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
                 costs = compare(models[0], models[1], data)
         except Exception as error:  # a model may raise anything for inputs that it does not take
             raise CommandError(f"cannot run the model: {reason(error)}") from error
-    console.stdout().print(costs.table())
+    console.print_table(costs.table())
     if output and output.suffix == ".json":
         saved.write(costs.to_json() + "\n", output)
     elif output:

@@ -26,6 +26,6 @@ def main(argv: list[str]) -> None:
     with shown(), working(f"planning {source}"):
         model = saved.load(source)
         plan = saved.make_plan(model, saved.read_data(model))
-    console.stdout().print(plan.table())
+    console.print_table(plan.table())
     if output:
         saved.write(plan.to_json() + "\n", output)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         with command_errors(ValueError):
             small = rewrite_model(model, plan, data)
         saved.save(small, output)
-    console.stdout().print(plan.table())
+    console.print_table(plan.table())
 
 
 def _read_plan(path: pathlib.Path) -> RewritePlan:

@@ -14,7 +14,7 @@ import rich.progress
 from absl import flags
 
 from keras_bilinear import datasets
-from keras_bilinear.cli.console import stdout
+from keras_bilinear.cli.console import print_table
 from keras_bilinear.cli.errors import CommandError, command_errors
 from keras_bilinear.demo.results import DemoResults, Result
 from keras_bilinear.files import check_writable, staged
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     with command_errors(OSError), staged(output_dir) as folder:
         outcome.write_json(folder / "results.json")
         outcome.write_plot(folder / "results.png")
-    stdout().print(outcome.table())
+    print_table(outcome.table())
     print(f"Files are in {output_dir}.")
 
 

@@ -138,16 +138,18 @@ def test_only_python_code_writes_to_stderr(monkeypatch, capfd, verbosity):
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_tables_are_as_wide_as_columns_says(monkeypatch, capsys, width):
-    table = rich.table.Table(*(["a rather long name of a column"] * 10))
-    console.stdout().print(table)
+    table = rich.table.Table(*(["a rather long name of a column"] * 5))
+    table.add_row(*["1,234,567,890"] * 5)
+    console.print_table(table)
     before = capsys.readouterr().out
     assert len(before.splitlines()[0]) == 120
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm-256color")
-    console.stdout().print(table)
+    console.print_table(table)
     output = capsys.readouterr().out
     assert {len(line) for line in output.splitlines()} == {width}
     assert "\x1b" not in output
+    assert "…" not in output
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch, capsys):
