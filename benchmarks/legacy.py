@@ -68,13 +68,18 @@ def load_legacy_h5(path, repairs=(), custom_objects=None):
 
 
 def layers_of(config):
-    """The configurations of a model's layers, and of the layers of models among them."""
-    inner = config["config"]
-    # Before Keras 2.2.3 the configuration of a Sequential model was the list of its layers.
-    for layer in inner if isinstance(inner, list) else inner["layers"]:
-        yield layer
-        if "layers" in layer["config"]:
+    """The configurations of a model's layers, with those of models among them."""
+    for layer in _layer_list(config):
+        if isinstance(layer["config"], list) or "layers" in layer["config"]:
             yield from layers_of(layer)
+        else:
+            yield layer
+
+
+def _layer_list(config):
+    # Before Keras 2.2.3 the configuration of a Sequential model was the list of its layers.
+    inner = config["config"]
+    return inner if isinstance(inner, list) else inner["layers"]
 
 
 def drop_arguments(*names):
@@ -96,7 +101,8 @@ def replace_activation(name, function):
     """A repair that replaces an activation, such as `<lambda>`, by a registered function.
 
     A model with an anonymous function as its activation has the name `<lambda>` in its file. With
-    `custom_objects={"<lambda>": function}` alone Keras loads it, but cannot copy or save it.
+    `custom_objects={"<lambda>": function}` alone Keras loads it once, but neither copies it nor
+    loads it again after it was saved.
 
     Args:
         name: the name of the activation in the file.
@@ -124,7 +130,7 @@ def add_input_layer(config):
     Its first layer then has the input shape as an argument, `batch_input_shape`. Keras 3 builds no
     model from that, so that the weights of the file find no place.
     """
-    layers = config["config"] if isinstance(config["config"], list) else config["config"]["layers"]
+    layers = _layer_list(config)
     if config["class_name"] != "Sequential" or layers[0]["class_name"] == "InputLayer":
         return
     first = layers[0]["config"]
@@ -157,9 +163,9 @@ def read_weights(path):
 def lstm_of_cudnn(kernel, recurrent_kernel, bias):
     """Makes the weights of `keras.layers.LSTM` from those of a `CuDNNLSTM` of Keras 2.
 
-    cuDNN multiplies from the other side, so that the kernel of each gate is transposed: the input
-    kernel in memory only, the recurrent kernel as a matrix. It also adds two biases, one for each
-    kernel, where Keras has their sum.
+    cuDNN reads the numbers of each gate as a matrix of shape `(units, inputs)`, which multiplies
+    the inputs from the left. It also adds two biases, one for each kernel, where Keras has their
+    sum.
 
     Args:
         kernel: an array of shape `(inputs, 4 * units)`.
@@ -169,10 +175,10 @@ def lstm_of_cudnn(kernel, recurrent_kernel, bias):
     Returns:
         `[kernel, recurrent_kernel, bias]` with `bias` of shape `(4 * units,)`.
     """
-    gates = np.split(kernel, 4, axis=1)
-    recurrent_gates = np.split(recurrent_kernel, 4, axis=1)
-    return [
-        np.concatenate([gate.T.reshape(gate.shape, order="F") for gate in gates], axis=1),
-        np.concatenate([gate.T for gate in recurrent_gates], axis=1),
-        bias.reshape(2, -1).sum(axis=0),
-    ]
+    units = len(recurrent_kernel)
+
+    def transposed(kernel):
+        gates = np.split(kernel, 4, axis=1)
+        return np.concatenate([gate.reshape(units, -1).T for gate in gates], axis=1)
+
+    return [transposed(kernel), transposed(recurrent_kernel), bias.reshape(2, -1).sum(axis=0)]

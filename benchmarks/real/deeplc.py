@@ -28,6 +28,7 @@ class DeepLC(Case):
     requirement = "deeplc==2.2.38"
     metric = "correlation with measured retention times"
     also = "correlation with the original"
+    calibration = 3000  # more than the inputs of its widest layer
 
     def load(self):
         name = "full_hc_PXD005573_mcp_8c22d89667368f2f02ad996469ba157e.hdf5"
