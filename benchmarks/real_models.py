@@ -69,7 +69,7 @@ class Study:
         self.model = case.load()
         self.inputs, self.labels = case.test()
         self.calibration = case.training_inputs(case.calibration)
-        self.expected = self.model.predict(self.inputs, batch_size=8, verbose=0)
+        self.expected = self.model.predict(self.inputs, verbose=0)
         self.seconds = {}  # that making a variant took
 
     def row(self, variant, budget, numbers):

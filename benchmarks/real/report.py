@@ -101,7 +101,7 @@ def _line(case, row, best):
     start = f"| {variant} | {row['budget']} | {row['numbers']} | "
     if row["note"]:
         return f"{start}{row['parameters']} | {row['note'].replace('|', '/')} | | | | | |"
-    lost = 100 * case.lost(float(row["metric"]), best)
+    lost = round(100 * case.lost(float(row["metric"]), best), 1) + 0.0  # and no -0.0
     return (
         f"{start}{int(row['parameters']):,} | {int(row['bytes']):,} | {float(row['ratio']):.2f}x | "
         f"{float(row['metric']):.4f} | {lost:.1f}% | {float(row['also']):.4f} | {row['seconds']} |"
