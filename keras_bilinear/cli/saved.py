@@ -1,6 +1,5 @@
 """What the commands on saved models share: reading and writing."""
 
-import contextlib
 import importlib
 import os
 import pathlib
