@@ -57,7 +57,7 @@ class Statistics(Protocol):
     def moments(self, centred: bool = False) -> Moments: ...
 
 
-class _Gradients:
+class InputGradients:
     """Sums over the gradients at the outputs of a kernel.
 
     Args:
@@ -69,13 +69,17 @@ class _Gradients:
         self._inputs = self._gradients = self._both = 0.0
         self._plain, self._weighted = _zeros_of_products(outputs), _zeros_of_products(outputs)
 
-    def add(self, gradients: np.ndarray, input_norms: np.ndarray) -> np.ndarray:
-        """Adds examples; returns the squared norms of the gradients.
+    def add(self, inputs: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """Adds examples; returns the squared norms of the gradients, which weigh the inputs.
 
         Args:
-            gradients: `(n, output_dim)`.
-            input_norms: squared norms of the inputs, `(n,)`.
+            inputs: what the full kernel multiplies, `(n, input_dim)`.
+            gradients: the gradients of the loss at what it makes, `(n, output_dim)`.
         """
+        return self.add_norms(np.square(_floats(inputs), dtype="float64").sum(1), gradients)
+
+    def add_norms(self, input_norms: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """The same, with the squared norms of the inputs, `(n,)`."""
         norms = np.square(gradients, dtype="float64").sum(1)
         self.count += len(gradients)
         self._inputs += input_norms.sum()
@@ -156,21 +160,22 @@ class InputStatistics:
 
     Args:
         kernel: a block of the kernel of a full layer, `(input_dim, output_dim)`.
+
+    Attributes:
+        gradients: the `InputGradients` at the outputs of the full kernel, for the same examples;
+            empty, if gradients are not known.
     """
 
     def __init__(self, kernel: np.ndarray):
         self.kernel = kernel
+        self.gradients = InputGradients(kernel.shape[1])
         self._count = 0
         # Without gradients, only the diagonal of the products of targets counts.
         self._plain = _Sums(*kernel.shape, np.zeros(kernel.shape[1]))
         self._weighted: _Sums | None = None
-        self._gradients = _Gradients(kernel.shape[1])
 
     def add(
-        self,
-        inputs: np.ndarray,
-        full_inputs: np.ndarray,
-        gradients: np.ndarray | None = None,
+        self, inputs: np.ndarray, full_inputs: np.ndarray, norms: np.ndarray | None = None
     ) -> None:
         """Adds examples.
 
@@ -178,17 +183,15 @@ class InputStatistics:
             inputs: `(n, input_dim)`, what the fitted kernel is going to multiply.
             full_inputs: what the full kernel multiplies, of the same shape; the products
                 are the targets.
-            gradients: the gradients of the loss at the targets, `(n, output_dim)`; `None` if they
-                are not known. Either all calls give gradients, or none does.
+            norms: what `gradients` returns for these examples; `None` if gradients are not known.
+                Either all calls give norms, or none does.
         """
         inputs, full_inputs = _floats(inputs), _floats(full_inputs)
         targets = full_inputs @ self.kernel
-        if gradients is not None:
+        if norms is not None:
             if self._weighted is None:
                 for_each = (_zeros_of_products(targets.shape[1]) for _ in range(2))
                 self._plain, self._weighted = (_Sums(*self.kernel.shape, x) for x in for_each)
-            input_norms = np.square(full_inputs, dtype="float64").sum(1)
-            norms = self._gradients.add(gradients, input_norms)
             self._weighted.add(inputs, targets, norms)
         self._plain.add(inputs, targets, None)
         self._count += len(inputs)
@@ -206,9 +209,9 @@ class InputStatistics:
     def _mean(self, name: str) -> np.ndarray:
         """The mean over examples of one of the sums."""
         plain = getattr(self._plain, name)
-        if self._weighted is None or not self._gradients.any():
+        if self._weighted is None or not self.gradients.any():
             return plain / self._count
-        return self._gradients.of_inputs(plain, getattr(self._weighted, name)).astype(plain.dtype)
+        return self.gradients.of_inputs(plain, getattr(self._weighted, name)).astype(plain.dtype)
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """The mean input, `(input_dim,)`, and the mean target, `(output_dim,)`, weighted."""
@@ -230,9 +233,9 @@ class InputStatistics:
             else:
                 targets -= np.outer(means, means)
         metric = None
-        if self._gradients.any():
+        if self.gradients.any():
             # The half is that of the second order.
-            metric = 0.5 * self._gradients.scale() * self._gradients.matrix()
+            metric = 0.5 * self.gradients.scale() * self.gradients.matrix()
         return Moments(gram, cross, targets, metric)
 
 
@@ -243,6 +246,72 @@ def _floats(x):
     return x
 
 
+class IndexGradients:
+    """Sums over the gradients at the rows of a table, and at what it projects back to its rows.
+
+    Args:
+        inputs: number of rows.
+        outputs: width of a row.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        self._lookups, self._projections = _Uses(inputs, outputs), _Uses(inputs, outputs)
+
+    def add(self, rows: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """Adds examples; returns squared norms, one for each.
+
+        Args:
+            rows: numbers of rows, `(n,)`. Or, where the table projects back to its rows, what it
+                multiplies, `(n, output_dim)`.
+            gradients: the gradients of the loss at the rows, `(n, output_dim)`, or at what the
+                table makes, `(n, input_dim)`.
+        """
+        if rows.ndim == 1:
+            size = len(self._lookups.plain)
+            norms = self._lookups.gradients.add_norms(np.ones(len(rows)), gradients)
+            self._lookups.weighted += np.bincount(rows, norms, size)
+            self._lookups.plain += np.bincount(rows, minlength=size)
+            return norms
+        # Inputs and gradients change sides: what the table makes are inputs of its transpose.
+        squares = np.square(gradients, dtype="float64")
+        norms = self._projections.gradients.add_norms(squares.sum(1), rows)
+        self._projections.weighted += norms @ squares
+        self._projections.plain += squares.sum(0)
+        return norms
+
+    def any(self) -> bool:
+        """Whether some gradient is not zero."""
+        return any(uses.gradients.any() for uses in (self._lookups, self._projections))
+
+    def product(self) -> tuple[np.ndarray, np.ndarray]:
+        """A diagonal for the rows, and a matrix for the columns.
+
+        With a diagonal that is divided by its trace, the product stands for what errors of the
+        table raise the loss by, in all examples.
+        """
+        # Such a product stands for each use. A single product stands for their sum, that of its
+        # partial traces.
+        uses = [uses for uses in (self._lookups, self._projections) if uses.gradients.any()]
+        products = [of_use.product() for of_use in uses]
+        return (
+            np.sum([rows * _trace(matrix) for rows, matrix in products], axis=0),
+            np.sum([rows.sum() * matrix for rows, matrix in products], axis=0),
+        )
+
+
+class _Uses:
+    """Sums over one kind of use of a table."""
+
+    def __init__(self, inputs: int, outputs: int):
+        self.plain, self.weighted = np.zeros(inputs), np.zeros(inputs)
+        self.gradients = InputGradients(outputs)
+
+    def product(self) -> tuple[np.ndarray, np.ndarray]:
+        """As that of `IndexGradients`, but with the product as it is."""
+        scale = 0.5 * self.gradients.scale() * self.gradients.count
+        return self.gradients.of_inputs(self.plain, self.weighted), scale * self.gradients.matrix()
+
+
 class IndexCounts:
     """How often an embedding looks up each of its rows.
 
@@ -251,42 +320,34 @@ class IndexCounts:
 
     Args:
         kernel: the table of a full embedding, `(input_dim, output_dim)`.
+
+    Attributes:
+        gradients: the `IndexGradients` at the table, for the same examples; empty, if gradients
+            are not known.
     """
 
     def __init__(self, kernel: np.ndarray):
         self.kernel = kernel
+        self.gradients = IndexGradients(*kernel.shape)
         self._count = 0
-        self._lookups, self._projections = _Uses(*kernel.shape), _Uses(*kernel.shape)
+        self._counts = np.zeros(len(kernel))
 
     def add(
         self,
         rows: np.ndarray,
         full_rows: np.ndarray | None = None,
-        gradients: np.ndarray | None = None,
+        norms: np.ndarray | None = None,
     ) -> None:
         """Adds examples.
 
         Args:
             rows: numbers of rows, `(n,)`. Or, where the table projects back to its rows, what it
-                multiplies, `(n, output_dim)`. Without gradients, the latter count for nothing.
-            full_rows: what the full table multiplies; `None` for the same.
-            gradients: the gradients of the loss at the rows, `(n, output_dim)`, or at what the
-                table makes, `(n, input_dim)`; `None` if they are not known. Either all calls
-                give gradients, or none does.
+                multiplies, `(n, output_dim)`: the fit knows of these by `gradients` alone.
+            full_rows: not used, as the full embedding looks up the same rows.
+            norms: not used, as `gradients` have all weights.
         """
-        size = len(self.kernel)
         if rows.ndim == 1:
-            if gradients is not None:
-                norms = self._lookups.gradients.add(gradients, np.ones(len(rows)))
-                self._lookups.weighted += np.bincount(rows, norms, size)
-            self._lookups.plain += np.bincount(rows, minlength=size)
-        elif gradients is not None:
-            # Inputs and gradients change sides: what the table makes are inputs of its transpose.
-            hidden = rows if full_rows is None else full_rows
-            squares = np.square(gradients, dtype="float64")
-            norms = self._projections.gradients.add(hidden, squares.sum(1))
-            self._projections.weighted += norms @ squares
-            self._projections.plain += squares.sum(0)
+            self._counts += np.bincount(rows, minlength=len(self._counts))
         self._count += len(rows)
 
     @property
@@ -306,36 +367,14 @@ class IndexCounts:
             centred: not used, as an embedding has no bias.
         """
         kernel = np.asarray(self.kernel, "float64")
-        uses = [uses for uses in (self._lookups, self._projections) if uses.gradients.any()]
-        if not uses:
-            frequencies = self._lookups.plain / max(self._lookups.plain.sum(), 1.0)
+        if not self.gradients.any():
+            frequencies = self._counts / max(self._counts.sum(), 1.0)
             cross = frequencies[:, None] * kernel
             return Moments(frequencies, cross, frequencies @ np.square(kernel), None)
-        # The product of a diagonal and a matrix stands for each use. A single product stands for
-        # their sum, that of its partial traces.
-        products = [of_use.product() for of_use in uses]
-        weights = sum(rows * _trace(matrix) for rows, matrix in products)
-        matrix = sum(rows.sum() * matrix for rows, matrix in products)
-        frequencies = weights / weights.sum()
-        metric = matrix / self._count
+        weights, metric = self.gradients.product()
+        frequencies, metric = weights / weights.sum(), metric / self._count
         targets = _sum_of_products(kernel, frequencies, metric.ndim)
         return Moments(frequencies, frequencies[:, None] * kernel, targets, metric)
-
-
-class _Uses:
-    """Sums over one kind of use of a table: its rows are looked up, or it projects back to them."""
-
-    def __init__(self, inputs: int, outputs: int):
-        self.plain, self.weighted = np.zeros(inputs), np.zeros(inputs)
-        self.gradients = _Gradients(outputs)
-
-    def product(self) -> tuple[np.ndarray, np.ndarray]:
-        """A diagonal for the rows, and a matrix for the columns.
-
-        Their product stands for what errors of the table raise the loss by, in all examples.
-        """
-        scale = 0.5 * self.gradients.scale() * self.gradients.count
-        return self.gradients.of_inputs(self.plain, self.weighted), scale * self.gradients.matrix()
 
 
 def _trace(matrix: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Statistics of what a full layer sees of calibration data, for the fit of its kernels."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,20 @@ from keras_bilinear.kronecker.fit import estimate_errors, fit_errors
 from keras_bilinear.layers.converter import Converter, converter_of
 
 
+@dataclasses.dataclass
+class Sensitivity:
+    """What errors of a full layer do to the loss of its model.
+
+    Attributes:
+        gradients: for each kernel, and each of its blocks, the sums over gradients.
+        cost_of_zero: by how much the outputs 0 would raise the loss, in all examples together, if
+            gradients within the layer are not known; otherwise 0.
+    """
+
+    gradients: dict[str, list]
+    cost_of_zero: float = 0.0
+
+
 class Calibration:
     """Collects the inputs of a full layer's kernels, and the gradients at their outputs.
 
@@ -26,19 +41,59 @@ class Calibration:
     def __init__(self, converter: Converter, layer: keras.Layer):
         self.layer = layer
         self._converter = converter
-        self._cost_of_zero = 0.0
         self.has_bias = converter.has_bias(layer)
         self.statistics = {
             name: [converter.statistics(name, block) for block in blocks]
             for name, blocks in converter.kernels(layer).items()
+        }
+        self.sensitivity = Sensitivity(
+            {
+                name: [block.gradients for block in blocks]
+                for name, blocks in self.statistics.items()
+            }
+        )
+
+    def share(self, sensitivity: "Sensitivity") -> None:
+        """Takes over the gradients that another calibration of the layer has collected."""
+        self.sensitivity = sensitivity
+        for name, blocks in self.statistics.items():
+            for block, gradients in zip(blocks, sensitivity.gradients[name], strict=True):
+                block.gradients = gradients
+
+    def add_gradients(
+        self, inputs: Any, gradients: Any, outputs: Any, **options: Any
+    ) -> dict[str, list] | None:
+        """Adds the gradients of the loss at the outputs of one call of the full layer.
+
+        Args:
+            inputs: the inputs of the call.
+            gradients: the gradients, of the structure of the outputs.
+            outputs: the outputs.
+            **options: other arguments of the call, such as `mask`.
+
+        Returns:
+            For each kernel, and each of its blocks, the weights of the rows that the block
+            multiplies. `None` if gradients within the layer are not known.
+        """
+        rows = self._rows(inputs, options)
+        gradients = tree.map_structure(lambda x: x.astype("float32"), gradients)
+        inputs = np.asarray(ops.convert_to_numpy(inputs))
+        found = self._converter.gradients(self.layer, inputs, rows, gradients, **options)
+        if found is None:
+            self.sensitivity.cost_of_zero += _cost_of_zero(outputs, gradients)
+            return None
+        return {
+            name: [
+                sums.add(x, g) for sums, x, g in zip(blocks, rows[name], found[name], strict=True)
+            ]
+            for name, blocks in self.sensitivity.gradients.items()
         }
 
     def add(
         self,
         inputs: Any,
         full_inputs: Any = None,
-        gradients: Any = None,
-        outputs: Any = None,
+        weights: Mapping[str, list] | None = None,
         **options: Any,
     ) -> None:
         """Adds the inputs of one call.
@@ -47,38 +102,22 @@ class Calibration:
             inputs: inputs that the bilinear layer is going to see.
             full_inputs: inputs that the full layer sees in the full model; `None` for
                 the same inputs.
-            gradients: the gradients of the loss at the outputs of the full layer, of their
-                structure; `None` if they are not known.
-            outputs: the outputs of the full layer, beside `gradients`.
+            weights: what `add_gradients` returns for the call; `None` if it is not known.
             **options: other arguments of the call, such as `mask`.
 
         Raises:
             ValueError: if the layer cannot take the inputs, or if some of them
                 are NaN or infinite.
         """
-        examples = full = self._examples(inputs, options)
+        examples = full = self._rows(inputs, options)
         if full_inputs is not None:
-            inputs, full = full_inputs, self._examples(full_inputs, options)
-        found = None
-        if gradients is not None:
-            gradients = tree.map_structure(lambda x: x.astype("float32"), gradients)
-            inputs = np.asarray(ops.convert_to_numpy(inputs))
-            found = self._converter.gradients(self.layer, inputs, full, gradients, **options)
-            if found is None:
-                self._note_outputs(outputs, gradients)
+            full = self._rows(full_inputs, options)
         for name, blocks in self.statistics.items():
             for index, block in enumerate(blocks):
-                of_block = None if found is None else found[name][index]
+                of_block = None if weights is None else weights[name][index]
                 block.add(examples[name][index], full[name][index], of_block)
 
-    def _note_outputs(self, outputs, gradients):
-        """Adds what it would cost to answer 0, where gradients within the layer are not known."""
-        for output, gradient in zip(tree.flatten(outputs), tree.flatten(gradients), strict=True):
-            norms = np.square(gradient).reshape(-1, gradient.shape[-1]).sum(1)
-            sizes = np.square(output, dtype="float64").reshape(-1, output.shape[-1]).mean(1)
-            self._cost_of_zero += 0.5 * float(norms @ sizes)
-
-    def _examples(self, inputs, options):
+    def _rows(self, inputs, options):
         inputs = np.asarray(ops.convert_to_numpy(inputs))
         if "int" not in inputs.dtype.name and inputs.dtype != "float64":
             inputs = inputs.astype("float32")
@@ -120,8 +159,8 @@ class Calibration:
                     squares[rank] += error**2
                     losses[rank] += error**2 * found.squares * rows
         errors = {rank: float(np.sqrt(total / kernels)) for rank, total in squares.items()}
-        if self._cost_of_zero:
-            losses = {rank: error**2 * self._cost_of_zero for rank, error in errors.items()}
+        if cost := self.sensitivity.cost_of_zero:
+            losses = {rank: error**2 * cost for rank, error in errors.items()}
         return errors, losses
 
     def estimated_errors(
@@ -168,6 +207,16 @@ class Calibration:
                         self.layer.name,
                     )
                     break
+
+
+def _cost_of_zero(outputs, gradients) -> float:
+    """The rise of the loss if errors as large as the outputs were in all directions alike."""
+    cost = 0.0
+    for output, gradient in zip(tree.flatten(outputs), tree.flatten(gradients), strict=True):
+        norms = np.square(gradient).reshape(-1, gradient.shape[-1]).sum(1)
+        sizes = np.square(output, dtype="float64").reshape(-1, output.shape[-1]).mean(1)
+        cost += 0.5 * float(norms @ sizes)
+    return cost
 
 
 def calibrate(converter: Converter, layer: keras.Layer, data: Any) -> Calibration | None:

@@ -17,10 +17,17 @@ from keras_bilinear.tables import Tabular, right
 
 # A plan's table marks layers whose predicted error is larger.
 LARGE_ERROR = 0.5
+# A plan whose predicted loss is above this is going to change what the model answers.
+LARGE_LOSS = 0.02
 _CAPTION = (
     "error: the predicted root mean square error of a layer's output on the calibration data (of "
     "its kernel without such data), relative: 0 is exact, at 1 nothing is kept. "
     f"! marks errors above {LARGE_ERROR}."
+)
+_LOSS_CAPTION = (
+    " loss: by how much the layer is predicted to raise the loss, which is how far the outputs are "
+    "from the full model's: in nats for probabilities and logits, else relative to the variance. "
+    f"! marks a sum above {LARGE_LOSS}: expect worse answers, and train on."
 )
 
 # `(input_factors, output_factors)` of a kernel.
@@ -301,13 +308,19 @@ class RewritePlan(Tabular, Mapping):
         """The plan, a row for each layer."""
         scaled = any(layer.scale > 1 for layer in self.values())
         share = self.parameters / self.full_parameters if self.full_parameters else 1.0
+        title = f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})"
+        weighed = any(layer.losses for layer in self.values())
+        if weighed and (loss := self.predicted_loss) is not None:
+            title += f", predicted loss {loss:.2g}" + (" !" if loss > LARGE_LOSS else "")
+        columns = ["full", "planned", "rank", "factors", "error"]
+        columns[4:4] = ["scale"] if scaled else []
         table = rich.table.Table(
             "layer",
             "type",
-            *right("full", "planned", "rank", "factors", *(["scale"] if scaled else []), "error"),
+            *right(*columns, *(["loss"] if weighed else [])),
             "left alone because",
-            title=f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})",
-            caption=_CAPTION,
+            title=title,
+            caption=_CAPTION + (_LOSS_CAPTION if weighed else ""),
         )
         for layer in self.values():
             error = "" if layer.rank is None or layer.error is None else f"{layer.error:.3f}"
@@ -320,9 +333,14 @@ class RewritePlan(Tabular, Mapping):
                 *(["", ""] if layer.rank is None else [str(layer.rank), _text(layer.factors)]),
                 *([str(layer.scale)] if scaled else []),
                 error,
+                *([_loss_text(layer)] if weighed else []),
                 layer.reason if layer.rank is None else "",
             )
         return table
+
+
+def _loss_text(layer):
+    return "" if layer.rank is None or layer.loss is None else f"{layer.loss:.2g}"
 
 
 def _text(factors):

@@ -8,12 +8,12 @@ import numpy as np
 
 from keras_bilinear.data import count_examples, model_batches
 from keras_bilinear.kronecker.nearest import remaining_energies
-from keras_bilinear.layers.calibration import calibrations_of, collect, collect_gradients
+from keras_bilinear.layers.calibration import calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.progress import track
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples
-from keras_bilinear.rewriting.output_gradients import output_gradients
 from keras_bilinear.rewriting.plan import Candidates, RewritePlan
+from keras_bilinear.rewriting.sensitivities import Sensitivities
 from keras_bilinear.rewriting.sites import walk
 
 # A fit of a near-square kernel takes long. It is tried where its estimated error, times this
@@ -44,21 +44,19 @@ def predict_errors(
     layers = {path: sites[path] for path in ranks}
     calibrations = calibrations_of(layers)
     layers = {path: layers[path] for path in calibrations}
-    examples, weigh = 0, output_gradients(model, batches)
+    sensitivities, examples = Sensitivities(model, {}, batches), 0
     for batch in track(batches, "reading the calibration data"):
         examples += count_examples(batch)
         seen = collect(model, layers, batch)
-        if weigh is not None:
-            gradients = collect_gradients(model, layers, batch, seen, weigh)
+        weights = sensitivities.add(calibrations, model, batch, seen)
         for path, calls in seen.items():
-            for index, (inputs, options, outputs) in enumerate(calls):
-                gradient = None if weigh is None else gradients[path][index]
-                calibrations[path].add(inputs, None, gradient, outputs, **options)
+            for (inputs, options, _), of_call in zip(calls, weights[path], strict=True):
+                calibrations[path].add(inputs, weights=of_call, **options)
     warn_of_few_examples(calibrations, examples)
     for path, calibration in _track_layers(plan, calibrations, "fitting"):
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():
-            _note_fitted_errors(plan[path], ranks[path], calibration, examples, weigh is not None)
+            _note_fitted_errors(plan[path], ranks[path], calibration, examples, sensitivities.known)
 
 
 def _track_layers(plan, items, description):

@@ -27,7 +27,6 @@ from keras_bilinear.layers.calibration import (
     Calibration,
     calibrations_of,
     collect,
-    collect_gradients,
 )
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
 from keras_bilinear.progress import check_verbose, shown, track
@@ -35,10 +34,10 @@ from keras_bilinear.rewriting.calls import check_calls
 from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
-from keras_bilinear.rewriting.output_gradients import output_gradients
 from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
 from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
 from keras_bilinear.rewriting.planner import make_plan, plan_layer
+from keras_bilinear.rewriting.sensitivities import Sensitivities
 from keras_bilinear.rewriting.sites import (
     Site,
     check_built,
@@ -202,7 +201,10 @@ def rewrite_layers(
     sites = [site for site in sites if site.path in plan and plan[site.path].rank is not None]
     check_calls(model, [(site, plan[site.path]) for site in sites], batches)
     before, full, used = snapshot(all_layers(model)), [], {}
-    weigh = None if batches is None else output_gradients(model, batches)
+    sensitivities = None
+    if batches is not None:
+        layers = {site.path: site.layer for site in sites}
+        sensitivities = Sensitivities(model, layers, batches)
     try:
         for group in track(
             _groups(sites, batches),
@@ -210,7 +212,7 @@ def rewrite_layers(
             _names,
             lambda group: sum(plan[site.path].full_parameters for site in group),
         ):
-            calibrations = _calibrate(model, full, group, batches, weigh)
+            calibrations = _calibrate(model, full, group, batches, sensitivities)
             used |= calibrations
             full += snapshot(site.layer for site in group)
             for site in track(group, "fitting", lambda site: site.path):
@@ -445,7 +447,7 @@ def _names(group):
     return first if len(group) == 1 else f"{first} to {last}"
 
 
-def _calibrate(model, full, group, batches, weigh):
+def _calibrate(model, full, group, batches, sensitivities):
     """`{path: Calibration}` of the layers of a group.
 
     Args:
@@ -454,28 +456,27 @@ def _calibrate(model, full, group, batches, weigh):
             them.
         group: the sites of the layers.
         batches: the calibration data, or `None`.
-        weigh: draws gradients at the outputs of the full model; `None` to weigh all outputs alike.
+        sensitivities: what the loss of the full model feels; `None` without data.
     """
     if batches is None:
         return {}
     layers = {site.path: site.layer for site in group}
     calibrations = calibrations_of(layers)
     layers = {path: layers[path] for path in calibrations}
+    sensitivities.share(calibrations)
     for batch in track(batches, "reading the calibration data"):
         seen = collect(model, layers, batch)
         rewritten = snapshot(layer for layer, *_ in full)
         restore(full)
         try:
             seen_full = collect(model, layers, batch)
-            if weigh is not None:
-                gradients = collect_gradients(model, layers, batch, seen_full, weigh)
+            weights = sensitivities.weights(model, layers, batch, seen_full)
         finally:
             restore(rewritten)
         for path, calibration in calibrations.items():
-            for index, (inputs, options, _) in enumerate(seen[path]):
-                full_inputs, _, outputs = seen_full[path][index]
-                gradient = None if weigh is None else gradients[path][index]
-                calibration.add(inputs, full_inputs, gradient, outputs, **options)
+            calls = zip(seen[path], seen_full[path], weights[path], strict=True)
+            for (inputs, options, _), (full_inputs, *_), of_call in calls:
+                calibration.add(inputs, full_inputs, of_call, **options)
     return {
         path: calibration
         for path, calibration in calibrations.items()
