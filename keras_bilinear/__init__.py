@@ -48,6 +48,7 @@ if not _is_command_line():
     from keras_bilinear.rewriting.callback import BilinearRewrite
     from keras_bilinear.rewriting.plan import RewritePlan
     from keras_bilinear.rewriting.planner import plan_rewrite
+    from keras_bilinear.rewriting.recovery import recover
     from keras_bilinear.rewriting.rewrite import Rewriter, expand_model, rewrite_model
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "export_litert",
     "exporting",
     "plan_rewrite",
+    "recover",
     "register",
     "rewrite_model",
     "summarize",

@@ -29,7 +29,8 @@ from keras_bilinear.layers.calibration import (
     collect,
 )
 from keras_bilinear.layers.converter import converter_of, full_converter, is_bilinear
-from keras_bilinear.progress import check_verbose, shown, track
+from keras_bilinear.progress import check_verbose, shown, track, working
+from keras_bilinear.rewriting import recovery
 from keras_bilinear.rewriting.calls import check_calls
 from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
@@ -65,6 +66,7 @@ def rewrite_model(
     scale: int = 1,
     low_rank: bool = True,
     exclude: Choices | None = None,
+    recover: int = 0,
     verbose: int | str = "auto",
 ) -> keras.Model:
     """Makes a smaller model from a trained model.
@@ -110,6 +112,8 @@ def rewrite_model(
         exclude: layers that are left alone, chosen as `layers` are, but for the mapping;
             `None` for no such layers. It goes before `layers`.
             `exclude=[model.layers[0], model.layers[-1]]` keeps the first and the last layer.
+        recover: the number of epochs for which the new model learns the outputs of `model`, from
+            the calibration data and without labels, see `recover`. 0 does not train it.
         verbose: 1 shows on stderr, or in a notebook, how far the work is and how long it will
             take; 0 shows nothing. `"auto"` is 1 in a terminal and in a notebook, 0 elsewhere.
 
@@ -148,12 +152,17 @@ def rewrite_model(
     if plan is not None and options != PlanOptions():
         raise ValueError("A plan and arguments for making one exclude each other.")
     with shown(verbose):
-        return _rewrite(model, plan, options, calibration_data)
+        return _rewrite(model, plan, options, calibration_data, recover)
 
 
-def _rewrite(model, plan, options, calibration_data):
+def _rewrite(model, plan, options, calibration_data, recover):
     """What `rewrite_model` returns, for a plan or else for options."""
     check_built(model)
+    if recover:
+        check_positive_int("recover", recover)
+        recovery.check_recovery(model, "model")
+        if calibration_data is None:
+            raise ValueError(f"`recover` needs calibration data. Received: recover={recover!r}")
     batches = model_batches(calibration_data, model)
     if batches is not None:
         warn_of_other_inputs(model, batches)
@@ -175,7 +184,11 @@ def _rewrite(model, plan, options, calibration_data):
     }
     if scales:
         small = widen(small, scales, hidden_layers(model))
-    return _finish(small, model)
+    small = _finish(small, model)
+    if not recover:
+        return small
+    with working("recovering"):
+        return recovery.recover(small, model, batches, recover, verbose=0)
 
 
 def rewrite_layers(
