@@ -96,6 +96,13 @@ def rewrite() -> None:
     _define_plan_flags()
     _define_overwrite()
     flags.DEFINE_string("plan", None, "A .json file that `keras-bilinear plan` wrote.")
+    flags.DEFINE_integer(
+        "recover",
+        0,
+        "Number of epochs for which the new model learns the outputs of the model, from the inputs "
+        "of --calibration and without labels.",
+        lower_bound=0,
+    )
 
 
 def expand() -> None:

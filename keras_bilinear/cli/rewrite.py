@@ -27,12 +27,14 @@ def main(argv: list[str]) -> None:
     limits = ("budget", "max_params", "max_error", "rank", "scale", "low_rank")
     if FLAGS.plan and any(getattr(FLAGS, name) is not None for name in limits):
         raise CommandError(f"--plan and --{', --'.join(limits)} exclude each other")
+    if FLAGS.recover and FLAGS.calibration is None:
+        raise CommandError("--recover needs --calibration")
     with shown(), working(f"rewriting {source}"):
         model = saved.load(source)
         data = saved.read_data(model)
         plan = _read_plan(pathlib.Path(FLAGS.plan)) if FLAGS.plan else saved.make_plan(model, data)
         with command_errors(ValueError):
-            small = rewrite_model(model, plan, data)
+            small = rewrite_model(model, plan, data, recover=FLAGS.recover)
         saved.save(small, output)
     console.print_table(plan.table())
 

@@ -8,8 +8,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bilinear.data import describe
-
 # The inputs and outputs of a batch.
 Batch = tuple[Any, list[np.ndarray]]
 # What is kept in memory takes so many bytes at most.
@@ -66,6 +64,7 @@ class Examples:
 
     Attributes:
         steps: number of training batches in an epoch.
+        held_out_count: number of examples that are held out.
 
     Raises:
         ValueError: if there are fewer than two examples.
@@ -88,6 +87,7 @@ class Examples:
         self._rng = np.random.default_rng(0)
         order = self._rng.permutation(len(places))
         count = min(max(1, round(held_out * len(places))), len(places) - 1)
+        self.held_out_count = count
         self._held_out = self._by_shape(places[order[:count]])
         self._training = self._by_shape(places[order[count:]])
         self._batch_size = batch_size
@@ -140,6 +140,7 @@ class StreamedExamples:
 
     Attributes:
         steps: number of training batches in an epoch.
+        held_out_count: number of examples that are held out.
 
     Raises:
         ValueError: if there are fewer than two batches.
@@ -157,6 +158,7 @@ class StreamedExamples:
                 f"memory. Received: {count}"
             )
         self.steps = count - len(self._held_out)
+        self.held_out_count = sum(len(outputs[0]) for _, outputs in self._held_out.values())
 
     def epoch(self) -> Iterator[Batch]:
         """Training batches, as they come."""

@@ -78,13 +78,13 @@ def _own(loss: Any) -> keras.losses.Loss:
     return OutputLoss(found, getattr(found, "__name__", "loss"))
 
 
-def _auto(compiled: Any, activation: str, outputs: np.ndarray) -> OutputLoss:
+def _auto(compiled: Any, activation: str, outputs: Any) -> OutputLoss:
     """The loss that fits what an output is: probabilities, logits, or other numbers.
 
     Args:
         compiled: the loss that the model is compiled with; `None` if it has none.
         activation: name of the function that makes the output; empty if it is not known.
-        outputs: the output for some examples.
+        outputs: the output for some examples, an array.
     """
     outputs = np.asarray(outputs, "float32")
     from_logits = bool(getattr(compiled, "from_logits", False))
@@ -182,9 +182,9 @@ def _for_each_output(given, names: list[str], default) -> list | None:
 def _output_names(model, outputs) -> list[str]:
     """A name for each array in the outputs of a model: its key, or the name of its layer."""
     if isinstance(outputs, Mapping) and not any(map(keras.tree.is_nested, outputs.values())):
-        return sorted(outputs)
+        return [str(key) for key in sorted(outputs)]
     count = len(keras.tree.flatten(outputs))
-    names = list(getattr(model, "output_names", None) or ())
+    names: list[str] = list(getattr(model, "output_names", None) or ())
     if len({*names}) != count:
         names = [f"output_{index}" for index in range(count)]
     return names

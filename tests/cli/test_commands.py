@@ -31,7 +31,7 @@ def test_a_saved_model_is_planned_rewritten_and_expanded(run, saved, model):
     assert status == 0
     assert "BatchNormalization" in output
     size = plan_rewrite(model, budget=0.5, calibration_data=model_kinds.VECTORS).parameters
-    status, output, _ = run("rewrite", full, small, f"--plan={plan}", data)
+    status, output, _ = run("rewrite", full, small, f"--plan={plan}", data, "--recover=1")
     assert status == 0
     assert f"-> {size:,} parameters" in output
     loaded = keras.models.load_model(small)
@@ -193,6 +193,7 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):
         (["plan", "{}/full.keras", "--calibration={}/wide.npy"], "incompatible with"),
         (["plan", "{}/full.keras", "--calibration={}/empty.npy"], "has no examples"),
         (["plan", "{}/full.keras", "--calibration={}/named.npy"], "has no inputs of the model"),
+        (["rewrite", "{}/full.keras", "{}/s.keras", "--recover=2"], "--recover needs"),
         (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/text.npy"], "cannot read"),
         (["rewrite", "{}/full.keras", "{}/s.keras", "--plan={}/none.json"], "cannot read"),
         (
