@@ -241,7 +241,7 @@ class _Recovery:
         variables = [*self._small.variables, *self._compiled_optimizer.variables]
         before = _to_numpy(variables)
         first, losses = [], []
-        with _Progress("Learning rate", None, verbose) as progress:
+        with _Progress("Learning rate", 2 * len(_RATES), verbose) as progress:
             # The losses of batches differ, so each counts relative to what it was at first. With a
             # rate of 0, batch normalization runs as in the steps that follow.
             self._optimizer.learning_rate = 0.0
@@ -270,12 +270,14 @@ class _Recovery:
         return batches
 
     def _step(self, inputs, outputs) -> float:
+        self._student.reset_metrics()  # Keras 3.13 gives the mean over batches.
         return _scalar(self._student.train_on_batch(inputs, outputs))
 
     def _held_out_loss(self) -> float:
         total = count = 0.0
         for inputs, outputs in self._examples.held_out():
             examples = len(outputs[0])
+            self._student.reset_metrics()
             total += examples * _scalar(self._student.test_on_batch(inputs, outputs))
             count += examples
         return total / count
@@ -348,6 +350,7 @@ class _Progress:
 
     def __exit__(self, *error) -> None:
         if error[0] is None:
+            self._bar.target = self._done
             self._bar.update(self._done, self._values, finalize=True)
 
     def advance(self, **values: float) -> None:
