@@ -68,7 +68,8 @@ def main(argv):
             "",
             f"`python benchmarks/predicted_loss.py`; {tables.machine()}. A network "
             f"784-512-512-512-10 with a test accuracy of {accuracy:.4f}, "
-            f"{EXAMPLES:,} calibration examples, losses in nats. Rank correlation of predicted and measured losses: "
+            f"{EXAMPLES:,} calibration examples, losses in nats. "
+            "Rank correlation of predicted and measured losses: "
             f"{ranks['calibration']:.3f} on the calibration data, {ranks['test']:.3f} on the test "
             "set.",
             "",
