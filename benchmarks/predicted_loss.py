@@ -2,8 +2,9 @@
 
     python benchmarks/predicted_loss.py --data_dir=DIR
 
-The network is a multilayer perceptron on Fashion-MNIST, trained here. The plans have three kinds and ten budgets each. The measured loss is the divergence of the rewritten
-network's probabilities from the full network's, on the calibration data and on the test set.
+The network is a multilayer perceptron on Fashion-MNIST, trained here. There are three kinds of
+plans, with ten budgets each. The measured loss is the divergence of the rewritten network's
+probabilities from the full network's, on the calibration data and on the test set.
 """
 
 import dataclasses

@@ -73,9 +73,9 @@ def plan_rewrite(
             with an array for each of several inputs, or an iterable of batches, such as
             a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
             With these data, the predicted errors are errors of each layer's output, weighed
-            by what they do to the loss; with `None`, they are errors of its kernels. A warning says if the data are few, unlike
-            what the normalization layers of the model were trained on, or so large that
-            activations are saturated.
+            by what they do to the loss; with `None`, they are errors of its kernels. A warning
+            says if the data are few, unlike what the normalization layers of the model were
+            trained on, or so large that activations are saturated.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where this
             rank saves anything. A rank excludes all limits.
         layers: the layers that may be rewritten; `None` for all layers. Paths (those of a
