@@ -333,7 +333,9 @@ def _check_budgets(budgets: Iterable[float]) -> list[float]:
     Raises:
         ValueError: if a budget is not valid.
     """
-    budgets = [budgets] if isinstance(budgets, numbers.Real) else [*budgets]
+    if not isinstance(budgets, Iterable):
+        raise ValueError(f"`budgets` must be numbers in a list. Received: {describe(budgets)}")
+    budgets = [*budgets]
     for budget in budgets:
         if not isinstance(budget, numbers.Real):
             raise ValueError(f"`budgets` must be numbers. Received: {describe(budget)}")
