@@ -59,8 +59,8 @@ def tradeoff(
     These files are written and run:
 
     - the original in float32, in dynamic int8 and in int8;
-    - for each budget, the model that `rewrite_model` makes of it, without and with training by `recover`, in float32 and
-      in dynamic int8;
+    - for each budget, the rewritten model in float32 and in dynamic int8, without training and
+      with training by `recover`;
     - for each budget, truncated SVD: the rewritten layers get kernels of low rank and of the same
       size, without a look at data.
 
@@ -75,7 +75,7 @@ def tradeoff(
         output_dir: the folder for the files, the plans and `tradeoff.json`, which has the results.
             It is made if it does not exist. What is in it already from the same model,
             data and options is not made again: a call that was stopped goes on, and a call with
-            other budgets adds these.
+            other budgets adds these. Files that could not be made are tried again.
         budgets: shares of the parameters to keep, each above 0 and at most 1.
         labels: labels of `data`, an array with a label for each example, or arrays nested as the
             metric takes them. `None` measures the agreement with the original: the share of
@@ -109,6 +109,7 @@ def tradeoff(
 
     Example:
 
+    >>> import tempfile
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(64, "relu"),
     ...                           keras.layers.Dense(4, "softmax")])
     >>> x = np.random.rand(200, 16)
@@ -441,15 +442,14 @@ def _hold_out(inputs, labels, share) -> tuple[Any, tuple]:
         )
     order = np.random.default_rng(0).permutation(count)
     held_out = min(max(1, round(share * count)), count - 1, _MOST_HELD_OUT)
-
-    def take(arrays, places):
-        return keras.tree.map_structure(lambda values: values[places], arrays)
-
     first, rest = np.sort(order[:held_out]), order[held_out:]
-    return take(inputs, rest), (
-        take(inputs, first),
-        None if labels is None else take(labels, first),
-    )
+    held_out_labels = None if labels is None else _take(labels, first)
+    return _take(inputs, rest), (_take(inputs, first), held_out_labels)
+
+
+def _take(arrays, places) -> Any:
+    """Some examples of nested arrays."""
+    return keras.tree.map_structure(lambda values: values[places], arrays)
 
 
 def _count(inputs) -> int:
@@ -459,8 +459,7 @@ def _count(inputs) -> int:
 def _batches(inputs) -> list:
     """Inputs as batches, each in a tuple, as a batch that is a list would have labels."""
     return [
-        (keras.tree.map_structure(lambda values: values[start : start + _BATCH], inputs),)
-        for start in range(0, _count(inputs), _BATCH)
+        (_take(inputs, slice(start, start + _BATCH)),) for start in range(0, _count(inputs), _BATCH)
     ]
 
 

@@ -126,13 +126,13 @@ class Tradeoff(Tabular):
         Raises:
             ValueError: if a limit is negative or no number.
         """
-        max_bytes, max_drop = _limits(max_bytes, max_drop)
+        most, drop = _limits(max_bytes, max_drop)
         fits = [
             one
             for one in self.measured
-            if _bytes(one) <= max_bytes and not _metric(one) < self.original - max_drop
+            if _bytes(one) <= most and not _metric(one) < self.original - drop
         ]
-        if math.isinf(max_drop):
+        if math.isinf(drop):
             return min(fits, key=lambda one: (-_metric(one), _bytes(one)), default=None)
         return min(fits, key=lambda one: (_bytes(one), -_metric(one)), default=None)
 
@@ -148,28 +148,28 @@ class Tradeoff(Tabular):
             ValueError: if a limit is negative or no number.
         """
         best = self.best(max_bytes, max_drop)
-        max_bytes, max_drop = _limits(max_bytes, max_drop)
+        most, drop = _limits(max_bytes, max_drop)
         limits = [
-            *([] if math.isinf(max_bytes) else [f"at most {bytes_text(max_bytes)}"]),
-            *([] if math.isinf(max_drop) else [f"at most {max_drop:g} of {self.metric} lost"]),
+            *([] if math.isinf(most) else [f"at most {bytes_text(most)}"]),
+            *([] if math.isinf(drop) else [f"at most {drop:g} of {self.metric} lost"]),
         ]
         condition = f"With {' and '.join(limits)}"
         if best is None:
-            return f"{condition}, there is nothing to ship.{self._nearest(max_bytes, max_drop)}"
+            return f"{condition}, there is nothing to ship.{self._nearest(most)}"
         text = f"{condition}, ship {self._describe(best)}."
         if best.model == "original":
-            better = "better" if math.isinf(max_drop) else "smaller"
+            better = "better" if math.isinf(drop) else "smaller"
             text += f" No rewritten file within this limit is {better}."
         others = [one for one in self.measured if one.model == "original" and one != best]
         if not others:
             return text
         return f"{text} Compare {self._describe(min(others, key=_bytes))}."
 
-    def _nearest(self, max_bytes, max_drop):
+    def _nearest(self, most: float) -> str:
         """The file that misses a limit by the least, as a sentence."""
         if not self.measured:
             return " No file could be made."
-        small_enough = [one for one in self.measured if _bytes(one) <= max_bytes]
+        small_enough = [one for one in self.measured if _bytes(one) <= most]
         if small_enough:
             nearest = max(small_enough, key=_metric)
             return f" The best file of this size is {self._describe(nearest)}."
