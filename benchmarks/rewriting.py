@@ -43,6 +43,7 @@ FIELDS = ("seed", "budget", "method", "parameters", "one_shot", "epoch_1", f"epo
 
 NETWORK = flags.DEFINE_enum("network", None, list(NETWORKS), "what to rewrite")
 EXAMPLES = flags.DEFINE_integer("examples", None, "training examples to use; all by default")
+METHODS_TO_RUN = flags.DEFINE_list("methods", list(METHODS), "methods to run")
 MODELS_DIR = flags.DEFINE_string(
     "models_dir",
     str(pathlib.Path(tempfile.gettempdir(), "keras_bilinear_models")),
@@ -301,7 +302,7 @@ def main(argv):
             copy = keras.models.load_model(model_path)
             write(seed, 1, "full", model.count_params(), *fine_tuned(copy, FINE_TUNING_RATE))
         for budget in BUDGETS:
-            for method in METHODS:
+            for method in METHODS_TO_RUN.value:
                 if (str(seed), str(budget), method) in done:
                     continue
                 data = dataset.x_train[:calibration_examples]

@@ -71,6 +71,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Readline, which the processes of the suite may load, says that they have a terminal."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def seed():
     import keras
 

@@ -70,7 +70,8 @@ def copy_model(
                 f"`keras.saving.register_keras_serializable`. {type(error).__name__}: {error}"
             ) from error
     copy_flags(model, copy)
-    carry_over(model, copy)
+    # What `change` has changed stays so.
+    carry_over(model, copy, missing=change is not None)
     return copy
 
 
@@ -103,16 +104,17 @@ def copy_flags(source: keras.Layer, target: keras.Layer) -> None:
                 copy.trainable = variable.trainable
 
 
-def carry_over(source: keras.Layer, target: keras.Layer) -> None:
+def carry_over(source: keras.Layer, target: keras.Layer, missing: bool = False) -> None:
     """Gives a copy the attributes that were set by hand, in each layer, or warns of them.
 
     Args:
         source: the layer.
         target: a copy of it, made from its configuration.
+        missing: see `carry_attributes`.
     """
     lost = {}
     for a, b in _pairs(source, target, set()):
-        if names := carry_attributes(a, b):
+        if names := carry_attributes(a, b, missing):
             lost[a.name] = names
     if lost:
         logging.warning(

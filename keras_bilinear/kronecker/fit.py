@@ -91,7 +91,7 @@ def fit_kronecker_sum(
         starts = _starts(statistics, metric, problems, factorization)
         factors = _fit(problems, starts, sweeps)
         error, start_error = (_relative(problems, found) for found in (factors, starts[0]))
-    factors = _Factors(*metric.change_factors_back(factors.left, factors.right))
+    factors = _balanced(*metric.change_factors_back(factors.left, factors.right))
     return Fit(*factors.shaped(factorization), error, start_error)
 
 
@@ -299,12 +299,17 @@ def _sweep(problems, factors):
         for problem, left in zip(problems, factors.left, strict=True)
     ]
     right, loss = _solve(problems, lefts, factors.right, problems[0].mask.T, "right")
-    # Both factors of a term get the same norm, which keeps the systems well conditioned.
+    # Factors of the same size keep the systems well conditioned.
+    return _balanced(lefts, right), loss
+
+
+def _balanced(lefts, right):
+    """The factors of the same sum, where both factors of a term have the same norm."""
     sizes = [np.sqrt(sum(np.square(left[r]).sum() for left in lefts)) for r in range(len(right))]
     norms = np.linalg.norm(right.reshape(len(right), -1), axis=1)
     scale = np.sqrt(np.divide(norms, sizes, out=np.ones_like(norms), where=np.array(sizes) > 0))
     scale = np.where(scale > 0, scale, 1.0)[:, None, None]
-    return _Factors([left * scale for left in lefts], right / scale), loss
+    return _Factors([left * scale for left in lefts], right / scale)
 
 
 def _solve(problems, others, old, mask, side):

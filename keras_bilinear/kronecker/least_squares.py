@@ -64,7 +64,8 @@ class LeastSquares:
         self.mask = (outputs >= 0).astype("float64")
         self.kernel = metric.change(arrange(np.asarray(kernel, "float64"), factorization), block)
         self.cross = metric.change(arrange(moments.cross, factorization), block)
-        self.squares = metric.total(moments.targets, block)
+        # Rounding may leave less than nothing of targets that hardly vary.
+        self.squares = max(metric.total(moments.targets, block), 0.0)
         self.prior, self.prior_squares = prior, np.square(self.kernel).sum()
         self.diagonal = gram.ndim == 1
         if self.diagonal:

@@ -133,12 +133,12 @@ class _Sums:
     """Weighted sums over inputs, targets and their products.
 
     Args:
-        inputs: number of inputs.
-        outputs: number of outputs.
+        shape: shape of the kernel, `(input_dim, output_dim)`.
         targets: zeros of the shape of the sum of `y y^T` over targets `y`.
     """
 
-    def __init__(self, inputs: int, outputs: int, targets: np.ndarray):
+    def __init__(self, shape: tuple[int, ...], targets: np.ndarray):
+        inputs, outputs = shape
         self.inputs, self.means = np.zeros(inputs), np.zeros(outputs)
         self.gram = np.zeros((inputs, inputs), "float64" if inputs <= LARGE_GRAM else "float32")
         self.cross = np.zeros((inputs, outputs))
@@ -171,7 +171,7 @@ class InputStatistics:
         self.gradients = InputGradients(kernel.shape[1])
         self._count = 0
         # Without gradients, only the diagonal of the products of targets counts.
-        self._plain = _Sums(*kernel.shape, np.zeros(kernel.shape[1]))
+        self._plain = _Sums(kernel.shape, np.zeros(kernel.shape[1]))
         self._weighted: _Sums | None = None
 
     def add(
@@ -191,7 +191,7 @@ class InputStatistics:
         if norms is not None:
             if self._weighted is None:
                 for_each = (_zeros_of_products(targets.shape[1]) for _ in range(2))
-                self._plain, self._weighted = (_Sums(*self.kernel.shape, x) for x in for_each)
+                self._plain, self._weighted = (_Sums(self.kernel.shape, x) for x in for_each)
             self._weighted.add(inputs, targets, norms)
         self._plain.add(inputs, targets, None)
         self._count += len(inputs)

@@ -48,9 +48,16 @@ def plan_rewrite(
     """Plans which layers of a model become bilinear, with what factors and of what rank.
 
     Each layer gets either near-square factors or the factors of a kernel of low rank: two
-    plain layers, one after the other. Among all plans within the limit, this one has the
-    smallest sum of squared predicted errors, to within a thousandth: a knapsack, solved by
-    HiGHS. Grouped convolutions and layers with a `scale` keep near-square factors.
+    plain layers, one after the other. Grouped convolutions and layers with a `scale` keep
+    near-square factors.
+
+    Among all plans within the limit, this one has the smallest predicted loss, to within a
+    thousandth: a knapsack, solved by HiGHS. The loss is how far the outputs of the model are
+    from those of the full model: the Kullback-Leibler divergence, in nats, where they are
+    probabilities, or logits by the loss that the model is compiled with; elsewhere the
+    squared error over the variance. Gradients of the model at the calibration data, which need
+    no labels, tell how much it feels the errors of each layer. Without calibration data, or
+    if outputs are integers, the sum of the layers' squared relative errors takes its place.
 
     Args:
         model: a built model. It is left untouched.
@@ -65,10 +72,10 @@ def plan_rewrite(
         calibration_data: inputs of the model: an array, a dictionary of arrays, a list
             with an array for each of several inputs, or an iterable of batches, such as
             a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
-            With these data, the predicted errors are errors of each layer's output; with
-            `None`, they are errors of its kernels. A warning says if the data are few, unlike
-            what the normalization layers of the model were trained on, or so large that
-            activations are saturated.
+            With these data, the predicted errors are errors of each layer's output, weighed
+            by what they do to the loss; with `None`, they are errors of its kernels. A warning
+            says if the data are few, unlike what the normalization layers of the model were
+            trained on, or so large that activations are saturated.
         rank: `"auto"`, or the rank of every layer, with near-square factors, where this
             rank saves anything. A rank excludes all limits.
         layers: the layers that may be rewritten; `None` for all layers. Paths (those of a

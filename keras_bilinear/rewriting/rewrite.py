@@ -80,7 +80,8 @@ def rewrite_model(
             with an array for each of several inputs, or an iterable of batches, such as
             a `tf.data.Dataset`. Of a tuple of inputs and labels only the inputs count.
             With these data, the layers are fitted one after the other: from the outputs
-            of the layers before it, each layer makes what the full model makes. With
+            of the layers before it, each layer makes what the full model makes. Errors are
+            weighed by what they do to the outputs of the model, see `plan_rewrite`. With
             `None`, each kernel is replaced by the nearest bilinear kernel, which may ruin
             a trained model.
         budget: the share of the model's parameters to keep, above 0 and at most 1.

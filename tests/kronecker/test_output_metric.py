@@ -63,6 +63,8 @@ def test_low_rank_is_the_decomposition_between_both_roots(exactly, monkeypatch, 
     u, sizes, v = np.linalg.svd(left @ kernel @ right)
     best = np.linalg.solve(left, u[:, :3] * sizes[:3]) @ v[:3] @ np.linalg.inv(right)
     np.testing.assert_allclose(oracle.kronecker_sum(fit.left, fit.right), best, atol=1e-5)
+    norms = [np.square(side).sum((1, 2)) for side in (fit.left, fit.right)]
+    np.testing.assert_allclose(*norms, rtol=1e-6)
     found = fit_errors([statistics], factorization, [1, 3])
     for rank in (1, 3):
         loss = found.relative[rank] ** 2 * found.squares

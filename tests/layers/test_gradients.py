@@ -4,7 +4,7 @@ import backend_gradient
 import keras
 import numpy as np
 import pytest
-from keras import layers, tree
+from keras import layers, ops, tree
 
 from keras_bilinear.layers.converter import converter_of
 
@@ -52,9 +52,9 @@ def test_inputs_times_gradients_are_the_gradients_of_the_kernels(case):
 
     def loss(*values):
         others = [variable.value for variable in layer.non_trainable_variables]
-        y, _ = layer.stateless_call(values, others, x)
+        y, _ = layer.stateless_call(values, others, ops.convert_to_tensor(x))
         pairs = zip(tree.flatten(y), tree.flatten(outputs), strict=True)
-        return sum(keras.ops.sum(a * b) for a, b in pairs)
+        return sum(ops.sum(ops.multiply(a, ops.convert_to_tensor(b))) for a, b in pairs)
 
     found = backend_gradient.gradients(loss, *layer.get_weights()[: len(weights)])
     for name, blocks in rows.items():
