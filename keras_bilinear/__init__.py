@@ -44,6 +44,7 @@ if not _is_command_line():
         register,
     )
     from keras_bilinear.litert.export import export_litert
+    from keras_bilinear.litert.tradeoff import tradeoff
     from keras_bilinear.reports.summary import compare, summarize
     from keras_bilinear.rewriting.callback import BilinearRewrite
     from keras_bilinear.rewriting.plan import RewritePlan
@@ -87,6 +88,7 @@ __all__ = [
     "register",
     "rewrite_model",
     "summarize",
+    "tradeoff",
 ]
 
 

@@ -129,12 +129,7 @@ def export() -> None:
         [kind for kind in TOLERANCES if kind],
         "How to store numbers; in float32 if it is not given.",
     )
-    flags.DEFINE_multi_string(
-        "input_shape",
-        None,
-        "Shape of an input with its batch size: 1,28,28 for a single input, NAME=1,28,28 for each "
-        "of several. If it is not given: the shape that the model knows, and a batch of 1.",
-    )
+    _define_input_shape()
     flags.DEFINE_bool(
         "unroll",
         None,
@@ -151,6 +146,41 @@ def export() -> None:
         + ", ".join(f"{value:g} for {kind or 'float32'}" for kind, value in TOLERANCES.items())
         + ".",
     )
+
+
+def tradeoff() -> None:
+    """Measures which LiteRT file of a saved model to ship: its own, or a smaller model's.
+
+    keras-bilinear tradeoff MODEL.keras --data=inputs.npy --labels=labels.npy --max_drop=0.01
+    keras-bilinear tradeoff MODEL.keras --data=digits --max_bytes=50000 --output=tradeoff.png
+
+    The command writes the files, and what was measured, into --output_dir. If it was stopped, it
+    goes on there. On examples that are held out it measures the accuracy, or without labels the
+    agreement with the model. The labels of a data set are read with it.
+    """
+    _define_model_flags()
+    _define_overwrite()
+    _define_data_flags("data", "to fit smaller models to, and to hold out in part")
+    flags.DEFINE_string("labels", None, "Labels of --data: a .npy file.")
+    flags.DEFINE_multi_float(
+        "budget", [0.5, 0.25, 0.1], "Share of the parameters to keep; may be repeated."
+    )
+    flags.DEFINE_integer(
+        "recover",
+        3,
+        "Number of epochs for which smaller models learn the outputs of the model; 0 for none.",
+        lower_bound=0,
+    )
+    _define_input_shape()
+    flags.DEFINE_integer("max_bytes", None, "The most bytes of the file to ship.", lower_bound=0)
+    flags.DEFINE_float(
+        "max_drop",
+        None,
+        "By how much the accuracy or agreement may drop; 0.01 if no limit is given.",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_string("output_dir", "tradeoff_output", "Folder for the files and the results.")
+    flags.DEFINE_string("output", None, "Also write the result to this .json, .png or .svg file.")
 
 
 def benchmark() -> None:
@@ -198,6 +228,15 @@ def _define_model_flags() -> None:
 def _define_overwrite() -> None:
     """Defines the flag of every command that writes a file."""
     flags.DEFINE_bool("overwrite", False, "Replace an output file that exists.")
+
+
+def _define_input_shape() -> None:
+    flags.DEFINE_multi_string(
+        "input_shape",
+        None,
+        "Shape of an input with its batch size: 1,28,28 for a single input, NAME=1,28,28 for each "
+        "of several. If it is not given: the shape that the model knows, and a batch of 1.",
+    )
 
 
 def _define_data_dir() -> None:

@@ -3,7 +3,7 @@
 from absl import flags
 
 from keras_bilinear.cli import console, saved
-from keras_bilinear.cli.errors import CommandError, command_errors
+from keras_bilinear.cli.errors import command_errors
 from keras_bilinear.litert.export import export_litert
 from keras_bilinear.messages import require
 from keras_bilinear.progress import shown, working
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     saved.check_output(output, ".tflite")
     with command_errors(ImportError):
         require("ai_edge_litert", "tensorflow", extra="litert")
-    shapes = _input_shapes(FLAGS.input_shape)
+    shapes = saved.input_shapes()
     with shown(), working(f"exporting {source}"):
         model = saved.load(source)
         data = saved.read_data(model, "representative_data")
@@ -40,19 +40,3 @@ def main(argv: list[str]) -> None:
                 tolerance=FLAGS.tolerance,
             )
     console.print_table(report.table())
-
-
-def _input_shapes(texts: list[str] | None) -> tuple | dict[str, tuple] | None:
-    """The argument `input_shapes` of `export_litert` from the values of the flag."""
-    if not texts:
-        return None
-    shapes = {}
-    for text in texts:
-        name, _, sizes = text.rpartition("=")
-        try:
-            shapes[name] = tuple(int(size) for size in sizes.split(","))
-        except ValueError:
-            raise CommandError(
-                f"--input_shape must be numbers with commas between them, not {sizes!r}"
-            ) from None
-    return shapes.pop("") if list(shapes) == [""] else shapes

@@ -61,6 +61,9 @@ COMMANDS = {
     "export": Command(
         command_flags.export, "cli.export", "write a saved model as a LiteRT file for phones"
     ),
+    "tradeoff": Command(
+        command_flags.tradeoff, "cli.tradeoff", "measure which LiteRT file of a model to ship"
+    ),
     "benchmark": Command(
         command_flags.benchmark,
         "benchmark.command",

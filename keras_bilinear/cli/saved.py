@@ -182,7 +182,7 @@ def read_data(model: keras.Model, flag: str = "calibration") -> Iterable[Any] | 
     name = FLAGS[flag].value
     if name is None:
         return None
-    data: Any = _read(name)
+    data: Any = read(name)
     for key, values in data.items() if isinstance(data, dict) else [("input", data)]:
         if values.dtype == object or values.ndim < 2 or not len(values):
             raise CommandError(f"{name!r} has no examples of the model's {key}")
@@ -196,10 +196,19 @@ def read_data(model: keras.Model, flag: str = "calibration") -> Iterable[Any] | 
         return [*model_batches(data, model, name)]
 
 
-def _read(name):
-    """The array, or dictionary of arrays, in a file or in a data set."""
+def is_array_file(name: str) -> bool:
+    """Whether a flag names a file of NumPy, and no data set."""
+    return pathlib.Path(name).suffix in (".npy", ".npz")
+
+
+def read(name: str) -> Any:
+    """The array, or dictionary of arrays, in a file, or the training inputs of a data set.
+
+    Raises:
+        CommandError: if there are none.
+    """
     path = pathlib.Path(name)
-    if path.suffix not in (".npy", ".npz"):
+    if not is_array_file(name):
         with command_errors(ImportError, ValueError):
             return datasets.load(name, FLAGS.data_dir).x_train
     try:
@@ -207,6 +216,26 @@ def _read(name):
         return dict(data) if hasattr(data, "files") else data  # whatever the suffix is
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise CommandError(f"cannot read {name!r}: {error}") from error
+
+
+def input_shapes() -> tuple | dict[str, tuple] | None:
+    """The argument `input_shapes` of `export_litert` from the values of the flag.
+
+    Raises:
+        CommandError: if a shape has no numbers.
+    """
+    shapes = {}
+    for text in FLAGS.input_shape or []:
+        name, _, sizes = text.rpartition("=")
+        try:
+            shapes[name] = tuple(int(size) for size in sizes.split(","))
+        except ValueError:
+            raise CommandError(
+                f"--input_shape must be numbers with commas between them, not {sizes!r}"
+            ) from None
+    if not shapes:
+        return None
+    return shapes.pop("") if list(shapes) == [""] else shapes
 
 
 def make_plan(model: keras.Model, data: Iterable[Any] | None) -> RewritePlan:

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -54,24 +56,20 @@ def compare_with_model(
     Raises:
         RuntimeError: if LiteRT cannot run the file.
     """
-    call = compile_call(model)
+    answer = answering(model, arguments)
 
     def expect(run):
-        tensors = [keras.ops.convert_to_tensor(values[run]) for values in examples.values()]
-        outputs = named_outputs(call(*keras.tree.pack_sequence_as(arguments, tensors)))
-        return {name: keras.ops.convert_to_numpy(output) for name, output in outputs.items()}
+        return named_outputs(answer([values[run] for values in examples.values()]))
 
-    runs = min(map(len, examples.values()))
     first = [*(values[0] for values in examples.values()), *expect(0).values()]
-    at_once = max(1, _BYTES // sum(array.nbytes for array in first))
     tallies: collections.defaultdict[str, _Tally] = collections.defaultdict(_Tally)
-    dones = []
-    for start in range(0, runs, at_once):
-        part = {name: values[start : start + at_once] for name, values in examples.items()}
+    dones, run = [], 0
+    for part in parts(examples, sum(array.nbytes for array in first)):
         done = run_litert(file, part)
-        for index in range(min(at_once, runs - start)):
-            for name, target in expect(start + index).items():
+        for index in range(min(map(len, part.values()))):
+            for name, target in expect(run).items():
                 tallies[name].add(done.outputs[name][index], target)
+            run += 1
         dones.append(dataclasses.replace(done, outputs={}))
     agreements = [tally.same / tally.answers for tally in tallies.values() if tally.answers]
     return FileComparison(
@@ -80,6 +78,39 @@ def compare_with_model(
         latency_us=dones[0].latency_us,
         memory_bytes=dones[0].memory_bytes,
     )
+
+
+def answering(model: keras.Model, arguments: list) -> Callable[[Iterable[np.ndarray]], Any]:
+    """A function that makes the outputs of a model for the inputs of a run of its file.
+
+    Args:
+        model: the model.
+        arguments: the nested specs of the model's arguments, as `input_specs` gives them.
+
+    Returns:
+        A function from the arrays of all inputs, in the order of the specs, to the outputs, which
+        are arrays nested as the model nests them.
+    """
+    call = compile_call(model)
+
+    def answer(arrays):
+        tensors = [keras.ops.convert_to_tensor(array) for array in arrays]
+        outputs = call(*keras.tree.pack_sequence_as(arguments, tensors))
+        return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
+
+    return answer
+
+
+def parts(examples: dict[str, np.ndarray], run_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """Cuts the runs of a file into parts that a process can hold.
+
+    Args:
+        examples: for each input, by name, its values in all runs.
+        run_bytes: bytes of the inputs and outputs of a run.
+    """
+    at_once = max(1, _BYTES // run_bytes)
+    for start in range(0, min(map(len, examples.values())), at_once):
+        yield {name: values[start : start + at_once] for name, values in examples.items()}
 
 
 class _Tally:

@@ -149,11 +149,7 @@ def _check_arguments(model, quantize, representative_data, unroll, quantize_io, 
             "LiteRT has no integer loops: with `quantize='int8'` the recurrent layers of the "
             "model must be unrolled. Received: unroll=False"
         )
-    if stateful_layers(model):
-        raise ValueError(
-            "A LiteRT file keeps no states from call to call: make the recurrent layers without "
-            f"`stateful`. Received: model={model!r}"
-        )
+    check_stateless(model)
     if quantize_io and quantize != "int8":
         raise ValueError(f"`quantize_io` needs `quantize='int8'`. Received: quantize={quantize!r}")
     if tolerance is not None and (
@@ -169,13 +165,35 @@ def _check_path(path):
     """Checks that a file can be made and written."""
     if path.suffix != ".tflite":
         raise ValueError(f"`path` must end with .tflite. Received: path={str(path)!r}")
-    for module, package in (("tensorflow", "tensorflow"), ("ai_edge_litert", "ai-edge-litert")):
-        if importlib.util.find_spec(module) is None:
-            raise ImportError(f"The export to LiteRT needs {package}: run `pip install {package}`")
+    check_packages()
     if path.is_dir():
         raise OSError(f"cannot write {str(path)!r}: it is a folder")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise OSError(f"cannot write into {str(path.parent)!r}: it is no writable folder")
+
+
+def check_stateless(model: keras.Model) -> None:
+    """Checks that a model keeps no states from call to call.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if stateful_layers(model):
+        raise ValueError(
+            "A LiteRT file keeps no states from call to call: make the recurrent layers without "
+            f"`stateful`. Received: model={model!r}"
+        )
+
+
+def check_packages() -> None:
+    """Checks that the packages that an export needs are installed, without importing them.
+
+    Raises:
+        ImportError: if a package is missing.
+    """
+    for module, package in (("tensorflow", "tensorflow"), ("ai_edge_litert", "ai-edge-litert")):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"The export to LiteRT needs {package}: run `pip install {package}`")
 
 
 def _has_recurrent(model):

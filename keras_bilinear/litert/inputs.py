@@ -134,16 +134,24 @@ def _given_shape(spec, shapes):
     return shape
 
 
-def read_examples(model: keras.Model, arguments: list, data: Any) -> dict[str, np.ndarray]:
+def read_examples(
+    model: keras.Model,
+    arguments: list,
+    data: Any,
+    name: str = "representative_data",
+    most: int = MOST,
+) -> dict[str, np.ndarray]:
     """The values of each input in some runs of a file.
 
     Args:
         model: the model.
         arguments: the nested specs of the model's arguments, as `input_specs` gives them.
         data: inputs of the model: an array, a dictionary of arrays, a list with an array for each
-            of several inputs, or an iterable of batches. At most `MOST` examples are read: of
-            arrays some that lie anywhere in them, of batches the first. `None` draws random
-            inputs.
+            of several inputs, or an iterable of batches. Of arrays with more than `most`
+            examples, some that lie anywhere in them are read; of batches the first. `None` draws
+            random inputs.
+        name: name of the argument that holds `data`, for error texts.
+        most: how many examples are read at most.
 
     Returns:
         By the name of each input, an array of shape `(runs, *shape)`, where `shape` is that of
@@ -156,18 +164,16 @@ def read_examples(model: keras.Model, arguments: list, data: Any) -> dict[str, n
     specs = keras.tree.flatten(arguments)
     if data is None:
         return _random_examples(model, specs)
-    batches = _read_batches(model, specs, _draw(model, data))
+    batches = _read_batches(model, specs, _draw(model, data, most), name, most)
     if len(batches[0]) != len(specs):
-        raise ValueError(
-            f"`representative_data` must have {len(specs)} inputs. Received: {len(batches[0])}"
-        )
+        raise ValueError(f"`{name}` must have {len(specs)} inputs. Received: {len(batches[0])}")
     examples = {}
     for spec, *parts in zip(specs, *batches, strict=True):
-        values = np.concatenate(parts)[:MOST]
+        values = np.concatenate(parts)[:most]
         runs = len(values) // spec.shape[0]
         if values.shape[1:] != tuple(spec.shape[1:]) or not runs:
             raise ValueError(
-                f"`representative_data` must fit the input {spec.name!r} of shape "
+                f"`{name}` must fit the input {spec.name!r} of shape "
                 f"{tuple(spec.shape)}. Received: an array of shape {values.shape}"
             )
         values = values[: runs * spec.shape[0]].reshape(runs, *spec.shape)
@@ -175,8 +181,8 @@ def read_examples(model: keras.Model, arguments: list, data: Any) -> dict[str, n
     return examples
 
 
-def _draw(model, data):
-    """Some examples of arrays that hold more than `MOST`, always the same; batches as they are.
+def _draw(model, data, most):
+    """Some examples of arrays that hold more than `most`, always the same; batches as they are.
 
     Arrays may be in an order, such as that of their labels.
     """
@@ -192,9 +198,9 @@ def _draw(model, data):
         return data
     lengths = {shape_of(values)[:1] for values in arrays}
     length, *_ = *lengths.pop(), 0
-    if lengths or length <= MOST:  # Arrays that differ in length are refused elsewhere.
+    if lengths or length <= most:  # Arrays that differ in length are refused elsewhere.
         return data
-    chosen = np.sort(np.random.default_rng(0).choice(length, MOST, replace=False))
+    chosen = np.sort(np.random.default_rng(0).choice(length, most, replace=False))
     return keras.tree.map_structure(
         # Not every kind of array takes an array of indices.
         lambda values: np.stack([keras.ops.convert_to_numpy(values[index]) for index in chosen]),
@@ -202,10 +208,10 @@ def _draw(model, data):
     )
 
 
-def _read_batches(model, specs, data) -> list[list[np.ndarray]]:
+def _read_batches(model, specs, data, name, most) -> list[list[np.ndarray]]:
     """For each batch, until there are enough examples, a list with an array for each input."""
     batches, count = [], 0
-    for batch in model_batches(data, model, "representative_data"):
+    for batch in model_batches(data, model, name):
         inputs, *_ = keras.utils.unpack_x_y_sample_weight(batch)
         if isinstance(inputs, Mapping) and {spec.name for spec in specs} <= inputs.keys():
             inputs = [inputs[spec.name] for spec in specs]
@@ -214,7 +220,7 @@ def _read_batches(model, specs, data) -> list[list[np.ndarray]]:
         ]
         batches.append(arrays)
         count += len(arrays[0])
-        if count >= MOST:
+        if count >= most:
             break
     return batches
 

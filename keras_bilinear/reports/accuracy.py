@@ -160,7 +160,7 @@ def accuracy(model: keras.Model, examples: Iterable[Any]) -> float | dict[str, f
         outputs = _outputs_by_name(model, model.predict_on_batch(inputs))
         several = len(outputs) > 1
         for name, values in _labels_by_name(labels, [*outputs]).items():
-            found = _right_answers(values, outputs[name], _takes_logits(model, name, [*outputs]))
+            found = right_answers(values, outputs[name], takes_logits(model, name, [*outputs]))
             right[name] += int(found.sum())
             total[name] += found.size
     shares = {name: right[name] / count for name, count in total.items() if count}
@@ -225,8 +225,17 @@ def _labels_by_name(labels, names) -> dict[str, np.ndarray]:
     return {name: _array(values) for name, values in found.items() if values is not None}
 
 
-def _right_answers(labels, outputs, logits):
-    """For each example whether an output answers it right."""
+def right_answers(labels: np.ndarray, outputs: np.ndarray, logits: bool) -> np.ndarray:
+    """For each example whether an output answers it right.
+
+    Args:
+        labels: integers or one-hot vectors.
+        outputs: the output for all examples.
+        logits: whether an output of size 1 answers 1 above 0, instead of above 0.5.
+
+    Raises:
+        ValueError: if the labels do not fit the output.
+    """
     shape = outputs.shape
     if outputs.ndim < 2:
         outputs = outputs.reshape(-1, 1)
@@ -243,7 +252,7 @@ def _right_answers(labels, outputs, logits):
     return answers == labels
 
 
-def _takes_logits(model, name, names):
+def takes_logits(model: keras.Model, name: str, names: list[str]) -> bool:
     """Whether the loss of an output takes logits: a single output is else a probability."""
     loss = getattr(model, "loss", None)
     if isinstance(loss, Mapping):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from keras_bilinear.tables import count_text
+from keras_bilinear.tables import bytes_text, count_text
 
 # Colours that stay apart for colour-blind readers, and in print.
 FULL_COLOR, BILINEAR_COLOR, INK, FAINT = "#b8bcc6", "#d1495b", "#23262f", "#7a7f8c"
@@ -103,6 +103,38 @@ def draw_accuracy(axes: Any, models: Sequence[tuple[str, int, float | None, str]
     axes.yaxis.set_major_formatter(percent)
     axes.grid(color=FULL_COLOR, alpha=0.4)
     axes.spines[:].set_visible(False)
+
+
+def draw_points(
+    axes: Any,
+    groups: Sequence[tuple[Sequence[tuple[float, float]], dict[str, Any]]],
+    title: str,
+    line: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Draws points of several kinds.
+
+    Args:
+        axes: where to draw.
+        groups: for each kind its points and the keyword arguments of `axes.scatter`.
+        title: the title.
+        line: points to join by a line.
+    """
+    if line:
+        axes.plot(*zip(*line, strict=True), color=FULL_COLOR, zorder=1)
+    for points, style in groups:
+        axes.scatter(*zip(*points, strict=True), s=50, linewidths=1.5, **style)
+    axes.set_title(title, **TITLE)
+    axes.grid(color=FULL_COLOR, alpha=0.4)
+    axes.spines[:].set_visible(False)
+
+
+def label_bytes(axis: Any) -> None:
+    """Labels a logarithmic axis with numbers of bytes, such as `20 kB`."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: bytes_text(value))
 
 
 def percent(value: float, _: int) -> str:

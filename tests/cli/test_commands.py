@@ -9,7 +9,9 @@ import pytest
 from keras import ops
 
 from keras_bilinear import datasets, plan_rewrite
+from keras_bilinear.cli import tradeoff as tradeoff_command
 from keras_bilinear.litert.run import run_litert
+from keras_bilinear.litert.tradeoff_report import Tradeoff, Variant
 
 
 @pytest.fixture
@@ -66,6 +68,57 @@ def test_a_saved_model_is_exported(run, saved, model):
         saved / "full.tflite", {"input_1": x.reshape(-1, 1, 24)}
     ).outputs.values()
     np.testing.assert_allclose(outputs[:, 0], expected, atol=0.1 * np.abs(expected).max())
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Keeps the arguments of `tradeoff`, and returns a result without a measurement."""
+    calls = []
+
+    def tradeoff(*arguments, **options):
+        calls.append((*arguments, options))
+        file = Variant("original", None, "int8", 9, "original_int8.tflite", 2000, 0.9, 5.0)
+        return Tradeoff("accuracy", 8, 0.9, (file,))
+
+    monkeypatch.setattr(tradeoff_command, "tradeoff", tradeoff)
+    return calls
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="see test_export.py")
+def test_files_of_a_saved_model_are_weighed(run, saved, measured):
+    pytest.importorskip("ai_edge_litert")
+    np.save(saved / "y.npy", np.arange(40))
+    arguments = ("tradeoff", saved / "full.keras", f"--data={saved / 'x.npy'}", "--examples=20")
+    arguments += (f"--labels={saved / 'y.npy'}", "--budget=0.3", "--budget=0.2", "--recover=0")
+    arguments += (f"--output_dir={saved / 'files'}", f"--output={saved / 'weighed.svg'}")
+    status, output, _ = run(*arguments, "--max_bytes=3000")
+    assert status == 0
+    assert "accuracy on 8 held-out examples" in output
+    assert "With at most 3 kB, ship original, int8" in output
+    assert "<svg" in (saved / "weighed.svg").read_text()
+    ((_, data, folder, budgets, options),) = measured
+    assert sum(len(batch) for batch in data) == 20
+    assert folder == str(saved / "files")
+    assert budgets == [0.3, 0.2]
+    np.testing.assert_array_equal(options.pop("labels"), np.arange(20))
+    assert options == {"validation_data": None, "recover": 0, "input_shapes": None}
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="see test_export.py")
+def test_files_are_weighed_on_the_test_set(run, measured, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    model = keras.Sequential([keras.Input((8, 8)), keras.layers.Flatten(), keras.layers.Dense(10)])
+    model.save(tmp_path / "full.keras")
+    result = tmp_path / "weighed.json"
+    arguments = ("tradeoff", tmp_path / "full.keras", "--data=digits", f"--output={result}")
+    assert run(*arguments)[0] == 0
+    ((*_, options),) = measured
+    digits = datasets.load("digits")
+    for given, expected in zip(
+        options["validation_data"], (digits.x_test, digits.y_test), strict=True
+    ):
+        np.testing.assert_array_equal(given, expected)
+    assert json.loads(result.read_text())["variants"][0]["bytes"] == 2000
 
 
 def test_models_are_inspected(run, saved, model):
@@ -184,6 +237,17 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):
         (["export", "{}/full.keras", "{}/a.tflite", "--input_shape=1,x"], "must be numbers with"),
         (["export", "{}/full.keras", "{}/a.tflite", "--input_shape=1,25"], "must fit the input"),
         (["export", "{}/full.keras", "{}/a.tflite", "--quantize=int8"], "`representative_data`"),
+        (["tradeoff", "{}/full.keras"], "--data is needed"),
+        (
+            ["tradeoff", "{}/full.keras", "--data=digits", "--labels=a.npy"],
+            "a data set has its own",
+        ),
+        (
+            ["tradeoff", "{}/full.keras", "--data={}/x.npy", "--budget=0"],
+            "`budget` must be above 0",
+        ),
+        (["tradeoff", "{}/full.keras", "--data={}/x.npy", "--labels={}/x.npz"], "cannot read"),
+        (["tradeoff", "{}/full.keras", "--data={}/x.npy", "--output=a.txt"], "must be a .json or"),
         (["plan", "{}/full.keras", "--budget=0"], "`budget` must be above 0"),
         (["plan", "{}/full.keras", "--budget=0.01"], "No plan keeps to the limit"),
         (["plan", "{}/full.keras", "--budget=0.1", "--rank=3"], "At most one of"),

@@ -40,6 +40,10 @@ def test_help_lists_the_commands(run, flag):
         ("rewrite", ("--plan", "--budget", "--[no]low_rank", "--data_dir", "--[no]unsafe")),
         ("expand", ("--[no]overwrite", "--[no]unsafe")),
         ("export", ("--quantize", "--representative_data", "--examples", "--[no]overwrite")),
+        (
+            "tradeoff",
+            ("--data", "--labels", "--budget", "--max_bytes", "--output_dir", "--recover"),
+        ),
         ("benchmark", ("--suite", "--backend")),
     ],
 )
