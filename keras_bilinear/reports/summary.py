@@ -16,7 +16,7 @@ from keras_bilinear.keras_private.capture import record
 from keras_bilinear.keras_private.graph import states_kept
 from keras_bilinear.progress import shown
 from keras_bilinear.reports.accuracy import accuracy, first_example, read_examples, zeros
-from keras_bilinear.reports.macs import count_call, count_workspace
+from keras_bilinear.layers.macs import count_call, count_workspace
 from keras_bilinear.reports.plots import (
     BILINEAR_COLOR,
     FAINT,

@@ -12,6 +12,11 @@ from keras_bilinear.rewriting.choice import Choices, check_choices
 
 # The budget of a plan for which no limit is given.
 DEFAULT_BUDGET = 0.1
+# What a budget may have shares of.
+RESOURCES = "parameters", "macs"
+
+# A share of the parameters, or shares of several resources by their names.
+Budget = float | Mapping[str, float]
 
 # Layers, or a mapping from their paths to ranks; see `plan_rewrite`.
 LayerChoice = Choices | Mapping[str, int | None] | None
@@ -22,7 +27,8 @@ class Limits:
     """The limit that a plan keeps to: at most one of three. Without any, the budget is 0.1.
 
     Attributes:
-        budget: the share of the full model's parameters to keep, above 0 and at most 1.
+        budget: the share of the full model's parameters to keep, above 0 and at most 1, or a
+            mapping from `RESOURCES` to shares of what the full model takes of them.
         max_params: the number of parameters to keep.
         max_error: the largest predicted error of a layer.
 
@@ -30,37 +36,49 @@ class Limits:
         ValueError: if several limits are given, or a limit is not valid.
     """
 
-    budget: float | None = None
+    budget: Budget | None = None
     max_params: int | None = None
     max_error: float | None = None
 
     def __post_init__(self):
         if len(self.given) > 1:
             raise _several(self.given)
+        if _is_shares(self.budget):
+            object.__setattr__(self, "budget", _checked_shares(self.budget))
+            return
         for name, value in self.given.items():
             if not _is_valid(name, value):
                 raise _not_valid(name, value)
 
     @property
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, Any]:
         """The limits that are not `None`, by their names."""
-        limits = dataclasses.asdict(self)
+        limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in limits.items() if value is not None}
 
-    def most_parameters(self, full_parameters: int) -> float:
-        """The largest number of parameters that a plan may have.
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each resource to keep; none where the limit is no budget."""
+        if self.max_error is not None or self.max_params is not None:
+            return {}
+        if isinstance(self.budget, Mapping):
+            return dict(self.budget)
+        return {"parameters": DEFAULT_BUDGET if self.budget is None else self.budget}
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """The resources that are limited; none where the limit is `max_error`."""
+        return ("parameters",) if self.max_params is not None else tuple(self.shares)
+
+    def most(self, full: Mapping[str, int]) -> dict[str, float]:
+        """How much a plan may take of each resource that is limited, not rounded.
 
         Args:
-            full_parameters: numbers that the full model stores.
-
-        Returns:
-            The number, not rounded; infinity where `max_error` is the limit.
+            full: what the full model takes of these resources.
         """
-        if self.max_error is not None:
-            return math.inf
         if self.max_params is not None:
-            return self.max_params
-        return (DEFAULT_BUDGET if self.budget is None else self.budget) * full_parameters
+            return {"parameters": self.max_params}
+        return {resource: share * full[resource] for resource, share in self.shares.items()}
 
     def __str__(self):
         """The limit as an argument, such as `budget=0.1`."""
@@ -123,6 +141,32 @@ def _several(given):
         "At most one of `budget`, `max_params`, `max_error` and a `rank` can be given. "
         f"Received: {received}"
     )
+
+
+def _is_shares(budget: Any) -> bool:
+    """Whether a budget is a mapping of shares, and not one of inputs of the model."""
+    return isinstance(budget, Mapping) and not any(hasattr(x, "shape") for x in budget.values())
+
+
+def _checked_shares(budget) -> dict[str, float]:
+    """A mapping of shares as a dictionary.
+
+    Raises:
+        ValueError: if it is not valid.
+    """
+    unknown = [key for key in budget if key not in RESOURCES]
+    if unknown or not budget:
+        raise ValueError(
+            f"`budget` must have shares of {' and '.join(map(repr, RESOURCES))}. "
+            f"Received: budget={dict(budget)!r}"
+        )
+    for key, share in budget.items():
+        if not _is_valid("budget", share):
+            raise ValueError(
+                f"The share of {key!r} in `budget` must be above 0 and at most 1. "
+                f"Received: budget={dict(budget)!r}"
+            )
+    return dict(budget)
 
 
 def _is_valid(name, value):

@@ -1,18 +1,14 @@
 """A plan of what each layer of a model becomes. It can be read, edited and kept."""
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import rich.table
 
-from keras_bilinear.kronecker.factorization import (
-    Factorization,
-    check_factors,
-    check_positive_int,
-    recurrent_input_factors,
-)
+from keras_bilinear.rewriting.layer_plan import LayerPlan, read_layer_plan
+from keras_bilinear.rewriting.limits import Budget, Limits
+from keras_bilinear.rewriting.search import check_reachable, search
 from keras_bilinear.tables import Tabular, right
 
 # A plan's table marks layers whose predicted error is larger.
@@ -29,194 +25,6 @@ _LOSS_CAPTION = (
     "from the full model's: in nats for probabilities and logits, else relative to the variance. "
     f"! marks a sum above {LARGE_LOSS}: expect worse answers, and train on."
 )
-
-# `(input_factors, output_factors)` of a kernel.
-Factors = tuple[tuple[int, int], tuple[int, int]]
-# Factors and a rank.
-Choice = tuple[Factors, int]
-# What each layer may become, by its path.
-Candidates = dict[str, list[Choice]]
-
-
-@dataclasses.dataclass(repr=False)
-class LayerPlan:
-    """What one layer becomes.
-
-    Attributes:
-        path: names of the layers that hold the layer, and its own name, joined by `/`.
-        type: class of the full layer.
-        full_parameters: numbers that the full layer stores.
-        factorizations: shapes of the layer's kernels, with rank 1; empty for a layer
-            that cannot be rewritten.
-        rank: number of Kronecker terms; `None` leaves the layer alone.
-        reason: why the layer is left alone; empty where it is not.
-        errors: the predicted error of each pair `(factors, rank)` that was looked at:
-            root mean square, relative. It is the error of the kernels or, with
-            calibration data, of the output.
-        losses: by how much each of these pairs is predicted to raise the loss of the model, where
-            calibration data tell. The loss is how far the outputs are from those of the full
-            model, see `plan_rewrite`.
-        scale: what both output factors are multiplied by; the layer has `scale**2` times
-            the units.
-        input_scale: what the input factors are multiplied by: the scale of the layer
-            before this layer.
-    """
-
-    path: str
-    type: str
-    full_parameters: int
-    factorizations: list[Factorization] = dataclasses.field(default_factory=list)
-    rank: int | None = None
-    reason: str = ""
-    errors: dict[Choice, float] = dataclasses.field(default_factory=dict)
-    losses: dict[Choice, float] = dataclasses.field(default_factory=dict)
-    scale: int = 1
-    input_scale: int = 1
-
-    def __repr__(self) -> str:
-        if self.rank is None:
-            what = f"{self.full_parameters:,} parameters, left alone: {self.reason or 'no rank'}"
-        else:
-            error = "unknown" if self.error is None else f"{self.error:.3f}"
-            what = (
-                f"{self.full_parameters:,} -> {self.parameters:,} parameters, rank={self.rank}, "
-                f"factors={self.factors}, error={error}"
-            )
-        return f"<LayerPlan of {self.type} {self.path!r}: {what}>"
-
-    @property
-    def factors(self) -> Factors | None:
-        """`(input_factors, output_factors)` of the kernel; `None` if it cannot be rewritten.
-
-        The factors can be set. A recurrent kernel has the output factors on both sides, see
-        `keras_bilinear.kronecker.factorization.recurrent_input_factors`. In the reverse
-        projection of an embedding, input and output factors change places.
-        """
-        if not self.factorizations:
-            return None
-        return self.factorizations[0].input_factors, self.factorizations[0].output_factors
-
-    @factors.setter
-    def factors(self, value: Factors | None) -> None:
-        if self.scaled:
-            raise ValueError(
-                f"The scale of the layer {self.path!r} decides its factors: they cannot be set. "
-                f"Received: factors={value!r}"
-            )
-        if value is None:
-            raise ValueError(f"`factors` must be two pairs. Received: factors={value!r}")
-        self.factorizations = self.with_factors(value)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of a bilinear layer that the plan decides: its rank and its factors."""
-        input_factors, output_factors = self.factors or (None, None)
-        return {
-            "rank": self.rank,
-            "input_factors": input_factors,
-            "output_factors": output_factors,
-        }
-
-    def with_factors(self, factors: Factors | None) -> list[Factorization]:
-        """The layer's factorizations with other factors.
-
-        Args:
-            factors: `(input_factors, output_factors)`; `None` for the layer's own factors.
-
-        Raises:
-            ValueError: if the factors are not valid.
-        """
-        if factors is None or factors == self.factors:
-            return self.factorizations
-        if not self.factorizations:
-            raise self._cannot_be_rewritten("factors", factors)
-        if isinstance(factors, str) or not hasattr(factors, "__len__") or len(factors) != 2:
-            raise ValueError(
-                "`factors` must be a pair of pairs, of the inputs and of the outputs. "
-                f"Received: factors={factors!r}"
-            )
-        kernel, *others = self.factorizations
-        inputs = check_factors("input_factors", factors[0], kernel.input_dim)
-        outputs = check_factors("output_factors", factors[1], kernel.output_dim)
-        if inputs is None or outputs is None:
-            raise ValueError(f"`factors` must be two pairs. Received: factors={factors!r}")
-        return [
-            dataclasses.replace(kernel, input_factors=inputs, output_factors=outputs),
-            *(_alongside(other, kernel, inputs, outputs) for other in others),
-        ]
-
-    def _cannot_be_rewritten(self, name, value):
-        return ValueError(
-            f"The layer {self.path!r} cannot be rewritten: {self.reason}. "
-            f"Received: {name}={value!r}"
-        )
-
-    def __setattr__(self, name, value):
-        if name != "factors" and name not in self.__dataclass_fields__:
-            raise AttributeError(f"A plan of a layer has no {name!r}")
-        if name == "rank" and value is not None:
-            value = check_positive_int("rank", value)
-            if not self.factorizations:
-                raise self._cannot_be_rewritten("rank", value)
-        super().__setattr__(name, value)
-
-    def parameters_at(self, rank: int | None, factors: Factors | None = None) -> int:
-        """Numbers that the layer stores.
-
-        Args:
-            rank: number of Kronecker terms; `None` for the full layer.
-            factors: `(input_factors, output_factors)`; `None` for the layer's own factors.
-        """
-        # Beside its kernels a layer may have a bias or, as a normalization, other numbers for
-        # each output.
-        kernels = sum(factorization.full_parameters for factorization in self.factorizations)
-        vectors = self.full_parameters - kernels
-        if rank is None:
-            return self.full_parameters + (self.scale**2 - 1) * vectors
-        factorizations = (
-            dataclasses.replace(factorization, rank=rank)
-            # The recurrent kernel of a layer gets its own outputs.
-            .scaled(self.scale if index else self.input_scale, self.scale)
-            for index, factorization in enumerate(self.with_factors(factors))
-        )
-        kernels = sum(factorization.parameters for factorization in factorizations)
-        return self.scale**2 * vectors + kernels
-
-    @property
-    def scaled(self) -> bool:
-        """Whether the layer's inputs or outputs have another width than in the full model."""
-        return self.scale * self.input_scale > 1
-
-    def saves(self, rank: int, factors: Factors | None = None) -> bool:
-        """Whether the layer stores fewer numbers at a rank than in full."""
-        return self.parameters_at(rank, factors) < self.full_parameters
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that the layer stores as planned."""
-        return self.parameters_at(self.rank)
-
-    @property
-    def error(self) -> float | None:
-        """The predicted error as planned; `None` if factors and rank were not looked at."""
-        if self.rank is None or self.factors is None:
-            return 0.0
-        return self.errors.get((self.factors, self.rank))
-
-    @property
-    def loss(self) -> float | None:
-        """The predicted rise of the model's loss as planned; `None` if it is not known."""
-        if self.rank is None or self.factors is None:
-            return 0.0
-        return self.losses.get((self.factors, self.rank))
-
-    def skip(self, reason: str = "on request") -> None:
-        """Leaves the layer alone.
-
-        Args:
-            reason: why, as the plan shows it.
-        """
-        self.rank, self.reason = None, reason
 
 
 class RewritePlan(Tabular, Mapping):
@@ -277,18 +85,61 @@ class RewritePlan(Tabular, Mapping):
         known = [loss for loss in losses if loss is not None]
         return sum(known) if len(known) == len(losses) else None
 
+    def with_budget(
+        self,
+        budget: Budget | None = None,
+        max_params: int | None = None,
+        max_error: float | None = None,
+    ) -> "RewritePlan":
+        """Plans anew for another limit, from what this plan looked at: no model, no data.
+
+        For a smaller budget the plan is the one that `plan_rewrite` makes. For a larger budget it
+        may be worse: with calibration data, near-square factors were looked at only as far as
+        they fit into the first budget. Layers that were excluded, and those whose rank or factors
+        were set by hand, stay as they are.
+
+        Args:
+            budget: the share of the full model's parameters to keep, above 0 and at most 1; or
+                shares of `"parameters"` and `"macs"`, see `plan_rewrite`. The plan knows the MACs
+                if it was made with a share of them. `None` means 0.1 if no other limit is given.
+            max_params: the number of parameters to keep, instead of a `budget`; `None` for no
+                such limit.
+            max_error: the largest predicted error of a layer, instead of a `budget`; `None` for
+                no such limit.
+
+        Returns:
+            A new `RewritePlan`.
+
+        Raises:
+            ValueError: if a limit is not valid, if no plan keeps to it, or if the plan was made
+                with ranks that are given, so that there is nothing to choose from.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(256)])
+        >>> plan = plan_rewrite(model, budget=0.5)
+        >>> plan.with_budget(0.1).parameters <= 0.1 * model.count_params()
+        True
+        """
+        limits = Limits(budget, max_params, max_error)
+        plan = RewritePlan((layer.copy() for layer in self.values()), self.other_parameters)
+        candidates = {
+            path: [*layer.errors]
+            for path, layer in plan.items()
+            if layer.errors and not layer.pinned
+        }
+        if not candidates:
+            raise ValueError(
+                "The plan has nothing to choose from: all of its ranks were given, or no layer "
+                f"can be rewritten. Received: {limits}"
+            )
+        check_reachable(plan, candidates, limits, plan.other_parameters)
+        search(plan, candidates, limits, plan.other_parameters)
+        return plan
+
     def to_json(self) -> str:
         """The plan as JSON."""
-        layers = [
-            {
-                **dataclasses.asdict(layer),
-                **{
-                    name: [[*factors, rank, value] for (factors, rank), value in values.items()]
-                    for name, values in (("errors", layer.errors), ("losses", layer.losses))
-                },
-            }
-            for layer in self.values()
-        ]
+        layers = [layer.to_dict() for layer in self.values()]
         return json.dumps({"other_parameters": self.other_parameters, "layers": layers}, indent=1)
 
     @classmethod
@@ -300,7 +151,7 @@ class RewritePlan(Tabular, Mapping):
         """
         try:
             content = json.loads(text)
-            return cls(map(_layer_plan, content["layers"]), content["other_parameters"])
+            return cls(map(read_layer_plan, content["layers"]), content["other_parameters"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"The text is no plan: {type(error).__name__}: {error}") from error
 
@@ -345,40 +196,3 @@ def _loss_text(layer):
 
 def _text(factors):
     return " -> ".join("x".join(map(str, pair)) for pair in factors)
-
-
-def _layer_plan(content):
-    factorizations = [_factorization(values) for values in content["factorizations"]]
-    # A plan of an earlier version has no losses.
-    predicted = {
-        name: {
-            ((tuple(inputs), tuple(outputs)), rank): value
-            for inputs, outputs, rank, value in content.get(name, ())
-        }
-        for name in ("errors", "losses")
-    }
-    return LayerPlan(**{**content, "factorizations": factorizations, **predicted})
-
-
-def _factorization(content: Mapping[str, Any]) -> Factorization:
-    shapes: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
-    }
-    if "gates" in shapes:  # a plan that was saved before there were `blocks`
-        groups, gates = shapes.pop("groups"), shapes.pop("gates")
-        shapes |= {"blocks": gates or groups, "share_right": not gates}
-    return Factorization(**shapes)
-
-
-def _alongside(other, first, inputs, outputs):
-    """The factorization of a further kernel of a layer whose first kernel has these factors."""
-    sizes, first_sizes = ((kernel.input_dim, kernel.output_dim) for kernel in (other, first))
-    if not other.share_right and sizes == (first.output_dim, first.output_dim):
-        # A recurrent kernel gets the layer's own outputs.
-        inputs = recurrent_input_factors(first.output_dim, outputs)
-    elif sizes == first_sizes[::-1] and other == first.transposed != first:
-        # The projection back to the vocabulary goes from outputs to inputs.
-        inputs, outputs = outputs, inputs
-    elif sizes != first_sizes:
-        return other
-    return dataclasses.replace(other, input_factors=inputs, output_factors=outputs)

@@ -1,6 +1,6 @@
 """From limits to a plan: which layers become bilinear, with what factors and rank."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -12,7 +12,8 @@ from keras_bilinear.progress import shown
 from keras_bilinear.rewriting.choice import Choices, check_choices, choose, choose_ranks
 from keras_bilinear.rewriting.data_checks import warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
-from keras_bilinear.rewriting.plan import Candidates, Factors, LayerPlan, RewritePlan
+from keras_bilinear.rewriting.layer_plan import Candidates, Factors, LayerPlan
+from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.prediction import predict_errors
 from keras_bilinear.rewriting.scaling import scale_hidden_layers
 from keras_bilinear.rewriting.search import check_reachable, search, without_too_large
@@ -142,30 +143,45 @@ def make_plan(model: keras.Model, options: PlanOptions, calibration_data=None) -
         ValueError, TypeError: see `plan_rewrite`.
     """
     plan = survey(model)
-    pinned = _choose_layers(model, plan, options)
+    _choose_layers(model, plan, options)
     if options.chosen_ranks_only:
-        for path, layer in _free_layers(plan).items():
-            if path not in pinned:
-                layer.skip()
+        for layer in _free_layers(plan).values():
+            layer.skip()
     rank = options.fixed_rank
     if options.scale > 1:
         scale_hidden_layers(model, plan, options.scale, 1 if rank is None else rank)
     if rank is not None or options.chosen_ranks_only:
         if rank is not None:
-            _set_ranks(plan, pinned, rank)
-        planned = {
-            path: [(layer.factors, layer.rank)] for path, layer in plan.items() if layer.rank
-        }
-        predict_errors(model, plan, planned, calibration_data)
+            _set_ranks(plan, rank)
+        predict_errors(model, plan, _pinned(plan), calibration_data)
         return plan
-    candidates = _candidates(plan, pinned, options.low_rank)
-    check_reachable(plan, candidates, options.limits)
-    candidates = without_too_large(plan, candidates, options.limits)
-    predict_errors(model, plan, candidates, calibration_data)
+    candidates = _candidates(plan, options.low_rank)
+    limits, other = options.limits, plan.other_parameters
+    check_reachable(plan, candidates, limits, other)
+    small = without_too_large(plan, candidates, limits, other)
+    for path, choices in candidates.items():
+        # The fits of near-square factors take long. The others are kept for further limits.
+        if calibration_data is not None:
+            choices = [x for x in choices if x in small[path] or _is_low_rank(plan[path], x)]
+        candidates[path] = choices
+    predict_errors(model, plan, {**_pinned(plan), **candidates}, calibration_data)
     for path, choices in candidates.items():
         candidates[path] = [choice for choice in choices if choice in plan[path].errors]
-    search(plan, candidates, pinned, options.limits)
+    search(plan, candidates, limits, other)
     return plan
+
+
+def _is_low_rank(layer, choice):
+    return layer.with_factors(choice[0])[0].is_low_rank
+
+
+def _pinned(plan) -> Candidates:
+    """Factors and rank of each layer whose rank is given."""
+    return {
+        path: [layer.choice]
+        for path, layer in plan.items()
+        if layer.pinned and layer.choice is not None
+    }
 
 
 def check_plan_exists(model: keras.Model, options: PlanOptions) -> None:
@@ -175,15 +191,14 @@ def check_plan_exists(model: keras.Model, options: PlanOptions) -> None:
         ValueError: if no plan keeps to the limit, or an option is not valid.
     """
     plan = survey(model)
-    pinned = _choose_layers(model, plan, options)
-    check_reachable(plan, _candidates(plan, pinned, options.low_rank), options.limits)
+    _choose_layers(model, plan, options)
+    candidates = _candidates(plan, options.low_rank)
+    check_reachable(plan, candidates, options.limits, plan.other_parameters)
 
 
-def _set_ranks(plan, pinned, rank):
-    """Gives every layer that may be rewritten the same rank, where this saves anything."""
-    for path, layer in _free_layers(plan).items():
-        if path in pinned:
-            continue
+def _set_ranks(plan, rank):
+    """Gives every free layer the same rank, where this saves anything."""
+    for layer in _free_layers(plan).values():
         if layer.saves(rank):
             layer.rank = rank
         else:
@@ -191,19 +206,18 @@ def _set_ranks(plan, pinned, rank):
 
 
 def _free_layers(plan):
-    """The layers that may be rewritten, by their paths."""
+    """The layers that may be rewritten and whose rank is not given, by their paths."""
     return {
-        path: layer for path, layer in plan.items() if layer.factorizations and not layer.reason
+        path: layer
+        for path, layer in plan.items()
+        if layer.factorizations and not layer.reason and not layer.pinned
     }
 
 
-def _candidates(plan: RewritePlan, pinned: Collection[str], low_rank: bool) -> Candidates:
+def _candidates(plan: RewritePlan, low_rank: bool) -> Candidates:
     """`{path: [(factors, rank), ...]}` that the search chooses from."""
     candidates = {}
     for path, layer in _free_layers(plan).items():
-        if path in pinned:
-            candidates[path] = [(layer.factors, layer.rank)]
-            continue
         candidates[path] = [
             (factors, rank)
             for factors, ranks in _ranks_of_factors(layer, low_rank).items()
@@ -271,8 +285,8 @@ def plan_layer(site: Site, reason: str = "") -> LayerPlan:
     )
 
 
-def _choose_layers(model: keras.Model, plan: RewritePlan, options: PlanOptions) -> set[str]:
-    """Leaves alone what the options do not allow; returns the paths whose rank they give.
+def _choose_layers(model: keras.Model, plan: RewritePlan, options: PlanOptions) -> None:
+    """Leaves alone what the options do not allow, and sets the ranks that they give.
 
     Raises:
         ValueError: if a choice matches no layer, or a rank is not valid.
@@ -280,17 +294,14 @@ def _choose_layers(model: keras.Model, plan: RewritePlan, options: PlanOptions) 
     sites = [*walk(model)]
     layers: Any = options.layers
     excluded = choose(sites, check_choices("exclude", options.exclude or ()), "exclude")
-    pinned = set()
     if isinstance(layers, Mapping):
         for path, rank in choose_ranks(sites, layers).items():
             if rank is None:
                 excluded.add(path)
             elif path not in excluded:
                 plan[path].rank = rank
-                pinned.add(path)
     elif layers is not None:
         excluded |= plan.keys() - choose(sites, check_choices("layers", layers), "layers")
     for path in excluded:
         if not plan[path].reason:
             plan[path].skip()
-    return pinned

@@ -12,7 +12,8 @@ from keras_bilinear.layers.calibration import calibrations_of, collect
 from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.progress import track
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples
-from keras_bilinear.rewriting.plan import Candidates, RewritePlan
+from keras_bilinear.rewriting.layer_plan import Candidates
+from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.sensitivities import Sensitivities
 from keras_bilinear.rewriting.sites import walk
 

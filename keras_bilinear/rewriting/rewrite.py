@@ -36,7 +36,8 @@ from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
 from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
 from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
-from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
+from keras_bilinear.rewriting.layer_plan import LayerPlan
+from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import make_plan, plan_layer
 from keras_bilinear.rewriting.sensitivities import Sensitivities
 from keras_bilinear.rewriting.sites import (

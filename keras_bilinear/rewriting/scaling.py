@@ -5,7 +5,8 @@ import dataclasses
 import keras
 
 from keras_bilinear.kronecker.factorization import exact_factors
-from keras_bilinear.rewriting.plan import LayerPlan, RewritePlan
+from keras_bilinear.rewriting.layer_plan import LayerPlan
+from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.widen import hidden_layers
 
 

@@ -1,103 +1,190 @@
 """What each layer of a plan becomes: the search through factors and ranks.
 
-The candidates are `{path: [(factors, rank), ...]}`. A layer may also stay full, unless its
-rank is given (the layer is *pinned*) or its width is another than in the full model.
+The candidates are `{path: [(factors, rank), ...]}`. A layer may also stay full, unless its width is
+another than in the full model. A layer without candidates stays as it is planned.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from scipy import optimize, sparse
 
+from keras_bilinear.rewriting.layer_plan import (
+    KEPT_FULL,
+    NO_RANK,
+    Candidates,
+    Choice,
+    LayerPlan,
+)
 from keras_bilinear.rewriting.limits import Limits
-from keras_bilinear.rewriting.plan import Candidates, Choice, LayerPlan, RewritePlan
 
 # The sum of squared errors of a plan is at most this share above the smallest. To prove which
 # of many equally good plans is the best takes half an hour for many layers of one shape, as
 # Xception has them; to come this near takes a fifth of a second.
 _GAP = 1e-3
 
+Layers = Mapping[str, LayerPlan]
 
-def check_reachable(plan: RewritePlan, candidates: Candidates, limits: Limits) -> None:
-    """Checks that some plan keeps to a limit.
+
+def check_reachable(
+    layers: Layers, candidates: Candidates, limits: Limits, other_parameters: int
+) -> None:
+    """Checks that some plan keeps to all limits.
+
+    Args:
+        layers: the plans of the layers, which need no errors yet.
+        candidates: what each layer may become.
+        limits: the limits.
+        other_parameters: numbers that the model stores outside of the layers.
 
     Raises:
         ValueError: if no plan does.
     """
-    least = plan.other_parameters + sum(_least_parameters(plan, candidates).values())
-    if least > limits.most_parameters(plan.full_parameters):
-        raise ValueError(
-            f"No plan keeps to the limit: with every rank at its least, the model still has "
-            f"{least:,} parameters ({least / plan.full_parameters:.2%}). Received: {limits}"
-        )
+    full = _full(layers, limits, other_parameters)
+    for resource, most in limits.most(full).items():
+        least = sum(_least(layers, candidates, resource).values())
+        least += other_parameters if resource == "parameters" else 0
+        if least > most:
+            what = {"parameters": "parameters", "macs": "MACs"}[resource]
+            raise ValueError(
+                "No plan keeps to the limit: with every rank at its least, the model still has "
+                f"{least:,} {what} ({least / full[resource]:.2%}). Received: {limits}"
+            )
+    rooms = _rooms(layers, limits, other_parameters)
+    if len(rooms) > 1:
+        items = _items(layers, candidates)
+        if items and _solve(items, np.zeros(len(items)), _left(layers, candidates, rooms)) is None:
+            raise _none_keeps_to(limits)
 
 
-def without_too_large(plan: RewritePlan, candidates: Candidates, limits: Limits) -> Candidates:
-    """The candidates that keep to a limit where all other layers have their least parameters."""
-    least = _least_parameters(plan, candidates)
-    most = limits.most_parameters(plan.full_parameters)
-    spare = most - plan.other_parameters - sum(least.values())
-    return {
-        path: [
-            (factors, rank)
-            for factors, rank in choices
-            if plan[path].parameters_at(rank, factors) <= least[path] + spare
-        ]
-        for path, choices in candidates.items()
-    }
+def without_too_large(
+    layers: Layers, candidates: Candidates, limits: Limits, other_parameters: int
+) -> Candidates:
+    """The candidates that keep to all limits where all other layers are at their least."""
+    for resource, room in _rooms(layers, limits, other_parameters).items():
+        least = _least(layers, candidates, resource)
+        spare = room - sum(least.values())
+        candidates = {
+            path: [
+                choice
+                for choice in choices
+                if _size(layers[path], resource, choice) <= least[path] + spare
+            ]
+            for path, choices in candidates.items()
+        }
+    return candidates
 
 
-def _least_parameters(plan, candidates):
-    """`{path: parameters}` with every layer at its least."""
-    return {
-        path: min(
-            (layer.parameters_at(rank, factors) for factors, rank in candidates.get(path, ())),
-            default=layer.parameters,
-        )
-        for path, layer in plan.items()
-    }
-
-
-def search(
-    plan: RewritePlan, candidates: Candidates, pinned: Collection[str], limits: Limits
-) -> None:
+def search(layers: Layers, candidates: Candidates, limits: Limits, other_parameters: int) -> None:
     """Sets the factors and the rank of each layer that has candidates.
 
     Args:
-        plan: the plan, which is changed. Its layers have the predicted error of each candidate.
+        layers: the plans of the layers, which are changed. They have the predicted error of each
+            candidate.
         candidates: what each layer may become.
-        pinned: paths of the layers whose rank is given.
-        limits: the limit that the plan keeps to.
+        limits: the limits that the plan keeps to.
+        other_parameters: numbers that the model stores outside of the layers.
+
+    Raises:
+        ValueError: if no plan keeps to all limits.
     """
-    candidates = {path: choices for path, choices in candidates.items() if choices}
     if limits.max_error is not None:
-        _smallest_below(limits.max_error, plan, candidates, pinned)
-    else:
-        most = limits.most_parameters(plan.full_parameters)
-        _best_within(most, plan, candidates, pinned)
+        _smallest_below(limits.max_error, layers, candidates)
+        return
+    candidates = without_too_large(layers, candidates, limits, other_parameters)
+    candidates = {path: choices for path, choices in candidates.items() if choices}
+    items = _items(layers, candidates)
+    if not items:
+        return
+    rooms = _left(layers, candidates, _rooms(layers, limits, other_parameters))
+    full = sum(layer.full_parameters for layer in layers.values())
+    # Among equal errors the smaller plan.
+    costs = np.array([item.cost + 1e-9 * item.size("parameters") / full for item in items])
+    found = _solve(items, costs, rooms)
+    if found is None:
+        raise _none_keeps_to(limits)
+    for item in found:
+        item.layer.choose(item.choice, KEPT_FULL if item.choice is None else "")
 
 
-def _smallest_below(max_error, plan, candidates, pinned):
+def _none_keeps_to(limits):
+    return ValueError(f"No plan keeps to all limits at once. Received: {limits}")
+
+
+def _size(layer: LayerPlan, resource: str, choice: Choice | None) -> int:
+    size = layer.size(resource, choice)
+    if size is None:
+        raise ValueError(
+            f"The plan does not know the MACs of the layer {layer.path!r}. Make the plan with a "
+            'share of them: plan_rewrite(model, budget={"macs": 1.0})'
+        )
+    return size
+
+
+def _full(layers, limits, other_parameters) -> dict[str, int]:
+    """What the full model takes of each resource that is limited."""
+    full = {
+        resource: sum(_full_size(layer, resource) for layer in layers.values())
+        for resource in limits.resources
+    }
+    if "parameters" in full:
+        full["parameters"] += other_parameters
+    return full
+
+
+def _full_size(layer, resource):
+    return layer.full_parameters if resource == "parameters" else _size(layer, resource, None)
+
+
+def _rooms(layers, limits, other_parameters) -> dict[str, float]:
+    """How much of each resource all layers together may take."""
+    most = limits.most(_full(layers, limits, other_parameters))
+    return {
+        resource: size - (other_parameters if resource == "parameters" else 0)
+        for resource, size in most.items()
+    }
+
+
+def _left(layers, candidates, rooms) -> dict[str, float]:
+    """How much the layers that have candidates may take."""
+    fixed = [layer for path, layer in layers.items() if not candidates.get(path)]
+    return {
+        resource: room - sum(_size(layer, resource, layer.choice) for layer in fixed)
+        for resource, room in rooms.items()
+    }
+
+
+def _least(layers, candidates, resource) -> dict[str, int]:
+    """`{path: size}` with every layer at its least."""
+    return {
+        path: min(
+            (_size(layer, resource, choice) for choice in _choices(layer, candidates.get(path))),
+            default=0,
+        )
+        for path, layer in layers.items()
+    }
+
+
+def _choices(layer: LayerPlan, choices: list[Choice] | None) -> list[Choice | None]:
+    """What a layer may become; `None` stands for the full layer."""
+    if not choices:
+        return [layer.choice]
+    return [*choices, *([] if layer.scaled else [None])]
+
+
+def _smallest_below(max_error, layers, candidates):
     """Gives each layer the smallest candidate whose error is at most `max_error`."""
     for path, choices in candidates.items():
-        if path in pinned:
-            continue
-        layer = plan[path]
+        layer = layers[path]
         sizes = {(factors, rank): layer.parameters_at(rank, factors) for factors, rank in choices}
         good = [choice for choice in choices if layer.errors[choice] <= max_error]
         if good:
-            _choose(layer, min(good, key=sizes.__getitem__))
+            layer.choose(min(good, key=sizes.__getitem__))
         elif layer.scaled:
-            _choose(layer, max(choices, key=sizes.__getitem__))
+            layer.choose(max(choices, key=sizes.__getitem__))
         else:
-            layer.skip(f"no rank that saves anything has an error below {max_error}")
-
-
-def _choose(layer, choice):
-    factors, layer.rank = choice
-    if factors != layer.factors:  # the factors of a scaled layer cannot be set
-        layer.factors = factors
+            layer.choose(None, f"{NO_RANK} below {max_error}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,62 +208,49 @@ class _Item:
             return self.layer.losses[self.choice]
         return self.layer.errors[self.choice] ** 2
 
-    @property
-    def size(self):
-        factors, rank = (None, None) if self.choice is None else self.choice
-        return self.layer.parameters_at(rank, factors)
+    def size(self, resource: str) -> int:
+        return _size(self.layer, resource, self.choice)
 
 
-def _best_within(most, plan, candidates, pinned):
-    """Gives each layer what makes the sum of squared errors smallest: a knapsack.
-
-    Args:
-        most: the number of parameters that the plan may have.
-        plan, candidates, pinned: see `search`.
-    """
-    items = _items(plan, candidates, pinned)
-    if not items:
-        return
-    fixed = plan.parameters - sum(plan[path].parameters for path in candidates)
-    for item in _solve(items, most - fixed, plan.full_parameters):
-        if item.choice is None:
-            item.layer.skip("kept full: within the budget")
-        else:
-            _choose(item.layer, item.choice)
-
-
-def _items(plan: RewritePlan, candidates: Mapping, pinned: Collection[str]) -> list[_Item]:
+def _items(layers: Layers, candidates: Candidates) -> list[_Item]:
     """The items of the knapsack, layer by layer."""
-    items = []
-    for path, choices in candidates.items():
-        layer = plan[path]
-        items += [_Item(layer, choice) for choice in choices]
-        if path not in pinned and not layer.scaled:
-            items.append(_Item(layer, None))
-    return items
+    return [
+        _Item(layers[path], choice)
+        for path, choices in candidates.items()
+        if choices
+        for choice in _choices(layers[path], choices)
+    ]
 
 
-def _solve(items: list[_Item], most: float, full_parameters: int) -> list[_Item]:
-    """The best items, one for each layer, whose sizes add up to at most `most`.
+def _solve(items: list[_Item], costs: np.ndarray, rooms: Mapping[str, float]) -> list[_Item] | None:
+    """The items, one for each layer, that cost the least and keep to all limits.
 
     An integer program with one variable for each item: 1 where the item is taken.
+
+    Args:
+        items: the items.
+        costs: the cost of each item.
+        rooms: how much of each resource the items may take together.
+
+    Returns:
+        The best items; `None` if none keep to the limits.
     """
-    costs = np.array([item.cost for item in items])
-    sizes = np.array([item.size for item in items], "float64")
+    constraints = [optimize.LinearConstraint(_items_of_layers(items), 1, 1)]
+    for resource, most in rooms.items():
+        sizes = np.array([item.size(resource) for item in items], "float64")
+        constraints.append(optimize.LinearConstraint(sizes, ub=most))
     solution = optimize.milp(
-        # Among equal errors the smaller plan.
-        costs + 1e-9 * sizes / full_parameters,
+        costs,
         integrality=np.ones(len(items)),
         bounds=(0, 1),
         options={
             "presolve": False,  # with it, HiGHS prints where it has nothing to say
             "mip_rel_gap": _GAP,
         },
-        constraints=[
-            optimize.LinearConstraint(_items_of_layers(items), 1, 1),
-            optimize.LinearConstraint(sizes, ub=most),
-        ],
+        constraints=constraints,
     )
+    if solution.x is None:
+        return None
     return [item for item, taken in zip(items, solution.x, strict=True) if taken > 0.5]
 
 
