@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import keras
+import numpy as np
 
 from keras_bilinear.keras_private.graph import stateful_layers
 
@@ -125,6 +126,37 @@ def batch_size(model: keras.Model, default: int = 128) -> int:
     """
     layers: list[Any] = [layer for layer in stateful_layers(model) if layer.built]
     return layers[0].states[0].shape[0] if layers else default
+
+
+def zeros(model: keras.Model) -> Any:
+    """One example of zeros, or as many as the states of a stateful model are for.
+
+    Returns:
+        An array, or nested arrays as the model takes them. `None` if the model does not tell the
+        shape of an example: if it is subclassed, has a size that is not fixed, or takes strings.
+    """
+    if not hasattr(model, "inputs"):  # a subclassed model
+        return None
+    inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    if any(None in tensor.shape[1:] or tensor.dtype == "string" for tensor in model.inputs):
+        return None
+    return keras.tree.map_structure(
+        lambda tensor: np.zeros((tensor.shape[0] or 1, *tensor.shape[1:]), tensor.dtype), inputs
+    )
+
+
+def first_example(model: keras.Model, examples: Iterable[Any]) -> Any:
+    """The inputs of the first example, or of as many as the states of the model are for.
+
+    Args:
+        model: the model.
+        examples: batches of inputs, or of tuples of inputs and labels.
+    """
+    inputs, *_ = keras.utils.unpack_x_y_sample_weight(next(iter(examples)))
+    least = slice(batch_size(model, 1))
+    return keras.tree.map_structure(
+        lambda x: np.asarray(keras.ops.convert_to_numpy(x))[least], inputs
+    )
 
 
 def _check_shapes(batch: Any, model: keras.Model, name: str) -> None:

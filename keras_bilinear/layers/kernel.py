@@ -77,12 +77,9 @@ class KroneckerKernel:
         self._initializers = KernelInitializers(
             initializer, factorization, fan_in, fan_out, nearest
         )
-        self.factorization = factorization
         self.gain = self._initializers.gain
-        self._strides = strides
-        self._order = self._choose_order(factorization, implementation, strides)
-        with exporting():
-            self._exported_order = self._choose_order(factorization, implementation, strides)
+        self._implementation, self._strides = implementation, strides
+        self.count_as(factorization)
         shared = {"regularizer": regularizer, "constraint": constraint, "trainable": True}
         self.left = layer.add_weight(
             name=f"left_{name}",
@@ -98,6 +95,20 @@ class KroneckerKernel:
         )
 
     _choose_order = staticmethod(choose_order)
+
+    def count_as(self, factorization: Factorization) -> None:
+        """Takes the shapes by which `macs` and `between` count, but leaves the variables alone.
+
+        After `__init__` this is for a kernel that is there only to count.
+
+        Args:
+            factorization: the shapes.
+        """
+        self.factorization = factorization
+        options = factorization, self._implementation, self._strides
+        self._order = self._choose_order(*options)
+        with exporting():
+            self._exported_order = self._choose_order(*options)
 
     @staticmethod
     def _fans(factorization: Factorization) -> tuple[int, int]:

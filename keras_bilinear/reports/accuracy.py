@@ -8,26 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bilinear.data import batch_size, describe, model_batches
+from keras_bilinear.data import describe, model_batches
 from keras_bilinear.keras_private.graph import output_operations
 from keras_bilinear.progress import track
-
-
-def zeros(model: keras.Model) -> Any:
-    """One example of zeros, or as many as the states of a stateful model are for.
-
-    Returns:
-        An array, or nested arrays as the model takes them. `None` if the model does not tell the
-        shape of an example: if it is subclassed, has a size that is not fixed, or takes strings.
-    """
-    if not hasattr(model, "inputs"):  # a subclassed model
-        return None
-    inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    if any(None in tensor.shape[1:] or tensor.dtype == "string" for tensor in model.inputs):
-        return None
-    return keras.tree.map_structure(
-        lambda tensor: np.zeros((tensor.shape[0] or 1, *tensor.shape[1:]), tensor.dtype), inputs
-    )
 
 
 def read_examples(model: keras.Model, data: Any) -> Iterable[Any]:
@@ -120,20 +103,6 @@ def _part(labels, start, end):
     if isinstance(labels, Mapping):
         return parts
     return [*parts.values()] if isinstance(labels, list) else parts[None]
-
-
-def first_example(model: keras.Model, examples: Iterable[Any]) -> Any:
-    """The inputs of the first example, or of as many as the states of the model are for.
-
-    Args:
-        model: the model.
-        examples: batches, as `read_examples` gives them.
-    """
-    inputs, *_ = keras.utils.unpack_x_y_sample_weight(next(iter(examples)))
-    least = slice(batch_size(model, 1))
-    return keras.tree.map_structure(
-        lambda x: np.asarray(keras.ops.convert_to_numpy(x))[least], inputs
-    )
 
 
 def accuracy(model: keras.Model, examples: Iterable[Any]) -> float | dict[str, float] | None:

@@ -3,20 +3,18 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import rich.table
 
-from keras_bilinear.keras_private.capture import record
+from keras_bilinear.data import first_example, zeros
 from keras_bilinear.keras_private.graph import states_kept
+from keras_bilinear.layers.macs import count_workspace
 from keras_bilinear.progress import shown
-from keras_bilinear.reports.accuracy import accuracy, first_example, read_examples, zeros
-from keras_bilinear.layers.macs import count_call, count_workspace
+from keras_bilinear.reports.accuracy import accuracy, read_examples
 from keras_bilinear.reports.plots import (
     BILINEAR_COLOR,
     FAINT,
@@ -27,6 +25,7 @@ from keras_bilinear.reports.plots import (
     new_figure,
 )
 from keras_bilinear.reports.timing import compile_forward, median_seconds
+from keras_bilinear.rewriting.operations import count_bytes, count_calls, record_calls
 from keras_bilinear.rewriting.sites import check_built, walk
 from keras_bilinear.tables import Tabular, bytes_text, count_text, milliseconds_text, right
 
@@ -370,7 +369,7 @@ def _summarize(model, examples, example, latency):
             path,
             type(site.layer).__name__,
             site.layer.count_params(),
-            _bytes(site.layer.variables),
+            count_bytes(site.layer.variables),
             *costs[path],
         )
         for path, site in sites.items()
@@ -384,7 +383,7 @@ def _summarize(model, examples, example, latency):
         name=model.name,
         layers=layers,
         parameters=model.count_params(),
-        bytes=_bytes(model.weights),
+        bytes=count_bytes(model.weights),
         macs=macs,
         peak_activation_bytes=peak,
         latency_ms=None if latency is None else 1e3 * latency,
@@ -395,55 +394,15 @@ def _summarize(model, examples, example, latency):
 def _costs(model, example) -> dict[str, tuple[int | None, int]]:
     """The operations and the bytes of activations of each layer for one example, by its path."""
     examples = len(keras.tree.flatten(example)[0])
-    sites = {site.path: site for site in walk(model, weightless=True)}
-    loops = {
-        path: owner
-        for path, site in sites.items()
-        for owner, _ in site.owners
-        if isinstance(owner, keras.layers.RNN)
-    }
-    layers: dict[Any, keras.Layer] = {path: site.layer for path, site in sites.items()}
-    layers |= {owner: owner for owner in loops.values()}
-    calls = record(model, layers, example, _shapes)
+    layers = {site.path: site.layer for site in walk(model, weightless=True)}
     costs = {}
-    for path, site in sites.items():
-        # A backend may trace the cell of a loop instead of running each of its steps.
-        steps = [loop for loop, *_ in calls[loops[path]]] if path in loops else []
-        macs: int | None = 0
-        most = 0
-        for inputs, outputs, moved, size in calls[path][: 1 if steps else None]:
-            count = count_call(site.layer, inputs, outputs)
-            times = sum(shape[1] for shape in steps) if steps else 1
-            macs = None if count is None or macs is None else macs + times * count
-            most = max(most, moved + size * count_workspace(site.layer, inputs, outputs))
+    for path, calls in record_calls(model, example).items():
+        macs, most = count_calls(layers[path], calls), 0
+        for call in calls:
+            between = count_workspace(layers[path], call.inputs, call.outputs)
+            most = max(most, call.bytes + call.item_bytes * between)
         costs[path] = None if macs is None else macs // examples, most // examples
     return costs
-
-
-def _shapes(inputs, arguments, outputs) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """Of a call: shape of the input, shape of the output, bytes of both, bytes of an element."""
-    del arguments
-    inputs, outputs = keras.tree.flatten(inputs), keras.tree.flatten(outputs)
-    moved = _bytes([*inputs, *outputs])
-    input_shape, output_shape = (tuple(side[0].shape) if side else () for side in (inputs, outputs))
-    return input_shape, output_shape, moved, _item_bytes(outputs[0]) if outputs else 0
-
-
-def _bytes(tensors):
-    """Bytes of tensors or variables. A tensor without a known shape does not count."""
-    return sum(map(_tensor_bytes, tensors))
-
-
-def _tensor_bytes(tensor):
-    shape: Any = getattr(tensor, "shape", (None,))
-    return 0 if None in shape else math.prod(shape) * _item_bytes(tensor)
-
-
-def _item_bytes(tensor):
-    """Bytes of an element of a tensor, by the digits in the name of its dtype."""
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    bits = re.search(r"\d+", dtype)
-    return int(bits[0]) // 8 if bits else 1
 
 
 # Label, text of the value, and attribute of a `Summary`.

@@ -11,8 +11,8 @@ from keras_bilinear.keras_private.graph import all_layers
 from keras_bilinear.keras_private.surgery import replace_in_place, restore, snapshot
 from keras_bilinear.keras_private.symbolic import find_failure, known_inputs
 from keras_bilinear.layers.converter import converter_of
-from keras_bilinear.rewriting.owners import Rewritten
 from keras_bilinear.rewriting.layer_plan import LayerPlan
+from keras_bilinear.rewriting.owners import Rewritten
 from keras_bilinear.rewriting.sites import Site
 
 # Their layers read no weights of other layers but those that a rewrite leaves alone.

@@ -20,9 +20,9 @@ from keras_bilinear.keras_private.training import (
 )
 from keras_bilinear.layers.converter import full_converter
 from keras_bilinear.rewriting import adam
+from keras_bilinear.rewriting.layer_plan import LayerPlan
 from keras_bilinear.rewriting.limits import PlanOptions
 from keras_bilinear.rewriting.owners import store_replacement
-from keras_bilinear.rewriting.layer_plan import LayerPlan
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import make_plan
 from keras_bilinear.rewriting.rewrite import expand_layers, rewrite_layers

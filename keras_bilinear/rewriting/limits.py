@@ -117,6 +117,11 @@ class PlanOptions:
                 raise _several({**self.limits.given, "rank": self.rank})
             object.__setattr__(self, "rank", check_positive_int("rank", self.rank))
         object.__setattr__(self, "scale", check_positive_int("scale", self.scale))
+        if self.scale > 1 and "macs" in self.limits.resources:
+            raise ValueError(
+                "A `scale` and a share of the MACs exclude each other. "
+                f"Received: scale={self.scale}, {self.limits}"
+            )
         if self.layers is not None and not isinstance(self.layers, Mapping):
             object.__setattr__(self, "layers", check_choices("layers", self.layers))
         if self.exclude is not None:

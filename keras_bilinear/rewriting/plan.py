@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import rich.table
 
@@ -73,6 +72,22 @@ class RewritePlan(Tabular, Mapping):
         return self.other_parameters + sum(layer.parameters for layer in self.values())
 
     @property
+    def full_macs(self) -> int | None:
+        """Multiply-accumulate operations of the full model, exported, for one example.
+
+        `None` if the plan was made without a share of them.
+        """
+        return _sum(layer.full_macs for layer in self.values())
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulate operations of the rewritten model, exported, for one example.
+
+        `None` if the plan was made without a share of them, or after edits that were not looked at.
+        """
+        return _sum(layer.macs for layer in self.values())
+
+    @property
     def predicted_loss(self) -> float | None:
         """By how much the plan is predicted to raise the loss of the model, for each example.
 
@@ -81,9 +96,7 @@ class RewritePlan(Tabular, Mapping):
         the variance. It is a sum over the layers, to second order, so it is too small where
         errors are large. `None` without calibration data, or after edits that were not looked at.
         """
-        losses = [layer.loss for layer in self.values()]
-        known = [loss for loss in losses if loss is not None]
-        return sum(known) if len(known) == len(losses) else None
+        return _sum(layer.loss for layer in self.values())
 
     def with_budget(
         self,
@@ -160,6 +173,9 @@ class RewritePlan(Tabular, Mapping):
         scaled = any(layer.scale > 1 for layer in self.values())
         share = self.parameters / self.full_parameters if self.full_parameters else 1.0
         title = f"{self.full_parameters:,} -> {self.parameters:,} parameters ({share:.1%})"
+        if self.full_macs and self.macs is not None:
+            share = self.macs / self.full_macs
+            title += f", {self.full_macs:,} -> {self.macs:,} MACs ({share:.1%})"
         weighed = any(layer.losses for layer in self.values())
         if weighed and (loss := self.predicted_loss) is not None:
             title += f", predicted loss {loss:.2g}" + (" !" if loss > LARGE_LOSS else "")
@@ -188,6 +204,12 @@ class RewritePlan(Tabular, Mapping):
                 layer.reason if layer.rank is None else "",
             )
         return table
+
+
+def _sum(values):
+    """The sum of numbers; `None` if one of them is."""
+    values = [*values]
+    return None if any(value is None for value in values) else sum(values)
 
 
 def _loss_text(layer):

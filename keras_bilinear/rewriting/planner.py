@@ -11,8 +11,9 @@ from keras_bilinear.layers.converter import converter_of
 from keras_bilinear.progress import shown
 from keras_bilinear.rewriting.choice import Choices, check_choices, choose, choose_ranks
 from keras_bilinear.rewriting.data_checks import warn_of_other_inputs
-from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
 from keras_bilinear.rewriting.layer_plan import Candidates, Factors, LayerPlan
+from keras_bilinear.rewriting.limits import Budget, LayerChoice, Limits, PlanOptions
+from keras_bilinear.rewriting.operations import plan_macs
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.prediction import predict_errors
 from keras_bilinear.rewriting.scaling import scale_hidden_layers
@@ -35,7 +36,7 @@ MOST_TERMS, MOST_UNKNOWNS = 64, 2048
 
 def plan_rewrite(
     model: keras.Model,
-    budget: float | None = None,
+    budget: Budget | None = None,
     max_params: int | None = None,
     max_error: float | None = None,
     calibration_data=None,
@@ -62,7 +63,12 @@ def plan_rewrite(
 
     Args:
         model: a built model. It is left untouched.
-        budget: the share of the model's parameters to keep, above 0 and at most 1.
+        budget: the share of the model's parameters to keep, above 0 and at most 1. Or a
+            mapping with shares of `"parameters"` and `"macs"`, all of which are kept:
+            `{"parameters": 0.25, "macs": 0.5}`. MACs are multiply-accumulate operations for one
+            example in an exported file, as `summarize` counts them within `exporting()`. The
+            shape of an example is that which the model tells or, with calibration data, that of
+            the first of them. A share of the MACs excludes a `scale`.
             `None` means 0.1 if neither `max_params` nor `max_error` nor a `rank` nor the ranks
             of some `layers` are given.
         max_params: the number of parameters to keep, instead of a `budget`; `None` for
@@ -157,6 +163,8 @@ def make_plan(model: keras.Model, options: PlanOptions, calibration_data=None) -
         return plan
     candidates = _candidates(plan, options.low_rank)
     limits, other = options.limits, plan.other_parameters
+    if "macs" in limits.resources:
+        plan_macs(model, plan, {**_pinned(plan), **candidates}, calibration_data)
     check_reachable(plan, candidates, limits, other)
     small = without_too_large(plan, candidates, limits, other)
     for path, choices in candidates.items():
@@ -193,6 +201,8 @@ def check_plan_exists(model: keras.Model, options: PlanOptions) -> None:
     plan = survey(model)
     _choose_layers(model, plan, options)
     candidates = _candidates(plan, options.low_rank)
+    if "macs" in options.limits.resources:
+        plan_macs(model, plan, {**_pinned(plan), **candidates}, None)
     check_reachable(plan, candidates, options.limits, plan.other_parameters)
 
 

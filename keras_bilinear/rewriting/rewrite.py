@@ -34,9 +34,9 @@ from keras_bilinear.rewriting import recovery
 from keras_bilinear.rewriting.calls import check_calls
 from keras_bilinear.rewriting.choice import Choices
 from keras_bilinear.rewriting.data_checks import warn_of_few_examples, warn_of_other_inputs
-from keras_bilinear.rewriting.limits import LayerChoice, Limits, PlanOptions
-from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
 from keras_bilinear.rewriting.layer_plan import LayerPlan
+from keras_bilinear.rewriting.limits import Budget, LayerChoice, Limits, PlanOptions
+from keras_bilinear.rewriting.owners import drop_replacement, store_replacement
 from keras_bilinear.rewriting.plan import RewritePlan
 from keras_bilinear.rewriting.planner import make_plan, plan_layer
 from keras_bilinear.rewriting.sensitivities import Sensitivities
@@ -59,7 +59,7 @@ def rewrite_model(
     model: keras.Model,
     plan: RewritePlan | float | None = None,
     calibration_data=None,
-    budget: float | None = None,
+    budget: Budget | None = None,
     max_params: int | None = None,
     max_error: float | None = None,
     rank: int | str = "auto",
@@ -85,7 +85,8 @@ def rewrite_model(
             weighed by what they do to the outputs of the model, see `plan_rewrite`. With
             `None`, each kernel is replaced by the nearest bilinear kernel, which may ruin
             a trained model.
-        budget: the share of the model's parameters to keep, above 0 and at most 1.
+        budget: the share of the model's parameters to keep, above 0 and at most 1; or a
+            mapping with shares of `"parameters"` and `"macs"`, see `plan_rewrite`.
             `None` means 0.1 if neither a plan nor `max_params` nor `max_error` nor a `rank`
             nor the ranks of some `layers` are given.
         max_params: the number of parameters to keep, instead of a `budget`; `None` for
