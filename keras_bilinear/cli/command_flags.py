@@ -245,8 +245,12 @@ def _define_data_dir() -> None:
 
 def _define_plan_flags() -> None:
     """Defines the flags that decide a plan."""
-    flags.DEFINE_float(
-        "budget", None, "Share of the parameters to keep; 0.1 if no other limit is given."
+    flags.DEFINE(
+        _BudgetParser(),
+        "budget",
+        None,
+        "Share of the parameters to keep, or shares that are all kept, such as "
+        "parameters=0.25,macs=0.5; 0.1 if no other limit is given.",
     )
     flags.DEFINE_integer("max_params", None, "Number of parameters to keep.")
     flags.DEFINE_float("max_error", None, "Largest predicted relative error of a layer.")
@@ -264,6 +268,24 @@ def _define_plan_flags() -> None:
         "given.",
     )
     _define_data_flags("calibration", "to fit the layers to")
+
+
+class _BudgetParser(flags.ArgumentParser):
+    """Parses a budget: a number, or a dictionary of numbers from `NAME=NUMBER,NAME=NUMBER`."""
+
+    syntactic_help = "a number, or NAME=NUMBER,..."
+
+    def parse(self, argument: str) -> float | dict[str, float]:
+        try:
+            if "=" not in argument:
+                return float(argument)
+            shares = [part.split("=") for part in argument.split(",")]
+            budget = {name.strip(): float(share) for name, share in shares}
+        except ValueError:
+            raise ValueError("it must be a number, or NAME=NUMBER,NAME=NUMBER") from None
+        if len(budget) < len(shares):
+            raise ValueError("a name is given twice")
+        return budget
 
 
 def _define_data_flags(name: str, use: str) -> None:

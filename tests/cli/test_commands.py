@@ -163,6 +163,13 @@ def test_a_plan_without_low_rank(run, saved):
     assert output != str(plan_rewrite(model, budget=0.6))
 
 
+def test_a_budget_has_several_shares(run, saved):
+    model = keras.models.load_model(saved / "full.keras")
+    status, output, _ = run("plan", saved / "full.keras", "--budget=parameters=0.7,macs=0.6")
+    assert status == 0
+    assert output == str(plan_rewrite(model, {"parameters": 0.7, "macs": 0.6}))
+
+
 def test_several_inputs_come_from_one_file(run, tmp_path):
     model, x = model_kinds.two_inputs()
     model.save(tmp_path / "full.keras")
@@ -250,6 +257,9 @@ def test_code_in_a_file_is_loaded_only_if_asked_for(run, fails, tmp_path):
         (["tradeoff", "{}/full.keras", "--data={}/x.npy", "--output=a.txt"], "must be a .json or"),
         (["plan", "{}/full.keras", "--budget=0"], "`budget` must be above 0"),
         (["plan", "{}/full.keras", "--budget=0.01"], "No plan keeps to the limit"),
+        (["plan", "{}/full.keras", "--budget=macs"], "must be a number, or NAME=NUMBER"),
+        (["plan", "{}/full.keras", "--budget=macs=0.5,macs=0.6"], "a name is given twice"),
+        (["plan", "{}/full.keras", "--budget=bytes=0.5"], "shares of 'parameters' and 'macs'"),
         (["plan", "{}/full.keras", "--budget=0.1", "--rank=3"], "At most one of"),
         (["plan", "{}/full.keras", "--calibration={}/full.keras.npy"], "cannot read"),
         (["plan", "{}/full.keras", "--calibration={}/text.npy"], "cannot read"),
