@@ -51,6 +51,7 @@ if not _is_command_line():
     from keras_bilinear.rewriting.planner import plan_rewrite
     from keras_bilinear.rewriting.recovery import recover
     from keras_bilinear.rewriting.rewrite import Rewriter, expand_model, rewrite_model
+    from keras_bilinear.rewriting.smallest import smallest_plan
 
 __all__ = [
     "BilinearConv1D",
@@ -87,6 +88,7 @@ __all__ = [
     "recover",
     "register",
     "rewrite_model",
+    "smallest_plan",
     "summarize",
     "tradeoff",
 ]

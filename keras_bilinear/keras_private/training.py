@@ -104,6 +104,11 @@ def higher_is_better(callback: keras.callbacks.Callback, monitor: str, mode: str
     return bool(judge.monitor_op(1, 0))
 
 
+def metric_direction(metric: keras.metrics.Metric) -> str | None:
+    """`"max"` or `"min"`, which is better for a metric, as Keras knows it; `None` if it does not."""
+    return {"up": "max", "down": "min"}.get(getattr(metric, "_direction", "") or "")
+
+
 def forget_best(callbacks: Iterable[keras.callbacks.Callback]) -> None:
     """Makes `EarlyStopping` and `ModelCheckpoint` start their search for the best epoch again.
 

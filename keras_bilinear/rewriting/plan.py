@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import rich.table
 
-from keras_bilinear.rewriting.layer_plan import LayerPlan, read_layer_plan
+from keras_bilinear.rewriting.layer_plan import KEPT_FULL, Candidates, LayerPlan, read_layer_plan
 from keras_bilinear.rewriting.limits import Budget, Limits
-from keras_bilinear.rewriting.search import check_reachable, search
+from keras_bilinear.rewriting.search import check_reachable, least_parameters, search
 from keras_bilinear.tables import Tabular, right
 
 # A plan's table marks layers whose predicted error is larger.
@@ -98,6 +98,19 @@ class RewritePlan(Tabular, Mapping):
         """
         return _sum(layer.loss for layer in self.values())
 
+    @property
+    def least_parameters(self) -> int:
+        """Numbers that the model stores if each layer that is not pinned has its least rank."""
+        return self.other_parameters + least_parameters(self, self._candidates())
+
+    def _candidates(self) -> Candidates:
+        """What was looked at for each layer that a search may change."""
+        return {
+            path: [*layer.errors]
+            for path, layer in self.items()
+            if layer.errors and not layer.pinned
+        }
+
     def with_budget(
         self,
         budget: Budget | None = None,
@@ -135,12 +148,8 @@ class RewritePlan(Tabular, Mapping):
         True
         """
         limits = Limits(budget, max_params, max_error)
-        plan = RewritePlan((layer.copy() for layer in self.values()), self.other_parameters)
-        candidates = {
-            path: [*layer.errors]
-            for path, layer in plan.items()
-            if layer.errors and not layer.pinned
-        }
+        plan = self._copy()
+        candidates = plan._candidates()
         if not candidates:
             raise ValueError(
                 "The plan has nothing to choose from: all of its ranks were given, or no layer "
@@ -149,6 +158,16 @@ class RewritePlan(Tabular, Mapping):
         check_reachable(plan, candidates, limits, plan.other_parameters)
         search(plan, candidates, limits, plan.other_parameters)
         return plan
+
+    def left_full(self) -> "RewritePlan":
+        """The plan that leaves all layers full that are not pinned."""
+        plan = self._copy()
+        for path in plan._candidates():
+            plan[path].choose(None, KEPT_FULL)
+        return plan
+
+    def _copy(self) -> "RewritePlan":
+        return RewritePlan((layer.copy() for layer in self.values()), self.other_parameters)
 
     def to_json(self) -> str:
         """The plan as JSON."""

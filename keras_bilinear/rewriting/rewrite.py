@@ -172,6 +172,27 @@ def _rewrite(model, plan, options, calibration_data, recover):
     planned_before = plan is not None
     if plan is None:
         plan = make_plan(model, options, batches)
+    small = rewrite_by_plan(model, plan, batches, warn=planned_before)
+    if not recover:
+        return small
+    with working("recovering"):
+        return recovery.recover(small, model, batches, recover, verbose=0)
+
+
+def rewrite_by_plan(
+    model: keras.Model, plan: RewritePlan, batches: Iterable | None, warn: bool
+) -> keras.Model:
+    """Makes a smaller model as a plan says.
+
+    Args:
+        model: a built model.
+        plan: its plan.
+        batches: calibration data as batches, or `None`, see `rewrite_model`.
+        warn: whether few calibration data are reported, as planning does it.
+
+    Raises:
+        ValueError, RuntimeError: see `rewrite_model`.
+    """
     _check_plan(model, plan)
     small = copy_model(model)
     # Layers without a name of their own have another name in the copy.
@@ -179,7 +200,7 @@ def _rewrite(model, plan, options, calibration_data, recover):
         dataclasses.replace(site, path=full.path)
         for full, site in zip(walk(model), walk(small), strict=True)
     ]
-    rewrite_layers(small, sites, plan, batches, warn=planned_before)
+    rewrite_layers(small, sites, plan, batches, warn)
     scales = {
         path: (layer.input_scale, layer.scale)
         for path, layer in plan.items()
@@ -187,11 +208,7 @@ def _rewrite(model, plan, options, calibration_data, recover):
     }
     if scales:
         small = widen(small, scales, hidden_layers(model))
-    small = _finish(small, model)
-    if not recover:
-        return small
-    with working("recovering"):
-        return recovery.recover(small, model, batches, recover, verbose=0)
+    return _finish(small, model)
 
 
 def rewrite_layers(

@@ -58,6 +58,11 @@ def check_reachable(
             raise _none_keeps_to(limits)
 
 
+def least_parameters(layers: Layers, candidates: Candidates) -> int:
+    """Numbers that the layers store together, with every rank at its least."""
+    return sum(_least(layers, candidates, "parameters").values())
+
+
 def without_too_large(
     layers: Layers, candidates: Candidates, limits: Limits, other_parameters: int
 ) -> Candidates:
