@@ -105,7 +105,7 @@ def higher_is_better(callback: keras.callbacks.Callback, monitor: str, mode: str
 
 
 def metric_direction(metric: keras.metrics.Metric) -> str | None:
-    """`"max"` or `"min"`, which is better for a metric, as Keras knows it; `None` if it does not."""
+    """Which is better for a metric, `"max"` or `"min"`; `None` if Keras does not know it."""
     return {"up": "max", "down": "min"}.get(getattr(metric, "_direction", "") or "")
 
 

@@ -1,5 +1,6 @@
 """A metric of a model, and how much worse smaller models made from it are."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +146,7 @@ def _read(model, data) -> tuple[list, list | None]:
                 )
         return inputs, [
             tree.map_structure(lambda array, a=start, b=end: array[a:b], labels)
-            for start, end in zip(ends, ends[1:], strict=False)
+            for start, end in itertools.pairwise(ends)
         ]
     found = [keras.utils.unpack_x_y_sample_weight(batch)[1] for batch in batches]
     if any(labels is None for labels in found):

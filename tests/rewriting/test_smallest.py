@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 from keras_bilinear import rewrite_model, smallest_plan
+from keras_bilinear.rewriting import smallest
 
 RNG = np.random.default_rng(0)
 # Points around 4 centers, which a network of low rank tells apart.
@@ -13,6 +14,11 @@ CENTERS = RNG.normal(size=(4, 16))
 Y = RNG.integers(0, 4, 400)
 X = (CENTERS[Y] + 0.8 * RNG.normal(size=(400, 16))).astype("float32")
 TRAINING, VALIDATION = (X[200:], Y[200:]), (X[:200], Y[:200])
+
+
+@pytest.fixture(autouse=True)
+def few_budgets(monkeypatch):
+    monkeypatch.setattr(smallest, "_NEAR", 1.9)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +66,19 @@ def test_the_measured_drop_is_kept_to(case, model):
     options = dict(options)
     data = VALIDATION if options.pop("labels", True) else VALIDATION[0]
     before = model.get_weights()
-    plans = [
-        smallest_plan(model, data, most, calibration_data=TRAINING[0], **options)
-        for most in (0.02, 0.3)
-    ]
-    assert plans[1].parameters < plans[0].parameters < 0.8 * plans[0].full_parameters
-    for plan, most in zip(plans, (0.02, 0.3), strict=True):
-        small = rewrite_model(model, plan, calibration_data=TRAINING[0])
-        x, y = VALIDATION
-        assert drop(y, answers(model, x), answers(small, x)) <= most + 1e-6
+    plan = smallest_plan(model, data, 0.05, calibration_data=TRAINING[0], **options)
+    assert plan.parameters < 0.8 * plan.full_parameters
+    small = rewrite_model(model, plan, calibration_data=TRAINING[0])
+    x, y = VALIDATION
+    assert drop(y, answers(model, x), answers(small, x)) <= 0.05 + 1e-6
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_a_larger_drop_allows_a_smaller_plan(model):
+    function = {"metric": lambda y, outputs: np.mean(outputs.argmax(-1) == y)}
+    strict, loose = (smallest_plan(model, VALIDATION, most, **function) for most in (0.01, 0.6))
+    assert loose.parameters < strict.parameters
 
 
 def test_losses_are_metrics_that_should_be_small(model):
@@ -84,8 +92,8 @@ def test_losses_are_metrics_that_should_be_small(model):
 def test_batches_of_inputs_and_labels(model):
     x, y = VALIDATION
     batches = [(x[:150], y[:150]), (x[150:], y[150:])]
-    found = [smallest_plan(model, data, 0.02) for data in (batches, iter(batches), VALIDATION)]
-    assert len({plan.parameters for plan in found}) == 1
+    found = [smallest_plan(model, data, 0.5) for data in (iter(batches), VALIDATION)]
+    assert found[0].parameters == found[1].parameters < found[0].full_parameters
 
 
 def test_without_a_smaller_model_that_does_well_all_layers_stay(model):
@@ -100,7 +108,7 @@ def test_without_a_smaller_model_that_does_well_all_layers_stay(model):
 def test_excluded_layers_stay(model):
     plan = smallest_plan(model, VALIDATION, 0.5, exclude="middle")
     assert plan["middle"].rank is None
-    assert plan["hidden"].rank is not None
+    assert plan.parameters < plan.full_parameters
 
 
 def test_probabilities_agree_by_their_side_of_a_half():
