@@ -108,7 +108,7 @@ def _bisect(model, plan, measure, max_drop, batches) -> RewritePlan:
     """The smallest plan that was tried and does well enough; else the plan of the full model."""
     best = plan.left_full()
     low, high = plan.least_parameters / plan.full_parameters, 1.0
-    steps = math.ceil(math.log2(max(1.0, math.log(high / low) / math.log(_NEAR))))
+    steps = max(1, math.ceil(math.log2(max(1.0, math.log(high / low) / math.log(_NEAR)))))
     for _ in track(range(steps), "looking for the smallest plan"):
         budget = math.sqrt(low * high)
         tried = plan.with_budget(budget)
