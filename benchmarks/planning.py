@@ -16,6 +16,7 @@ import tables
 from absl import app, flags
 
 MODEL = flags.DEFINE_string("model", None, "measures one model, in this process")
+CHOSEN = flags.DEFINE_list("models", None, "models to measure; all by default")
 BUDGET, EXAMPLES = 0.25, 1024
 
 
@@ -124,7 +125,7 @@ def main(argv):
         print(measure(MODEL.value))
         return
     rows = []
-    for name in MODELS:
+    for name in CHOSEN.value or MODELS:
         command = [sys.executable, str(pathlib.Path(__file__)), f"--model={name}"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(done.stdout.splitlines()[-1])
