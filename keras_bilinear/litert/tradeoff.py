@@ -163,12 +163,10 @@ class _Models:
         self._model, self._batches, self._folder = model, batches, folder
         self._epochs, self._resumed = epochs, resumed
         self._plans: dict[float, RewritePlan] = {}
-        self._largest = 0.0
         self._rewritten: tuple[float, keras.Model] | None = None
 
     def all(self, budgets) -> Iterator[tuple[str, float | None, Callable[[], keras.Model]]]:
         """For each model what it is, its budget, and a function that makes it."""
-        self._largest = max(budgets, default=0.0)
         yield "original", None, lambda: self._model
         for budget in budgets:
             yield "rewritten", budget, lambda budget=budget: self._rewrite(budget)
@@ -207,9 +205,10 @@ class _Models:
         return self._plans[budget]
 
     def _make_plan(self, budget):
-        # One plan looks at all that smaller budgets need.
-        if budget != self._largest:
-            return self._plan(self._largest).with_budget(budget)
+        """A plan from what the plan of the next larger budget looked at, if there is one."""
+        larger = [known for known in self._plans if known > budget]
+        if larger:
+            return self._plans[min(larger)].with_budget(budget)
         return plan_rewrite(self._model, budget=budget, calibration_data=self._batches)
 
 

@@ -253,6 +253,22 @@ def test_rows_are_kept_and_the_rest_is_made(exports, tmp_path, monkeypatch):
     assert exports == ["truncated_SVD_0.5.tflite"]
 
 
+def test_a_model_is_planned_once(exports, tmp_path, monkeypatch):
+    planned = []
+
+    def plan(*arguments, **options):
+        planned.append(options["budget"])
+        return plan_rewrite(*arguments, **options)
+
+    monkeypatch.setattr(tradeoff_module, "plan_rewrite", plan)
+    model = dense()
+    result = tradeoff(model, model_kinds.VECTORS, tmp_path, [0.4, 0.6, 0.5], recover=0)
+    assert planned == [0.6]
+    small = {one.budget: one.parameters for one in result.variants if one.model == "rewritten"}
+    assert [*small] == [0.6, 0.5, 0.4]
+    assert all(size <= budget * model.count_params() for budget, size in small.items())
+
+
 def test_a_call_that_was_stopped_goes_on(exports, tmp_path, monkeypatch):
     model, data = dense(), model_kinds.VECTORS
     arguments = (model, data, tmp_path, [0.5])
