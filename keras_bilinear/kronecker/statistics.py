@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-# A larger Gram matrix is kept in float32.
-LARGE_GRAM = 4096
+# Larger matrices are kept in float32.
+LARGE = 1024
 # Of more outputs than this only the diagonals of the matrices are kept.
 MOST_OUTPUTS = 4096
 # The share of the means that are weighted by squared norms. In the others all examples count alike:
@@ -120,7 +120,11 @@ def _mix(plain, count, weighted, weight):
 
 def _zeros_of_products(size: int) -> np.ndarray:
     """Where products of vectors are added up: a matrix or, for long vectors, its diagonal."""
-    return np.zeros((size, size) if size <= MOST_OUTPUTS else size)
+    return np.zeros((size, size), _dtype(size)) if size <= MOST_OUTPUTS else np.zeros(size)
+
+
+def _dtype(size: int) -> str:
+    return "float64" if size <= LARGE else "float32"
 
 
 def _sum_of_products(rows: np.ndarray, weights: np.ndarray | None, axes: int) -> np.ndarray:
@@ -140,7 +144,7 @@ class _Sums:
     def __init__(self, shape: tuple[int, ...], targets: np.ndarray):
         inputs, outputs = shape
         self.inputs, self.means = np.zeros(inputs), np.zeros(outputs)
-        self.gram = np.zeros((inputs, inputs), "float64" if inputs <= LARGE_GRAM else "float32")
+        self.gram = np.zeros((inputs, inputs), _dtype(inputs))
         self.cross = np.zeros((inputs, outputs))
         self.targets = targets
 
@@ -150,7 +154,7 @@ class _Sums:
         self.inputs += weighted.sum(0, dtype="float64")
         self.gram += weighted.T @ inputs
         self.cross += weighted.T @ targets
-        targets = targets.astype("float64")
+        targets = targets.astype(self.targets.dtype)
         self.means += targets.sum(0) if weights is None else weights @ targets
         self.targets += _sum_of_products(targets, weights, self.targets.ndim)
 
