@@ -23,6 +23,8 @@ from keras_bilinear.rewriting.limits import Limits
 # of many equally good plans is the best takes half an hour for many layers of one shape, as
 # Xception has them; to come this near takes a fifth of a second.
 _GAP = 1e-3
+# A smaller sum of costs is scaled up before the search.
+_SMALL = 0.1
 
 Layers = Mapping[str, LayerPlan]
 
@@ -104,8 +106,9 @@ def search(layers: Layers, candidates: Candidates, limits: Limits, other_paramet
         return
     rooms = _left(layers, candidates, _rooms(layers, limits, other_parameters))
     full = sum(layer.full_parameters for layer in layers.values())
+    rate = _loss_of_errors(items)
     # Among equal errors the smaller plan.
-    costs = np.array([item.cost + 1e-9 * item.size("parameters") / full for item in items])
+    costs = np.array([item.cost(rate) + 1e-9 * item.size("parameters") / full for item in items])
     found = _solve(items, costs, rooms)
     if found is None:
         raise _none_keeps_to(limits)
@@ -204,14 +207,12 @@ class _Item:
     layer: LayerPlan
     choice: Choice | None
 
-    @property
-    def cost(self):
-        """The predicted rise of the loss or, where it is not known, the squared error."""
+    def cost(self, rate: float) -> float:
+        """The predicted rise of the loss; where it is not known, `rate` times the squared error."""
         if self.choice is None:
             return 0.0
-        if self.layer.losses:
-            return self.layer.losses[self.choice]
-        return self.layer.errors[self.choice] ** 2
+        loss = self.layer.losses.get(self.choice)
+        return rate * self.layer.errors[self.choice] ** 2 if loss is None else loss
 
     def size(self, resource: str) -> int:
         return _size(self.layer, resource, self.choice)
@@ -225,6 +226,20 @@ def _items(layers: Layers, candidates: Candidates) -> list[_Item]:
         if choices
         for choice in _choices(layers[path], choices)
     ]
+
+
+def _loss_of_errors(items: list[_Item]) -> float:
+    """What a squared error raises the loss by, in a typical layer; 1 if no losses are known.
+
+    Layers that are too wide to be fitted to data, and those that no example reaches, have errors
+    of their kernels alone.
+    """
+    ratios = [
+        loss / item.layer.errors[item.choice] ** 2
+        for item in items
+        if (loss := item.layer.losses.get(item.choice)) and item.layer.errors[item.choice]
+    ]
+    return float(np.median(ratios)) if ratios else 1.0
 
 
 def _solve(items: list[_Item], costs: np.ndarray, rooms: Mapping[str, float]) -> list[_Item] | None:
@@ -244,18 +259,24 @@ def _solve(items: list[_Item], costs: np.ndarray, rooms: Mapping[str, float]) ->
     for resource, most in rooms.items():
         sizes = np.array([item.size(resource) for item in items], "float64")
         constraints.append(optimize.LinearConstraint(sizes, ub=most))
-    solution = optimize.milp(
-        costs,
-        integrality=np.ones(len(items)),
-        bounds=(0, 1),
-        options={
-            "presolve": False,  # with it, HiGHS prints where it has nothing to say
-            "mip_rel_gap": _GAP,
-        },
-        constraints=constraints,
-    )
+
+    def solve(costs):
+        return optimize.milp(
+            costs,
+            integrality=np.ones(len(items)),
+            bounds=(0, 1),
+            options={
+                "presolve": False,  # with it, HiGHS prints where it has nothing to say
+                "mip_rel_gap": _GAP,
+            },
+            constraints=constraints,
+        )
+
+    solution = solve(costs)
     if solution.x is None:
         return None
+    if 0 < solution.fun < _SMALL:  # HiGHS takes sums that differ by 1e-6 for the same
+        solution = solve(costs / solution.fun)
     return [item for item, taken in zip(items, solution.x, strict=True) if taken > 0.5]
 
 

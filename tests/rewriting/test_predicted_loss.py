@@ -93,3 +93,32 @@ def test_integer_outputs_have_no_gradients():
     plan = plan_rewrite(model, 0.5, calibration_data=x)
     assert plan.predicted_loss is None
     assert rewrite_model(model, plan, calibration_data=x).count_params() == plan.parameters
+
+
+def test_layers_that_cannot_be_fitted_count_as_others_do(monkeypatch):
+    """They have no losses, and errors of another unit must not outweigh them."""
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(64, activation="tanh", name=name) for name in ("first", "second")]
+    model = keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(8, activation="softmax")])
+    x = np.random.default_rng(0).normal(size=(300, 64)).astype("float32")
+    exclude = [model.layers[-1]]
+    both = plan_rewrite(model, 0.5, calibration_data=x, exclude=exclude)
+    monkeypatch.setattr(
+        "keras_bilinear.layers.converter.Converter.can_calibrate",
+        lambda self, full: full.name != "first",
+    )
+    plan = plan_rewrite(model, 0.5, calibration_data=x, exclude=exclude)
+    assert not plan["first"].losses
+    assert plan.predicted_loss is None
+    assert plan["first"].parameters < 1.5 * both["first"].parameters
+
+
+def test_losses_that_are_tiny_are_minimized_as_others_are():
+    model = model_of("softmax")
+    x = np.random.default_rng(0).normal(size=(500, 32)).astype("float32")
+    plan = plan_rewrite(model, 0.6, calibration_data=x)
+    text = RewritePlan.from_json(plan.to_json())
+    for layer in text.values():
+        layer.losses = {choice: 1e-6 * loss for choice, loss in layer.losses.items()}
+    tiny = text.with_budget(0.6)
+    assert [layer.rank for layer in tiny.values()] == [layer.rank for layer in plan.values()]
