@@ -235,9 +235,11 @@ def _loss_of_errors(items: list[_Item]) -> float:
     of their kernels alone.
     """
     ratios = [
-        loss / item.layer.errors[item.choice] ** 2
+        loss / error**2
         for item in items
-        if (loss := item.layer.losses.get(item.choice)) and item.layer.errors[item.choice]
+        if item.choice is not None
+        and (loss := item.layer.losses.get(item.choice))
+        and (error := item.layer.errors[item.choice])
     ]
     return float(np.median(ratios)) if ratios else 1.0
 
