@@ -322,9 +322,11 @@ def test_progress_is_shown_as_in_fit(verbose, capsys):
 
 def test_rewrite_model_recovers():
     full = network("softmax", loss="kl_divergence", optimizer="adam")
-    fitted = rewrite_model(full, rank=1, calibration_data=X)
-    small = rewrite_model(full, rank=1, calibration_data=X, recover=5)
-    assert distance(small, full, X) < distance(fitted, full, X)
+    # A fit to fewer examples is hard to improve.
+    x = np.random.default_rng(1).normal(size=(1000, 24)).astype("float32")
+    fitted = rewrite_model(full, rank=1, calibration_data=x)
+    small = rewrite_model(full, rank=1, calibration_data=x, recover=2)
+    assert distance(small, full, x) < distance(fitted, full, x)
     assert small.compiled
     assert [w.shape for w in small.weights] == [w.shape for w in fitted.weights]
     with pytest.raises(ValueError, match="`recover` needs calibration data"):
