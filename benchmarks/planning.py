@@ -124,7 +124,9 @@ def main(argv):
     if MODEL.value:
         print(measure(MODEL.value))
         return
-    rows = []
+    rows, shown = [], "python benchmarks/planning.py"
+    if CHOSEN.value:
+        shown += f" --models={','.join(CHOSEN.value)}"
     for name in CHOSEN.value or MODELS:
         command = [sys.executable, str(pathlib.Path(__file__)), f"--model={name}"]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -134,7 +136,7 @@ def main(argv):
             [
                 "# planning",
                 "",
-                f"`python benchmarks/planning.py`; {tables.machine()}, 2 cores. Budget {BUDGET}, "
+                f"`{shown}`; {tables.machine()}, 2 cores. Budget {BUDGET}, "
                 f"{EXAMPLES:,} examples; memory is the peak of the process, before the plan and "
                 "in the end.",
                 "",
