@@ -25,7 +25,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "tutorials"
 SOURCES = sorted(FOLDER.glob("*.py"))
 # To be stored by `python benchmarks/tutorials.py --store` on a machine that does nothing else, as
 # some show times.
-NOT_STORED = ("cifar10", "imdb_reviews")
+NOT_STORED = ("cifar10",)
 every_tutorial = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 
 
