@@ -498,11 +498,12 @@ def _calibrate(model, full, group, batches, sensitivities):
     layers = {path: layers[path] for path in calibrations}
     sensitivities.share(calibrations)
     for batch in track(batches, "reading the calibration data"):
-        seen = collect(model, layers, batch)
+        seen = seen_full = collect(model, layers, batch)
         rewritten = snapshot(layer for layer, *_ in full)
         restore(full)
         try:
-            seen_full = collect(model, layers, batch)
+            if full:
+                seen_full = collect(model, layers, batch)
             weights = sensitivities.weights(model, layers, batch, seen_full)
         finally:
             restore(rewritten)

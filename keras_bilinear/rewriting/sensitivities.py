@@ -98,9 +98,10 @@ class Sensitivities:
             batch: the batch.
             calls: what `collect` returns for these layers and this batch.
         """
-        known = self._weights.get(_digest(batch))
-        if known is None:  # the data come in another order each time
-            known = self.add(calibrations_of(layers), model, batch, calls)
+        known = self._weights.get(_digest(batch)) if self.known else None
+        if known is None:
+            # Gradients are not known at all, or the data come in another order each time.
+            known = self.add(calibrations_of(layers) if self.known else {}, model, batch, calls)
         return known
 
 
