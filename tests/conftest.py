@@ -77,6 +77,18 @@ def no_terminal(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def own_log(caplog):
+    """Keeps what TensorFlow logs out of `caplog`: its warnings depend on earlier tests."""
+
+    def is_own(record):
+        return record.name == "absl"
+
+    caplog.handler.addFilter(is_own)
+    yield
+    caplog.handler.removeFilter(is_own)
+
+
+@pytest.fixture(autouse=True)
 def seed():
     import keras
 
