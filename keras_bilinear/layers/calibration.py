@@ -145,8 +145,8 @@ class Calibration:
         Returns:
             `(errors, losses)`, each by the rank. The error is relative, a root mean square over
             the kernels: 0 is exact, 1 is as bad as the mean output. The loss is by how much the
-            fit raises the sum of the loss over all rows. It means nothing if no gradients are
-            known.
+            fit raises the sum of the loss over all rows. There are no losses if no gradient
+            reaches the layer, as where the model stops gradients.
         """
         squares, losses = dict.fromkeys(ranks, 0.0), dict.fromkeys(ranks, 0.0)
         kernels = 0
@@ -154,14 +154,15 @@ class Calibration:
             for coupled in factorization.couple(blocks):
                 found = fit_errors(coupled, factorization.coupled, ranks, self.has_bias, sweeps)
                 kernels += 1
-                rows = coupled[0].count
+                felt = any(block.gradients.any() for block in coupled)
+                cost = found.squares * coupled[0].count if felt else 0.0
                 for rank, error in found.relative.items():
                     squares[rank] += error**2
-                    losses[rank] += error**2 * found.squares * rows
+                    losses[rank] += error**2 * cost
         errors = {rank: float(np.sqrt(total / kernels)) for rank, total in squares.items()}
         if cost := self.sensitivity.cost_of_zero:
             losses = {rank: error**2 * cost for rank, error in errors.items()}
-        return errors, losses
+        return errors, losses if any(losses.values()) else {}
 
     def estimated_errors(
         self, factorizations: Iterable[Factorization], ranks: Sequence[int]

@@ -57,7 +57,7 @@ def predict_errors(
     for path, calibration in _track_layers(plan, calibrations, "fitting"):
         # A layer that no batch reaches keeps the errors of its kernels.
         if calibration.has_examples():
-            _note_fitted_errors(plan[path], ranks[path], calibration, examples, sensitivities.known)
+            _note_fitted_errors(plan[path], ranks[path], calibration, examples)
 
 
 def _track_layers(plan, items, description):
@@ -86,7 +86,7 @@ def _note_errors(layer, ranks_of_factors, predict):
         layer.losses.update({(factors, rank): loss for rank, loss in losses.items()})
 
 
-def _note_fitted_errors(layer, ranks_of_factors, calibration, examples, weighed):
+def _note_fitted_errors(layer, ranks_of_factors, calibration, examples):
     """Fills in the errors of a layer's outputs, without ranks that cannot be the best choice.
 
     Kernels of low rank are fast to fit, so they come first. Near-square kernels are fitted only
@@ -95,8 +95,6 @@ def _note_fitted_errors(layer, ranks_of_factors, calibration, examples, weighed)
 
     def predict(factorizations, ranks):
         errors, losses = calibration.errors(factorizations, ranks)
-        if not weighed:
-            return errors, {}
         return errors, {rank: loss / examples for rank, loss in losses.items()}
 
     kernels = {factors: layer.with_factors(factors)[0] for factors in ranks_of_factors}

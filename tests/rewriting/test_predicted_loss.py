@@ -113,6 +113,19 @@ def test_layers_that_cannot_be_fitted_count_as_others_do(monkeypatch):
     assert plan["first"].parameters < 1.5 * both["first"].parameters
 
 
+def test_layers_that_no_gradient_reaches_count_as_others_do():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((64,))
+    stopped = ops.stop_gradient(layers.Dense(64, activation="tanh", name="first")(inputs))
+    hidden = layers.Dense(64, activation="tanh", name="second")(stopped)
+    model = keras.Model(inputs, layers.Dense(8, activation="softmax", name="last")(hidden))
+    x = np.random.default_rng(0).normal(size=(300, 64)).astype("float32")
+    plan = plan_rewrite(model, 0.5, calibration_data=x)
+    assert not plan["first"].losses
+    assert plan["second"].losses
+    assert 0.2 < plan["first"].parameters / plan["second"].parameters < 5
+
+
 def test_losses_that_are_tiny_are_minimized_as_others_are():
     model = model_of("softmax")
     x = np.random.default_rng(0).normal(size=(500, 32)).astype("float32")
